@@ -1,0 +1,1 @@
+"""The HTTP surface: translates between the wire and the layers below."""

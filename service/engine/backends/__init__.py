@@ -1,0 +1,1 @@
+"""Where the arithmetic runs: one module per backend, named by its id."""

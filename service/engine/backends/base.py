@@ -1,0 +1,69 @@
+"""What a backend is: the four operations the pipeline asks of a device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from service.engine.histogram import Histogram
+from service.engine.methods.base import Method
+from service.engine.metrics import ErrorSums
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import Array, FloatArray, QuantizedRows
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One scale and zero point for a whole tensor, as stored, in float32."""
+
+    scale: np.float32
+    zero: np.float32
+
+
+class Backend(ABC):
+    """Quantizes row blocks. Thread-safe: several jobs share one instance."""
+
+    #: The public name; also the module's.
+    id: ClassVar[str]
+    #: One line for `/v1/backends`.
+    description: ClassVar[str]
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why it cannot run here, or None."""
+        return None
+
+    def warm_up(self) -> None:
+        """Do now what the first call would have to do, such as compiling. Nothing by default."""
+
+    @abstractmethod
+    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+        """Quantize x (rows, cols) of a float dtype, with its errors measured in the same pass.
+
+        `grid` is given exactly when the scheme's granularity is `tensor`. When x holds a NaN or an
+        infinity, `errors.finite` is False and the rest of the result is meaningless.
+        """
+
+    @abstractmethod
+    def dequantize(self, q: QuantizedRows) -> FloatArray:
+        """What q stands for: float32 (rows, cols)."""
+
+    @abstractmethod
+    def compare(self, x: Array, y: Array) -> ErrorSums:
+        """How far y (rows, cols) is from x, both of float dtypes."""
+
+    @abstractmethod
+    def observe(self, x: Array) -> Histogram:
+        """What one pass over a tensor keeps of x (rows, cols), for `tensor_grid`."""
+
+    def tensor_grid(self, seen: Histogram, scheme: Scheme, method: Method) -> Grid:
+        """The one grid of a tensor from what `observe` has seen of all its blocks."""
+        values, weights = seen.points()
+        scale, zero = method.find(np, values, scheme, weights)
+        return Grid(np.float32(scale[0]), np.float32(zero[0]))

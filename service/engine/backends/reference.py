@@ -1,0 +1,140 @@
+"""NumPy, written to be read: what every other backend is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from service.engine.backends.base import Backend, Grid
+from service.engine.histogram import Histogram
+from service.engine.methods.base import Method
+from service.engine.metrics import ErrorSums
+from service.engine.packing import pack_rows, unpack_rows
+from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
+
+#: Elements worked on at once; keeps the temporaries of a block small.
+TILE_ELEMENTS = 1 << 18
+
+
+class ReferenceBackend(Backend):
+    """The specification as code."""
+
+    id: ClassVar[str] = "reference"
+    description: ClassVar[str] = "NumPy on one core; slow, and the yardstick for the others"
+
+    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+        """See `Backend.quantize`."""
+        return _join([self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)])
+
+    def dequantize(self, q: QuantizedRows) -> FloatArray:
+        """See `Backend.dequantize`."""
+        codes = unpack_rows(q.packed, q.scheme.bits, q.cols)
+        scale = q.scale.astype(np.float32)
+        zero = _zero_or_middle(q, scale)
+        out = np.empty(codes.shape, np.float32)
+        for columns, groups in _group_spans(q.scheme, q.cols):
+            part = codes[:, columns].reshape(q.rows, groups.stop - groups.start, -1)
+            block_scale = np.broadcast_to(scale[:, groups], part.shape[:2])
+            block_zero = np.broadcast_to(zero[:, groups], part.shape[:2])
+            out[:, columns] = q.scheme.decode(np, part, block_scale, block_zero).reshape(q.rows, -1)
+        return out
+
+    def compare(self, x: Array, y: Array) -> ErrorSums:
+        """See `Backend.compare`."""
+        return sum((_sums(_as_float32(x[t]), _as_float32(y[t])) for t in _tiles(x)), ErrorSums())
+
+    def observe(self, x: Array) -> Histogram:
+        """See `Backend.observe`."""
+        tiles = [Histogram.of(_as_float32(x[tile])) for tile in _tiles(x)]
+        return sum(tiles[1:], tiles[0])
+
+    def _quantize_tile(self, raw: Array, scheme: Scheme, method: Method, grid: Grid | None) -> QuantizedRows:
+        x = _as_float32(raw)
+        finite = bool(np.isfinite(x).all())
+        if not finite:
+            x = np.zeros_like(x)
+        rows, cols = x.shape
+        codes = np.empty((rows, cols), np.uint8)
+        scale = np.empty((rows, scheme.groups(cols)), np.float32)
+        zero = np.empty_like(scale)
+        decoded = np.empty_like(x)
+        for columns, groups in _group_spans(scheme, cols):
+            part = x[:, columns].reshape(rows, groups.stop - groups.start, -1)  # (rows, groups, g)
+            if grid is None:
+                s, z = method.find(np, part, scheme)
+            else:
+                s, z = np.full(part.shape[:2], grid.scale), np.full(part.shape[:2], grid.zero)
+            q = scheme.encode(np, part, s, z)
+            codes[:, columns] = q.reshape(rows, -1)
+            decoded[:, columns] = scheme.decode(np, q, s, z).reshape(rows, -1)
+            scale[:, groups], zero[:, groups] = s, z
+        if grid is not None:
+            scale, zero = scale[:1, :1], zero[:1, :1]
+        return QuantizedRows(
+            scheme=scheme,
+            cols=cols,
+            packed=pack_rows(codes, scheme.bits),
+            scale=scale.astype(SCALE_DTYPES[scheme.scale_dtype]),
+            zero_point=None if scheme.symmetric else zero.astype(np.uint8),
+            errors=_sums(x, decoded) if finite else ErrorSums(count=x.size, finite=False),
+        )
+
+
+def _as_float32(x: Array) -> FloatArray:
+    # A float64 too large for float32 becomes an infinity, which the finite check then reports.
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def _tiles(x: Array) -> Iterator[slice]:
+    rows = max(1, TILE_ELEMENTS // max(1, x.shape[1]))
+    return (slice(start, start + rows) for start in range(0, x.shape[0], rows))
+
+
+def _group_spans(scheme: Scheme, cols: int) -> Iterator[tuple[slice, slice]]:
+    """(columns, groups) of the whole groups of a row, then of the short one at its end."""
+    size = scheme.group_size if scheme.granularity == "group" and scheme.group_size else cols
+    whole = cols // size
+    if whole:
+        yield slice(0, whole * size), slice(0, whole)
+    if cols % size:
+        yield slice(whole * size, cols), slice(whole, whole + 1)
+
+
+def _zero_or_middle(q: QuantizedRows, scale: FloatArray) -> FloatArray:
+    if q.zero_point is not None:
+        return q.zero_point.astype(np.float32)
+    return np.full_like(scale, q.scheme.implied_zero)
+
+
+def _sums(x: FloatArray, y: FloatArray) -> ErrorSums:
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    d = a - b
+    return ErrorSums(
+        count=a.size,
+        sum_xx=float((a * a).sum()),
+        sum_yy=float((b * b).sum()),
+        sum_xy=float((a * b).sum()),
+        sum_dd=float((d * d).sum()),
+        max_abs=float(np.abs(d).max(initial=0.0)),
+        finite=bool(np.isfinite(a).all() and np.isfinite(b).all()),
+    )
+
+
+def _join(parts: list[QuantizedRows]) -> QuantizedRows:
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    per_tensor = first.scheme.granularity == "tensor"
+    zeros: list[CodeArray] = [p.zero_point for p in parts if p.zero_point is not None]
+    return QuantizedRows(
+        scheme=first.scheme,
+        cols=first.cols,
+        packed=np.concatenate([p.packed for p in parts]),
+        scale=first.scale if per_tensor else np.concatenate([p.scale for p in parts]),
+        zero_point=(zeros[0] if per_tensor else np.concatenate(zeros)) if zeros else None,
+        errors=sum((p.errors for p in parts), ErrorSums()),
+    )

@@ -1,0 +1,1 @@
+"""How scale and zero point are found: one module per method, named by its id."""

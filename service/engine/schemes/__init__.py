@@ -1,0 +1,1 @@
+"""What the numbers become: one module per family of number formats."""

@@ -1,0 +1,103 @@
+"""What a scheme is: a number format, its granularity, and the arithmetic that defines both.
+
+A scheme sees groups: arrays (..., g) of float32 in which the last axis shares one scale. The
+arithmetic is written in the array API, so NumPy and CuPy run the same lines; kernels of a backend
+are held to it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import ml_dtypes
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.engine.packing import row_bytes
+
+Granularity = Literal["tensor", "channel", "group"]
+ScaleDtype = Literal["F32", "F16", "BF16"]
+GroupSize = Literal[16, 32, 64, 128, 256]
+
+SCALE_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Smallest stored scale: its reciprocal must be finite in float32. Largest: what the dtype can hold.
+SCALE_LIMITS: dict[str, tuple[float, float]] = {
+    "F32": (2.0**-126, float(np.finfo(np.float32).max)),
+    "F16": (2.0**-24, 65504.0),
+    "BF16": (2.0**-126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+}
+
+#: An array of any array-API library.
+AnyArray = Any
+
+
+class Scheme(BaseModel):
+    """Base of all schemes. Frozen, hashable, and equal when their parameters are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: The ids under which this class can be asked for, each with the bits per code it stands for.
+    ids: ClassVar[dict[str, int]]
+
+    bits: int = Field(ge=2, le=8)
+    granularity: Granularity = "group"
+    group_size: GroupSize | None = 128
+    scale_dtype: ScaleDtype = "F16"
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """The public name, such as `int4`."""
+
+    @property
+    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether there is no zero point to store."""
+
+    @property
+    @abstractmethod
+    def implied_zero(self) -> int:
+        """The zero point that is meant where none is stored."""
+
+    @abstractmethod
+    def grid(self, xp: Any, lo: AnyArray, hi: AnyArray) -> tuple[AnyArray, AnyArray]:
+        """Scale and zero point, both float32, that span [lo, hi] (which includes 0), shaped like lo."""
+
+    @abstractmethod
+    def encode(self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
+        """Codes, uint8 (..., g), of x (..., g) on the grid of scale and zero (...,)."""
+
+    @abstractmethod
+    def decode(self, xp: Any, codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
+        """What codes (..., g) stand for, float32."""
+
+    @abstractmethod
+    def refit(
+        self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
+    ) -> tuple[AnyArray, AnyArray]:
+        """The scale and zero point of least weighted squared error with the codes held, where one exists."""
+
+    def store_scale(self, xp: Any, scale: AnyArray) -> AnyArray:
+        """`scale` as it reads back after being stored: rounded to the scale dtype, float32.
+
+        Zero means an all-zero group and becomes 1; what the dtype cannot hold goes to its limits.
+        """
+        smallest, largest = (xp.float32(v) for v in SCALE_LIMITS[self.scale_dtype])
+        clamped = xp.minimum(xp.maximum(scale, smallest), largest)
+        stored = clamped.astype(SCALE_DTYPES[self.scale_dtype]).astype(xp.float32)
+        return xp.where(scale == 0, xp.float32(1.0), stored)
+
+    def groups(self, cols: int) -> int:
+        """Scales per row of `cols` elements; the last group of a row may be short."""
+        return -(-cols // self.group_size) if self.granularity == "group" and self.group_size else 1
+
+    def stored_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of a (rows, cols) tensor in this scheme: codes, scales and zero points."""
+        scales = 1 if self.granularity == "tensor" else rows * self.groups(cols)
+        zero_bits = 0 if self.symmetric else scales * self.bits
+        return rows * row_bytes(cols, self.bits) + scales * SCALE_DTYPES[self.scale_dtype].itemsize + -(-zero_bits // 8)

@@ -1,0 +1,89 @@
+"""Integers of 2 to 8 bits on a uniform grid: x ≈ (q - z) * s.
+
+Symmetric: s = absmax / (2**(b-1) - 1), z = 2**(b-1). Asymmetric: s = (max - min) / (2**b - 1) over a
+range that includes 0, with an integer zero point. Codes are unsigned in both cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from service.engine.schemes.base import AnyArray, Scheme
+
+
+class IntegerScheme(Scheme):
+    """`int2` … `int8`; parameters: bits, granularity, group_size, is_symmetric, scale_dtype."""
+
+    ids: ClassVar[dict[str, int]] = {f"int{b}": b for b in (2, 3, 4, 5, 6, 8)}
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    is_symmetric: bool = Field(default=False)
+
+    @property
+    def id(self) -> str:
+        """`int` and the width."""
+        return f"int{self.bits}"
+
+    @property
+    def symmetric(self) -> bool:
+        """As asked for."""
+        return self.is_symmetric
+
+    @property
+    def implied_zero(self) -> int:
+        """The middle code."""
+        return self.middle
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The code that means 0 in a symmetric scheme."""
+        return 1 << (self.bits - 1)
+
+    def grid(self, xp: Any, lo: AnyArray, hi: AnyArray) -> tuple[AnyArray, AnyArray]:
+        """See the module's formulas; all of it in float32."""
+        if self.is_symmetric:
+            scale = self.store_scale(xp, xp.maximum(-lo, hi) / xp.float32(self.middle - 1))
+            return scale, xp.full_like(scale, self.middle)
+        scale = self.store_scale(xp, (hi - lo) / xp.float32(self.top))
+        return scale, self._zero_point(xp, -lo, scale)
+
+    def encode(self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
+        """clamp(rint(x * (1/s)) + z): one reciprocal per group, `rint` half to even."""
+        inverse = (xp.float32(1.0) / scale)[..., None]
+        q = xp.rint(x * inverse) + zero[..., None]
+        return xp.clip(q, 0, self.top).astype(xp.uint8)
+
+    def decode(self, xp: Any, codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
+        """(q - z) * s."""
+        return (codes.astype(xp.float32) - zero[..., None]) * scale[..., None]
+
+    def refit(
+        self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
+    ) -> tuple[AnyArray, AnyArray]:
+        """Regression of x on the codes: slope s, intercept -z*s; through the origin when symmetric."""
+        w = xp.float32(1.0) if weights is None else weights
+        q = codes.astype(xp.float32)
+        if self.is_symmetric:
+            level = q - xp.float32(self.middle)
+            return self._slope(xp, (w * x * level).sum(-1), (w * level * level).sum(-1), scale), zero
+        total = (w + xp.zeros_like(q)).sum(-1)
+        q_mean = (w * q).sum(-1) / total
+        x_mean = (w * x).sum(-1) / total
+        dq = q - q_mean[..., None]
+        slope = self._slope(xp, (w * dq * (x - x_mean[..., None])).sum(-1), (w * dq * dq).sum(-1), scale)
+        return slope, self._zero_point(xp, q_mean * slope - x_mean, slope)
+
+    def _slope(self, xp: Any, numerator: AnyArray, denominator: AnyArray, fallback: AnyArray) -> AnyArray:
+        usable = (denominator > 0) & (numerator > 0)
+        slope = xp.where(usable, numerator, fallback) / xp.where(usable, denominator, xp.float32(1.0))
+        return self.store_scale(xp, slope)
+
+    def _zero_point(self, xp: Any, offset: AnyArray, scale: AnyArray) -> AnyArray:
+        return xp.clip(xp.rint(offset * (xp.float32(1.0) / scale)), 0, self.top)

@@ -1,0 +1,100 @@
+"""What is known of a tensor, and what a quantized piece of one looks like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from service.engine.metrics import ErrorSums
+    from service.engine.schemes.base import Scheme
+
+Array = npt.NDArray[np.generic]
+FloatArray = npt.NDArray[np.float32]
+CodeArray = npt.NDArray[np.uint8]
+
+#: The floating dtypes that can be quantized, by their safetensors name.
+FLOAT_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+#: Bits per element of every dtype of the safetensors format; what is not in FLOAT_DTYPES is copied.
+DTYPE_BITS: dict[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as its model's header describes it.
+
+    `file` is relative to the model's root; `offset` and `nbytes` say where the stored bytes lie in
+    it. For a tensor that its format stores quantized, `dtype` is what it reads back as,
+    `stored_as` the scheme, and `nbytes` the bytes of all its parts.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: PurePosixPath
+    offset: int
+    nbytes: int
+    stored_as: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix: its first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def cols(self) -> int:
+        """Columns of the tensor seen as a matrix: all other dimensions together."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the engine can compute with it."""
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Some rows of a tensor, quantized and packed.
+
+    packed      uint8 (rows, row_bytes): unsigned codes, element i of a row at bit i*b, little
+                endian, every row filled up with zero bits to a multiple of 32
+    scale       (rows, groups) in the scheme's scale dtype; (1, 1) where one scale serves the tensor
+    zero_point  uint8, shaped like scale, in the codes' own unsigned range; None where the scheme
+                is symmetric (the integer schemes then mean 2**(b-1))
+    errors      what these rows lost
+    """
+
+    scheme: Scheme
+    cols: int
+    packed: CodeArray
+    scale: Array
+    zero_point: CodeArray | None
+    errors: ErrorSums
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in this piece."""
+        return int(self.packed.shape[0])

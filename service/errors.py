@@ -1,0 +1,298 @@
+"""Everything that can go wrong, as one tree that knows no HTTP.
+
+    ArrowQuantError
+    ├── RequestError                  the request cannot be carried out as it stands
+    │   ├── InvalidConfig             invalid_config
+    │   ├── UnsupportedByFormat       unsupported_by_format
+    │   ├── ForbiddenPath             path_forbidden
+    │   ├── ModelNotFound             model_not_found
+    │   ├── UnsupportedModel          unsupported_model
+    │   │   ├── PickledWeights        pickled_weights
+    │   │   └── AlreadyQuantized      already_quantized
+    │   ├── TargetInUse               target_in_use
+    │   └── InvalidTable              invalid_table
+    ├── ModelError                    the model's files are not what they claim to be
+    │   ├── CorruptModel              corrupt_model
+    │   ├── UnknownDtype              unknown_dtype
+    │   ├── NonFiniteWeights          non_finite_weights
+    │   ├── ModelsDiffer              models_differ
+    │   └── SourceChanged             source_changed
+    ├── RunError                      the work could not be finished
+    │   ├── AccuracyTooLow            accuracy_too_low
+    │   ├── DiskFull                  disk_full
+    │   ├── StorageFailure            storage_failure
+    │   ├── Cancelled                 job_cancelled
+    │   ├── TimedOut                  job_timeout
+    │   └── InternalError             internal_error
+    └── ServiceError                  the service cannot take the call now, or not at all
+        ├── NotFound                  not_found
+        ├── NotReady                  not_ready
+        ├── NotFinished               job_not_finished
+        ├── NotTerminal               job_not_terminal
+        ├── QueueFull                 queue_full
+        ├── Draining                  draining
+        ├── IdempotencyKeyReused      idempotency_key_reused
+        ├── IdempotencyKeyInFlight    idempotency_key_in_flight
+        └── IllegalTransition         illegal_transition
+
+The first line of a docstring is the problem's title, the rest explains it to a user: both are
+served at `/problems/<code>`. `detail` says what is wrong in this case, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ArrowQuantError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, detail: str, *, pointer: str | None = None, tensor: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.pointer = pointer
+        self.tensor = tensor
+
+
+class RequestError(ArrowQuantError):
+    """The request cannot be carried out as it stands."""
+
+    code = "invalid_request"
+
+
+class InvalidConfig(RequestError):
+    """The configuration is not valid.
+
+    Fields contradict each other, or a value is out of its range. `errors` names each field.
+    """
+
+    code = "invalid_config"
+
+
+class UnsupportedByFormat(RequestError):
+    """The output format cannot hold this scheme.
+
+    Choose another output format, or a scheme that the format lists under `/v1/formats`.
+    """
+
+    code = "unsupported_by_format"
+
+
+class ForbiddenPath(RequestError):
+    """The path is outside the folders that this server may use.
+
+    A `file://` address has to lie under one of the server's model roots, links resolved. The
+    operator adds a root with `arrowquant serve --model-root`.
+    """
+
+    code = "path_forbidden"
+
+
+class ModelNotFound(RequestError):
+    """There is no model at this address."""
+
+    code = "model_not_found"
+
+
+class UnsupportedModel(RequestError):
+    """The model is stored in a way that this service does not read."""
+
+    code = "unsupported_model"
+
+
+class PickledWeights(UnsupportedModel):
+    """The weights are pickled.
+
+    Loading a pickle runs whatever code it holds, so this service never does. Convert the file
+    where you trust it: `safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")`.
+    """
+
+    code = "pickled_weights"
+
+
+class AlreadyQuantized(UnsupportedModel):
+    """The model is already quantized.
+
+    Quantizing it again would add one error to another. Give the original weights.
+    """
+
+    code = "already_quantized"
+
+
+class TargetInUse(RequestError):
+    """The target is not free.
+
+    Another job is writing to this folder, or it holds files already.
+    """
+
+    code = "target_in_use"
+
+
+class InvalidTable(RequestError):
+    """The Arrow table is not what this call takes."""
+
+    code = "invalid_table"
+
+
+class ModelError(ArrowQuantError):
+    """The model's files are not what they claim to be."""
+
+    code = "model_error"
+
+
+class CorruptModel(ModelError):
+    """A file of the model is damaged.
+
+    It is truncated, or its header contradicts itself or the file's size.
+    """
+
+    code = "corrupt_model"
+
+
+class UnknownDtype(ModelError):
+    """A tensor has a dtype that this service does not know."""
+
+    code = "unknown_dtype"
+
+
+class NonFiniteWeights(ModelError):
+    """A tensor holds a NaN or an infinity.
+
+    Mend the model, exclude the tensor with `skip`, or set `on_non_finite` to `copy`.
+    """
+
+    code = "non_finite_weights"
+
+
+class ModelsDiffer(ModelError):
+    """The two models do not have the same tensors."""
+
+    code = "models_differ"
+
+
+class SourceChanged(ModelError):
+    """The source changed or vanished while it was being read."""
+
+    code = "source_changed"
+
+
+class RunError(ArrowQuantError):
+    """The work could not be finished."""
+
+    code = "run_error"
+
+
+class AccuracyTooLow(RunError):
+    """A tensor misses `min_accuracy`.
+
+    Give it more bits with `layers`, lower `min_accuracy`, or set `on_failure` to `fallback` or `warn`.
+    """
+
+    code = "accuracy_too_low"
+
+
+class DiskFull(RunError):
+    """The disk is full.
+
+    What the job had written is removed. Free some space and submit the job again.
+    """
+
+    code = "disk_full"
+
+
+class StorageFailure(RunError):
+    """Reading or writing a file failed."""
+
+    code = "storage_failure"
+
+
+class Cancelled(RunError):
+    """The job was cancelled."""
+
+    code = "job_cancelled"
+
+
+class TimedOut(RunError):
+    """The job ran longer than its `timeout_s`."""
+
+    code = "job_timeout"
+
+
+class InternalError(RunError):
+    """The service has a fault.
+
+    The id in `detail` is also in the server's log.
+    """
+
+    code = "internal_error"
+
+
+class ServiceError(ArrowQuantError):
+    """The service cannot take this call."""
+
+    code = "service_error"
+
+
+class NotFound(ServiceError):
+    """There is no such resource."""
+
+    code = "not_found"
+
+
+class NotReady(ServiceError):
+    """The service is not ready."""
+
+    code = "not_ready"
+
+
+class NotFinished(ServiceError):
+    """The job has no result yet.
+
+    Follow its events, or ask with `Prefer: wait=60`.
+    """
+
+    code = "job_not_finished"
+
+
+class NotTerminal(ServiceError):
+    """The job has not ended.
+
+    Only a job that has ended can be purged. Cancel it first.
+    """
+
+    code = "job_not_terminal"
+
+
+class QueueFull(ServiceError):
+    """The queue is full.
+
+    Try again after the time in `Retry-After`.
+    """
+
+    code = "queue_full"
+
+
+class Draining(ServiceError):
+    """The server is shutting down and takes no new jobs."""
+
+    code = "draining"
+
+
+class IdempotencyKeyReused(ServiceError):
+    """This idempotency key was used with another body."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotencyKeyInFlight(ServiceError):
+    """The first call with this idempotency key is still in flight."""
+
+    code = "idempotency_key_in_flight"
+
+
+class IllegalTransition(ServiceError):
+    """The job's state does not allow this."""
+
+    code = "illegal_transition"

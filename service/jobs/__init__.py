@@ -1,0 +1,1 @@
+"""Jobs: what is queued, running and done, and the rules by which it becomes so."""
