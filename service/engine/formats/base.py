@@ -1,0 +1,190 @@
+"""What a format is: a way for a model's tensors to lie in files, with a reader, a writer or both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from service.engine.metrics import Quality
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import Array, QuantizedRows, TensorInfo
+
+Cancelled = Callable[[], bool]
+
+
+class FormatOptions(BaseModel):
+    """What a format can be told beside the configuration; a format with choices defines its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """How a model lies on disk, as far as an output has to look like it.
+
+    `weights_dir` is the folder of the weights, relative to the root (`.`; `transformer` of a
+    diffusers pipeline); `stem` the name of its weight file without suffix (`model`,
+    `diffusion_pytorch_model`). `companions` are all other files of the folder that go along,
+    relative to the root. `config` is the `config.json` in `weights_dir`, `{}` if there is none.
+    `fingerprint` is a SHA-256 over headers and sizes: two copies of a model have the same.
+    """
+
+    root: Path
+    weights_dir: PurePosixPath
+    stem: str
+    companions: tuple[PurePosixPath, ...]
+    config: dict[str, Any]
+    modality: str
+    is_diffusion: bool
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+
+class ModelReader(ABC):
+    """An open model. Reads are positioned, so threads may share it.
+
+    Every read raises SourceChanged when the file was replaced, shortened or removed meanwhile.
+    """
+
+    format_id: ClassVar[str]
+    layout: ModelLayout
+    #: In model order.
+    tensors: tuple[TensorInfo, ...]
+
+    @abstractmethod
+    def rows(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """Rows start to stop of the tensor as a matrix (rows, cols), in its float dtype.
+
+        A float tensor is a view of mapped memory where the file allows it; a quantized one is
+        dequantized to float32. Only for tensors with `is_float`.
+        """
+
+    @abstractmethod
+    def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
+        """Stored bytes start to stop of a tensor that is not quantized."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files."""
+
+    def find(self, name: str) -> TensorInfo | None:
+        """The tensor of this name."""
+        return next((t for t in self.tensors if t.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class WriterContext:
+    """What a writer knows of the job; nothing in it may differ between two runs of the same job."""
+
+    layout: ModelLayout
+    config: dict[str, Any]  # the resolved configuration, as JSON
+    options: FormatOptions
+    service_version: str
+
+
+class ModelWriter(ABC):
+    """Writes one output folder, tensor by tensor, rows in order; one thread at a time.
+
+    begin, then write_rows or write_raw until all is there, then commit, or abandon to do the
+    tensor again. After each commit `state` says all that `restore` needs to go on from there in
+    another process, on the files that this one left. The bytes written depend on the calls alone:
+    no times, no ids, no names of folders.
+    """
+
+    def __init__(self, folder: Path, context: WriterContext) -> None:
+        self.folder = folder
+        self.context = context
+
+    @abstractmethod
+    def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
+        """The next tensor, in this scheme, or copied byte for byte when it is None."""
+
+    @abstractmethod
+    def write_rows(self, rows: QuantizedRows) -> None:
+        """The next rows of the tensor begun."""
+
+    @abstractmethod
+    def write_raw(self, data: memoryview) -> None:
+        """The next bytes of the tensor begun."""
+
+    @abstractmethod
+    def commit(self, quality: Quality | None) -> int:
+        """The tensor is whole; the bytes it takes. `quality` is None for copies."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Forget the tensor begun, as if `begin` had not been called."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """JSON for `restore`, as of the last commit; small: what changed since the last call may be enough."""
+
+    @abstractmethod
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on behind the last of `states`, all that `state` returned in order; cut off what came after."""
+
+    @abstractmethod
+    def close(self, cancelled: Cancelled) -> None:
+        """Write headers, indexes and metadata, and drop auxiliary files. Returns early when `cancelled`.
+
+        Afterwards the folder holds just what belongs to the output; the pipeline adds the
+        companions, syncs, hashes and publishes.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Close the files without finishing them."""
+
+
+class Format(ABC):
+    """A format by its public id; also the module's name, with `-` as `_`."""
+
+    id: ClassVar[str]
+    description: ClassVar[str]
+    can_read: ClassVar[bool] = False
+    can_write: ClassVar[bool] = False
+    options: ClassVar[type[FormatOptions]] = FormatOptions
+    #: Whether a row may end in a group shorter than the others.
+    short_groups: ClassVar[bool] = False
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Whether `open` should be tried on this file or folder. Cheap; never raises for strange content."""
+        del path
+        return False
+
+    @classmethod
+    def open(cls, path: Path) -> ModelReader:
+        """Open a model for reading; raises the ModelErrors, PickledWeights or UnsupportedModel."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
+        """Why no tensor can be held in this scheme (the request is then refused), or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuses_tensor(cls, info: TensorInfo, scheme: Scheme) -> str | None:
+        """Why this tensor is copied although it could be quantized, or None."""
+        del info, scheme
+        return None
+
+    @classmethod
+    def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:
+        """A writer into an existing, empty folder (or one to `restore`)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A finished file of an output."""
+
+    path: PurePosixPath
+    size_bytes: int
+    sha256: str
+    media_type: str = field(default="application/octet-stream")
