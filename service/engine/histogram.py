@@ -32,8 +32,9 @@ class Histogram:
         flat = np.ascontiguousarray(x).reshape(-1)
         bins = flat.view(np.uint32) >> np.uint32(16)
         finite = bool(np.isfinite(flat).all())
-        sums = np.bincount(bins, flat, BINS) if finite else np.zeros(BINS)
-        return cls(np.bincount(bins, minlength=BINS), sums, float(flat.min()), float(flat.max()), finite)
+        counts = np.bincount(bins, minlength=BINS).astype(np.int64)
+        sums = np.bincount(bins, flat, BINS).astype(np.float64) if finite else np.zeros(BINS)
+        return cls(counts, sums, float(flat.min()), float(flat.max()), finite)
 
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(

@@ -69,4 +69,5 @@ def unpack_flat(data: bytes | memoryview, bits: int, count: int) -> CodeArray:
     width = row_bytes(count, bits)
     row = np.zeros((1, width), np.uint8)
     row[0, : packed.size] = packed
-    return unpack_rows(row, bits, count)[0]
+    codes: CodeArray = unpack_rows(row, bits, count)[0]
+    return codes

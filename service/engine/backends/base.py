@@ -39,7 +39,7 @@ class Backend(ABC):
         """Why it cannot run here, or None."""
         return None
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> None:  # noqa: B027
         """Do now what the first call would have to do, such as compiling. Nothing by default."""
 
     @abstractmethod

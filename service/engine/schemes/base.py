@@ -8,17 +8,19 @@ are held to it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import ml_dtypes
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypeAliasType
 
 from service.engine.packing import row_bytes
 
-Granularity = Literal["tensor", "channel", "group"]
+# Named types, so that they have their names in the OpenAPI document as well.
+Granularity = TypeAliasType("Granularity", Literal["tensor", "channel", "group"])
+GroupSize = TypeAliasType("GroupSize", Literal[16, 32, 64, 128, 256])
 ScaleDtype = Literal["F32", "F16", "BF16"]
-GroupSize = Literal[16, 32, 64, 128, 256]
 
 SCALE_DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
@@ -29,7 +31,7 @@ SCALE_DTYPES: dict[str, np.dtype[np.generic]] = {
 SCALE_LIMITS: dict[str, tuple[float, float]] = {
     "F32": (2.0**-126, float(np.finfo(np.float32).max)),
     "F16": (2.0**-24, 65504.0),
-    "BF16": (2.0**-126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+    "BF16": (2.0**-126, (2 - 2.0**-7) * 2.0**127),
 }
 
 #: An array of any array-API library.
@@ -48,6 +50,11 @@ class Scheme(BaseModel):
     granularity: Granularity = "group"
     group_size: GroupSize | None = 128
     scale_dtype: ScaleDtype = "F16"
+
+    @classmethod
+    @abstractmethod
+    def of(cls, bits: int, *, symmetric: bool, **parameters: Any) -> Self:
+        """The scheme of this width; raises ValueError when it cannot be so."""
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ with an exact zero.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -32,6 +32,13 @@ class CodebookScheme(Scheme):
 
     bits: Literal[4] = 4
     group_size: GroupSize | None = 64
+
+    @classmethod
+    def of(cls, bits: int, *, symmetric: bool, **parameters: Any) -> Self:
+        """Symmetric only; raises ValueError otherwise."""
+        if not symmetric:
+            raise ValueError("nf4 has no zero point: it is symmetric")
+        return cls.model_validate({"bits": bits, **parameters})
 
     @property
     def id(self) -> str:

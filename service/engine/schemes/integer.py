@@ -6,7 +6,7 @@ range that includes 0, with an integer zero point. Codes are unsigned in both ca
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -20,6 +20,11 @@ class IntegerScheme(Scheme):
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     is_symmetric: bool = Field(default=False)
+
+    @classmethod
+    def of(cls, bits: int, *, symmetric: bool, **parameters: Any) -> Self:
+        """Any of both symmetries."""
+        return cls.model_validate({"bits": bits, "is_symmetric": symmetric, **parameters})
 
     @property
     def id(self) -> str:

@@ -1,0 +1,213 @@
+"""What can be asked of the engine, and how a profile, the environment and a request become one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from typing_extensions import TypeAliasType
+
+from service.engine.methods.registry import methods
+from service.engine.schemes.base import Granularity, GroupSize, Scheme
+from service.engine.schemes.registry import build_scheme, schemes
+from service.errors import InvalidConfig
+
+BitWidth = TypeAliasType("BitWidth", Literal[2, 3, 4, 5, 6, 8])
+NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf"])
+ScaleDtypeChoice = TypeAliasType("ScaleDtypeChoice", Literal["auto", "F32", "F16", "BF16"])
+OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
+OnNonFinite = TypeAliasType("OnNonFinite", Literal["fail", "copy"])
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+#: The sensitive layers: embeddings, norms, output heads; of a diffusion model also its first and last layers.
+DEFAULT_SKIP = (
+    "*embed*", "*wte.*", "*wpe.*", "*shared.weight",
+    "*norm.weight", "*norm?.weight", "*layernorm*", "*LayerNorm*", "*.ln_*",
+    "*lm_head*", "*classifier.*", "*score.weight",
+    "*conv_in.*", "*conv_out.*", "proj_out.*", "*final_layer*",
+)  # fmt: skip
+
+
+def _one_of(value: str | None, known: Iterable[str]) -> str | None:
+    names = list(known)
+    if value is not None and value not in names:
+        raise ValueError(f"{value!r} does not exist; there are {', '.join(names)}")
+    return value
+
+
+class Profile(StrEnum):
+    """ArrowQuant's three sets of defaults."""
+
+    EDGE = "edge"
+    LOCAL = "local"
+    CLOUD = "cloud"
+
+
+class TensorConfig(BaseModel):
+    """How one tensor is quantized. What is unset comes from the layer below."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bit_width: BitWidth | None = Field(default=None, description="Bits per code.")
+    scheme: str | None = Field(default=None, description="A scheme named whole, one of `/v1/schemes`.")
+    number_format: NumberFormat | None = Field(default=None, description="`int` or `nf` (4 bits only).")
+    granularity: Granularity | None = Field(default=None, description="What shares one scale.")
+    group_size: GroupSize | None = Field(default=None, description="Elements of a row that share one scale.")
+    symmetric: bool | None = Field(default=None, description="Whether to do without zero points.")
+    scale_dtype: ScaleDtypeChoice | None = Field(default=None, description="`auto` follows the tensor's dtype.")
+    method: str | None = Field(default=None, description="How scales are found, one of `minmax`, `mse`.")
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        return _one_of(value, schemes())
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str | None) -> str | None:
+        return _one_of(value, methods())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scheme and (self.bit_width or self.number_format):
+            raise ValueError("`scheme` names format and width: leave out `bit_width` and `number_format`")
+        if self.number_format == "nf" and self.bit_width not in (None, 4):
+            raise ValueError("`number_format` nf has 4 bits: `bit_width` cannot be another")
+        if (self.scheme == "nf4" or self.number_format == "nf") and self.symmetric is False:
+            raise ValueError("nf4 has no zero point: `symmetric` cannot be false")
+        if self.group_size and self.granularity not in (None, "group"):
+            raise ValueError(f"`group_size` goes with granularity group, not {self.granularity}")
+        return self
+
+    def overridden_by(self, upper: TensorConfig) -> TensorConfig:
+        """This, with the fields that `upper` sets; one way to name a thing replaces the other ways."""
+        fields = self._tensor_fields()
+        new = upper._tensor_fields()
+        if "scheme" in new:
+            fields.pop("bit_width", None), fields.pop("number_format", None)
+        if new.keys() & {"bit_width", "number_format"}:
+            fields.pop("scheme", None)
+        if "bit_width" in new and new["bit_width"] != 4 and "number_format" not in new:
+            fields.pop("number_format", None)
+        if "number_format" in new and "bit_width" not in new and new["number_format"] == "nf":
+            fields.pop("bit_width", None)
+        if "granularity" in new and new["granularity"] != "group":
+            fields.pop("group_size", None)
+        if "group_size" in new and "granularity" not in new:
+            fields["granularity"] = "group"
+        fields.update(new)
+        if (fields.get("scheme") == "nf4" or fields.get("number_format") == "nf") and "symmetric" not in new:
+            fields.pop("symmetric", None)
+        return TensorConfig(**fields)
+
+    def _tensor_fields(self) -> dict[str, Any]:
+        return {k: v for k in TensorConfig.model_fields if (v := getattr(self, k)) is not None}
+
+
+class LayerOverride(TensorConfig):
+    """Settings for the tensors whose name matches; of several overrides the first match wins."""
+
+    match: Pattern = Field(description="Shell pattern over tensor names, such as `blocks.*.attn.*`.")
+
+
+class QuantizationConfig(TensorConfig):
+    """What a request may set; what is unset comes from the profile."""
+
+    skip: list[Pattern] | None = Field(default=None, description="Patterns of tensors to copy; replaces the defaults.")
+    layers: list[LayerOverride] | None = Field(default=None, description="Overrides by tensor name.")
+    min_accuracy: float | None = Field(default=None, ge=0, le=1, description="Cosine similarity, of each and of all.")
+    on_failure: OnFailure | None = Field(default=None, description="What to do with a tensor under `min_accuracy`.")
+    on_non_finite: OnNonFinite | None = Field(default=None, description="What to do with a NaN or an infinity.")
+    backend: str | None = Field(default=None, description="Where to compute: `auto`, or one of `/v1/backends`.")
+    num_time_groups: int | None = Field(default=None, ge=1, le=100)
+    enable_time_aware: bool | None = None
+    enable_spatial: bool | None = None
+    calibration_samples: int | None = Field(default=None, ge=1)
+
+
+class ResolvedConfig(QuantizationConfig):
+    """A configuration with nothing left open, and the profile it came from."""
+
+    profile: Profile
+
+    def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:
+        """What holds for the tensor of this name, and the pattern of the override that decided, if any."""
+        base = TensorConfig(**self._tensor_fields())
+        for override in self.layers or ():
+            if matches(name, override.match):
+                return base.overridden_by(override), override.match
+        return base, None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Shell matching, case-sensitive; `*` also matches dots."""
+    return fnmatchcase(name, pattern)
+
+
+PROFILES: dict[Profile, QuantizationConfig] = {
+    Profile.EDGE: QuantizationConfig(
+        bit_width=2, group_size=256, min_accuracy=0.65, num_time_groups=5, enable_spatial=False, calibration_samples=32
+    ),
+    Profile.LOCAL: QuantizationConfig(
+        bit_width=4, group_size=128, min_accuracy=0.85, num_time_groups=10, enable_spatial=True, calibration_samples=128
+    ),
+    Profile.CLOUD: QuantizationConfig(
+        bit_width=8, group_size=64, min_accuracy=0.95, num_time_groups=20, enable_spatial=True, calibration_samples=512
+    ),
+}
+COMMON_DEFAULTS = QuantizationConfig(
+    granularity="group",
+    symmetric=False,
+    scale_dtype="auto",
+    method="mse",
+    skip=list(DEFAULT_SKIP),
+    layers=[],
+    on_failure="fallback",
+    on_non_finite="fail",
+    backend="auto",
+    enable_time_aware=True,
+)
+
+
+def resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> ResolvedConfig:
+    """Defaults < profile < each of `layers` in turn (environment, request, output).
+
+    Raises InvalidConfig when the layers contradict each other.
+    """
+    tensor: TensorConfig = TensorConfig()
+    other: dict[str, Any] = {}
+    for layer in (COMMON_DEFAULTS, PROFILES[profile], *layers):
+        if layer is not None:
+            tensor = tensor.overridden_by(layer)
+            other |= {k: getattr(layer, k) for k in layer.model_fields_set - TensorConfig.model_fields.keys()}
+    other = {k: v for k, v in other.items() if v is not None}
+    try:
+        resolved = ResolvedConfig(profile=profile, **tensor._tensor_fields(), **other)
+        for override in resolved.layers or ():
+            build(tensor.overridden_by(override), "F32")
+        build(tensor, "F32")
+    except ValueError as error:
+        raise InvalidConfig(str(error), pointer="/config") from error
+    return resolved
+
+
+def build(config: TensorConfig, dtype: str) -> Scheme:
+    """The scheme that a resolved tensor configuration means for a tensor of this dtype."""
+    number_format = config.number_format or "int"
+    id_ = config.scheme or ("nf4" if number_format == "nf" else f"int{config.bit_width}")
+    granularity = config.granularity or "group"
+    scale_dtype = config.scale_dtype or "auto"
+    return build_scheme(
+        id_,
+        symmetric=bool(config.symmetric) if id_ != "nf4" else True,
+        granularity=granularity,
+        group_size=config.group_size if granularity == "group" else None,
+        scale_dtype=AUTO_SCALE[dtype] if scale_dtype == "auto" else scale_dtype,
+    )
+
+
+#: Loaders multiply in the model's own dtype, so its scales are stored in that, or in F16 where it is wider.
+AUTO_SCALE = {"F64": "F16", "F32": "F16", "F16": "F16", "BF16": "BF16"}

@@ -1,0 +1,86 @@
+"""A job: its record, its states, and the only way from one to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from service.engine.progress import Progress
+from service.errors import IllegalTransition
+from service.jobs.request import JobRequest
+
+
+class Status(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing can happen to the job any more."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),
+    Status.RUNNING: frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLING}),
+    Status.CANCELLING: frozenset({Status.CANCELLED, Status.FAILED}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELLED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed, by the code of the error tree."""
+
+    code: str
+    detail: str
+    tensor: str | None = None
+    pointer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file that a job wrote. `path` starts with the output's name; `location` is where it lies."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    media_type: str
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The record of a job; immutable, `to` makes the next one."""
+
+    id: str
+    request: JobRequest
+    config: dict[str, Any]
+    status: Status
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    progress: Progress | None = None
+    result: dict[str, Any] | None = None
+    error: Failure | None = None
+    artifacts: tuple[Artifact, ...] = field(default=())
+
+    def to(self, status: Status, **changes: Any) -> Job:
+        """The job in its next state, its time noted; raises IllegalTransition when there is no such way."""
+        if status not in TRANSITIONS[self.status]:
+            raise IllegalTransition(f"job {self.id} is {self.status}, which cannot become {status}")
+        if status is Status.RUNNING:
+            changes.setdefault("started_at", datetime.now(UTC))
+        if status.is_terminal:
+            changes.setdefault("finished_at", datetime.now(UTC))
+        return replace(self, status=status, **changes)

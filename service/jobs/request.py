@@ -1,0 +1,76 @@
+"""What a job is asked to do: the body of a POST, kept with the job so that a restart can go on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from service.engine.config import Profile, QuantizationConfig
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UriSource(_Body):
+    """A model at an address."""
+
+    type: Literal["uri"]
+    uri: str = Field(min_length=1, max_length=4096, description="`file://` and a path under a model root.")
+
+
+class JobSource(_Body):
+    """An output of an earlier job."""
+
+    type: Literal["job"]
+    job_id: str = Field(min_length=1, max_length=64)
+    output: Name | None = Field(default=None, description="Its name; may be left out where there is only one.")
+
+
+Source = Annotated[UriSource | JobSource, Field(discriminator="type")]
+
+
+class OutputRequest(_Body):
+    """A model to write."""
+
+    format: str = Field(description="One of `/v1/formats`.")
+    name: Name | None = Field(default=None, description="Folder of its artifacts; by default the format.")
+    config: QuantizationConfig | None = Field(default=None, description="Overrides the job's `config`.")
+    options: dict[str, Any] | None = Field(default=None, description="The format's own options, see `/v1/formats`.")
+    uri: str | None = Field(default=None, max_length=4096, description="Where to write, instead of the server's store.")
+
+    @property
+    def folder(self) -> str:
+        """Its name, or what stands for it."""
+        return self.name or self.format
+
+
+class _JobBody(_Body):
+    profile: Profile = Profile.LOCAL
+    config: QuantizationConfig | None = None
+    timeout_s: float | None = Field(default=None, gt=0, le=30 * 86400)
+    priority: int = Field(default=0, ge=-100, le=100)
+    labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)
+
+
+class QuantizeRequest(_JobBody):
+    """Quantize a model and write it in one or more formats."""
+
+    kind: Literal["quantize"]
+    source: Source
+    outputs: list[OutputRequest] = Field(min_length=1, max_length=16)
+
+
+class ValidateRequest(_JobBody):
+    """Measure how far one stored model is from another; writes only a report."""
+
+    kind: Literal["validate"]
+    original: Source
+    quantized: Source
+
+
+JobRequest = Annotated[QuantizeRequest | ValidateRequest, Field(discriminator="kind")]
