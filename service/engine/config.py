@@ -84,8 +84,8 @@ class TensorConfig(BaseModel):
 
     def overridden_by(self, upper: TensorConfig) -> TensorConfig:
         """This, with the fields that `upper` sets; one way to name a thing replaces the other ways."""
-        fields = self._tensor_fields()
-        new = upper._tensor_fields()
+        fields = self.tensor_fields()
+        new = upper.tensor_fields()
         if "scheme" in new:
             fields.pop("bit_width", None), fields.pop("number_format", None)
         if new.keys() & {"bit_width", "number_format"}:
@@ -103,7 +103,8 @@ class TensorConfig(BaseModel):
             fields.pop("symmetric", None)
         return TensorConfig(**fields)
 
-    def _tensor_fields(self) -> dict[str, Any]:
+    def tensor_fields(self) -> dict[str, Any]:
+        """The fields above that are set."""
         return {k: v for k in TensorConfig.model_fields if (v := getattr(self, k)) is not None}
 
 
@@ -135,7 +136,7 @@ class ResolvedConfig(QuantizationConfig):
 
     def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:
         """What holds for the tensor of this name, and the pattern of the override that decided, if any."""
-        base = TensorConfig(**self._tensor_fields())
+        base = TensorConfig(**self.tensor_fields())
         for override in self.layers or ():
             if matches(name, override.match):
                 return base.overridden_by(override), override.match
@@ -185,7 +186,7 @@ def resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> Re
             other |= {k: getattr(layer, k) for k in layer.model_fields_set - TensorConfig.model_fields.keys()}
     other = {k: v for k, v in other.items() if v is not None}
     try:
-        resolved = ResolvedConfig(profile=profile, **tensor._tensor_fields(), **other)
+        resolved = ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
         for override in resolved.layers or ():
             build(tensor.overridden_by(override), "F32")
         build(tensor, "F32")

@@ -1,0 +1,95 @@
+"""The journal of a run: a line per finished tensor, from which another process can go on.
+
+It lives beside the files it speaks of. A line is written after its tensor's bytes, and the kernel
+keeps both when the process is killed. When the machine itself went down, bytes may be missing
+behind a line that survived; the id of the boot tells, and the journal is then not believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from service.engine.report import TensorReport, tensor_from_json, tensor_to_json
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A finished tensor: its report in each output, what was told of it, and the writers' states."""
+
+    reports: tuple[TensorReport, ...]
+    warnings: tuple[str, ...]
+    states: tuple[dict[str, Any], ...]
+    seconds: float  # of the whole run, up to here
+
+    def to_line(self) -> str:
+        """As a line of JSON."""
+        fields = {
+            "reports": [tensor_to_json(r) for r in self.reports],
+            "warnings": self.warnings,
+            "states": self.states,
+            "seconds": self.seconds,
+        }
+        return json.dumps(fields, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Entry:
+        """The inverse of `to_line`."""
+        reports = tuple(tensor_from_json(r) for r in data["reports"])
+        return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"])
+
+
+class Journal:
+    """Append-only file of entries under a header that names the run they belong to."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path = path
+        self._header = json.dumps({"run": run, "boot": _boot_id()}) + "\n"
+        self._file: TextIO | None = None
+
+    def resume(self) -> list[Entry]:
+        """The entries of an earlier process for the same run and boot, if any; then ready to append."""
+        entries, size = self._read()
+        self._file = self._path.open("a+", encoding="utf-8")
+        self._file.truncate(size)  # a line cut off by a crash goes
+        if not size:
+            self._file.write(self._header)
+            self._file.flush()
+        return entries
+
+    def append(self, entry: Entry) -> None:
+        """Note a finished tensor; its bytes must be written already."""
+        assert self._file is not None, "resume() comes first"
+        self._file.write(entry.to_line())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> tuple[list[Entry], int]:
+        lines = self._whole_lines()
+        header = next(lines, None)
+        if header is None or header.decode() != self._header:
+            return [], 0
+        entries, size = [], len(header)
+        for line in lines:
+            entries.append(Entry.from_json(json.loads(line)))
+            size += len(line)
+        return entries, size
+
+    def _whole_lines(self) -> Iterator[bytes]:
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else "unknown"

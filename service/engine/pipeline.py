@@ -1,0 +1,206 @@
+"""Runs a plan: row block by row block, one read for all outputs, a journal line after each tensor.
+
+Memory is bounded by the block. `cancelled` is asked between blocks; what a stopped or killed run
+has written stays in its work folder, and a run with the same plan goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import service
+from service.engine.backends.base import Backend
+from service.engine.checkpoint import Entry, Journal
+from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
+from service.engine.meter import Meter
+from service.engine.plan import OutputPlan, Plan
+from service.engine.progress import Cancelled, Notice, Report, Stage, TensorCompleted
+from service.engine.publish import Advance, copy_companions, seal, stop_when
+from service.engine.report import OutputReport, RunReport, TensorReport
+from service.engine.tensor_run import TensorRun, Tools
+from service.storage.faults import storage_faults
+
+JOURNAL = "checkpoint.jsonl"
+
+
+def quantize(
+    plan: Plan,
+    reader: ModelReader,
+    work: Path,
+    *,
+    backend: Backend,
+    block_bytes: int,
+    report: Report,
+    cancelled: Cancelled,
+) -> RunReport:
+    """Write every output of the plan to `work/<name>/`: complete, synced, hashed, with a manifest.
+
+    Goes on behind the last finished tensor when `work` holds the journal of the same plan. Raises
+    Cancelled, or another ArrowQuantError, and then leaves `work` as it is: it can be gone on from,
+    or removed.
+    """
+    with storage_faults("writing the outputs"):
+        run = _Run(plan, reader, work, Tools(backend, block_bytes, report, cancelled))
+        try:
+            return run.execute()
+        finally:
+            run.close()
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(self, plan: Plan, reader: ModelReader, work: Path, tools: Tools) -> None:
+        self._plan, self._reader, self._work, self._tools = plan, reader, work, tools
+        self._journal = Journal(work / JOURNAL, _fingerprint(plan, tools))
+        self._meter = Meter(tools.report, len(plan.tensors), plan.source_bytes)
+        self._reports: list[tuple[TensorReport, ...]] = []
+        self._warnings: list[str] = []
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._writers = [self._writer(output) for output in plan.outputs]
+
+    def execute(self) -> RunReport:
+        """Tensors, then the files as wholes."""
+        done = self._resume()
+        if not done:
+            for text in self._plan.layout.warnings:
+                self._warn(Notice("source", text))
+        for tensor in self._plan.tensors[done:]:
+            stop_when(self._tools.cancelled)
+            begun = len(self._warnings)
+            finished = TensorRun(tensor, self._plan.outputs, self._reader, self._writers, self._tools, self._meter)
+            reports = finished.execute(self._warn)
+            self._reports.append(reports)
+            states = tuple(writer.state() for writer in self._writers)
+            # The first line also keeps what was told before any tensor.
+            told = self._warnings[begun if self._reports[1:] else 0 :]
+            self._journal.append(Entry(reports, tuple(told), states, self._seconds))
+            self._meter.tensor_done(tensor.info.nbytes)
+            self._tell(reports)
+        quantized = self._seconds
+        outputs = tuple(self._finish(index, output) for index, output in enumerate(self._plan.outputs))
+        return RunReport(
+            kind="quantize",
+            modality=self._plan.layout.modality,
+            backend=self._tools.backend.id,
+            outputs=outputs,
+            warnings=tuple(self._warnings),
+            seconds=self._seconds,
+            stages={"quantizing": quantized, "writing": self._seconds - quantized},
+        )
+
+    def close(self) -> None:
+        """Let go of the files; harmless after `execute`."""
+        self._journal.close()
+        for writer in self._writers:
+            writer.discard()
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _resume(self) -> int:
+        entries = self._journal.resume()
+        for index, writer in enumerate(self._writers):
+            writer.restore([entry.states[index] for entry in entries])
+        for entry in entries:
+            self._reports.append(entry.reports)
+            self._warnings.extend(entry.warnings)
+            self._seconds_before = entry.seconds
+        done = len(entries)
+        self._meter.start("quantizing", done, sum(t.info.nbytes for t in self._plan.tensors[:done]))
+        return done
+
+    def _writer(self, output: OutputPlan) -> ModelWriter:
+        folder = self._work / output.name
+        folder.mkdir(parents=True, exist_ok=True)
+        context = WriterContext(
+            layout=self._plan.layout,
+            config=output.config.model_dump(mode="json", exclude_none=True),
+            options=output.options,
+            service_version=service.__version__,
+        )
+        return output.format.writer(folder, context)
+
+    def _warn(self, notice: Notice) -> None:
+        self._warnings.append(f"{notice.tensor}: {notice.text}" if notice.tensor else notice.text)
+        self._tools.report(notice)
+
+    def _tell(self, reports: Iterable[TensorReport]) -> None:
+        for output, report in zip(self._plan.outputs, reports, strict=True):
+            quality = report.quality
+            self._tools.report(
+                TensorCompleted(
+                    output=output.name,
+                    name=report.name,
+                    shape=report.shape,
+                    scheme=report.scheme,
+                    bits=quality.bits_per_weight if quality else 8.0 * report.stored_bytes / max(1, prod(report.shape)),
+                    cosine_similarity=quality.cosine_similarity if quality else None,
+                    sqnr_db=quality.sqnr_db if quality else None,
+                    bytes_in=report.original_bytes,
+                    bytes_out=report.stored_bytes,
+                    seconds=report.seconds,
+                )
+            )
+
+    def _finish(self, index: int, output: OutputPlan) -> OutputReport:
+        cancelled = self._tools.cancelled
+        self._writers[index].close(cancelled)
+        stop_when(cancelled)
+        folder, layout = self._work / output.name, self._plan.layout
+        companions = sum((layout.root / path).stat().st_size for path in layout.companions)
+        copy_companions(layout, folder, self._advancing("writing", companions))
+        total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        entries = seal(folder, self._about(output), self._advancing("hashing", total))
+        tensors = tuple(reports[index] for reports in self._reports)
+        return OutputReport(
+            name=output.name,
+            format=output.format.id,
+            bit_width=output.config.bit_width or _usual_bits(tensors),
+            min_accuracy=output.config.min_accuracy or 0.0,
+            tensors=tensors,
+            original_bytes=self._plan.source_bytes + companions,
+            files=entries,
+        )
+
+    def _advancing(self, stage: Stage, total: int) -> Advance:
+        advance = self._meter.finishing(stage, total)
+
+        def checked(nbytes: int) -> None:
+            stop_when(self._tools.cancelled)
+            advance(nbytes)
+
+        return checked
+
+    def _about(self, output: OutputPlan) -> dict[str, Any]:
+        return {
+            "format": output.format.id,
+            "service_version": service.__version__,
+            "source_fingerprint": self._plan.layout.fingerprint,
+            "modality": self._plan.layout.modality,
+            "config": output.config.model_dump(mode="json", exclude_none=True),
+        }
+
+
+def _usual_bits(tensors: Iterable[TensorReport]) -> int | None:
+    """The width that most tensors have."""
+    widths = Counter(t.bits for t in tensors if t.bits is not None)
+    return widths.most_common(1)[0][0] if widths else None
+
+
+def _fingerprint(plan: Plan, tools: Tools) -> str:
+    """Names all that the bytes of the outputs depend on."""
+    parts: list[Any] = [service.__version__, plan.layout.fingerprint, tools.backend.id, tools.block_bytes]
+    for output in plan.outputs:
+        parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
+        parts.append(output.config.model_dump(mode="json"))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,191 @@
+"""What will happen to each tensor in each output, and which rule decided: headers times configuration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.engine.backends.registry import choose_backend
+from service.engine.config import ResolvedConfig, TensorConfig, build, matches
+from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
+from service.engine.formats.registry import find_format
+from service.engine.methods.base import Method
+from service.engine.methods.registry import methods
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import TensorInfo
+from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
+
+MIN_ELEMENTS = 4096
+GROUP_SIZES = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """An output as asked for."""
+
+    name: str
+    format: str
+    config: ResolvedConfig
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """An output with its format looked up and its options checked."""
+
+    name: str
+    format: type[Format]
+    options: FormatOptions
+    config: ResolvedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one tensor in one output: quantized when `scheme` is set, copied otherwise.
+
+    `rule` is the reason in words; `notable` tells that a user who asked for this tensor to be
+    quantized may not expect it.
+    """
+
+    rule: str
+    scheme: Scheme | None = None
+    method: Method | None = None
+    notable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """A tensor with a decision for each output, in their order."""
+
+    info: TensorInfo
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run will do; making it reads headers only."""
+
+    layout: ModelLayout
+    outputs: tuple[OutputPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors as the source stores them."""
+        return sum(t.info.nbytes for t in self.tensors)
+
+    def predicted_bytes(self, output: int) -> int:
+        """Bytes of the tensors in an output if no fallback is taken, without headers and companions."""
+        return sum(_stored_bytes(t.info, t.decisions[output]) for t in self.tensors)
+
+
+def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
+    """Look up formats, check options and schemes: all that can be refused without opening the model.
+
+    Raises InvalidConfig or UnsupportedByFormat with a pointer into the request's `outputs`.
+    """
+    names = Counter(spec.name for spec in outputs)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise InvalidConfig(f"two outputs are named {twice[0]!r}; give one of them another `name`", pointer="/outputs")
+    if len({spec.config.backend for spec in outputs}) > 1:
+        raise InvalidConfig("all outputs of a job are computed by one backend; set it in `config`", pointer="/outputs")
+    choose_backend(outputs[0].config.backend or "auto")
+    return tuple(_check_output(index, spec) for index, spec in enumerate(outputs))
+
+
+def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
+    """Decide for every tensor of the model what each output does with it.
+
+    Raises what `check_outputs` raises, and AlreadyQuantized when the model's weights are codes.
+    """
+    checked = check_outputs(outputs)
+    if coded := next((t for t in reader.tensors if t.stored_as), None):
+        raise AlreadyQuantized(
+            f"tensor {coded.name} is stored as {coded.stored_as} ({reader.format_id}); give the original weights",
+            tensor=coded.name,
+        )
+    tensors = tuple(TensorPlan(info, tuple(decide(info, output) for output in checked)) for info in reader.tensors)
+    return Plan(reader.layout, checked, tensors, _notes(checked))
+
+
+def decide(info: TensorInfo, output: OutputPlan) -> Decision:
+    """The rule that holds for this tensor in this output."""
+    if reason := _not_quantizable(info):
+        return Decision(reason)
+    config, override = output.config.tensor_config(info.name)
+    # An override that names a tensor means it; otherwise the skip patterns come first.
+    skipped = next((p for p in output.config.skip or () if matches(info.name, p)), None)
+    if skipped is not None and override is None:
+        return Decision(f"skip pattern {skipped!r}")
+    scheme, regrouped = fit_group(build(config, info.dtype), info.cols, output.format)
+    if refusal := output.format.refuses_tensor(info, scheme):
+        return Decision(f"{output.format.id} cannot hold it: {refusal}", notable=True)
+    rule = f"layers pattern {override!r}" if override is not None else f"profile {output.config.profile}"
+    rule = f"{rule}; {regrouped}" if regrouped else rule
+    return Decision(rule, scheme, _method(config), notable=bool(regrouped))
+
+
+def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme, str | None]:
+    """The scheme with a group size that the row length and the format allow, and what was changed."""
+    size = scheme.group_size
+    if scheme.granularity != "group" or size is None or cols % size == 0 or format_.short_groups:
+        return scheme, None
+    smaller = next((g for g in GROUP_SIZES if g < size and cols % g == 0), None)
+    if smaller is None:
+        return with_group(scheme, None), f"no group size divides rows of {cols}: one scale per channel"
+    return with_group(scheme, smaller), f"group size {size} does not divide rows of {cols}: {smaller} instead"
+
+
+def with_group(scheme: Scheme, size: int | None) -> Scheme:
+    """The same scheme with another group size, or per channel when it is None."""
+    changed = {"granularity": "group" if size else "channel", "group_size": size}
+    return type(scheme).model_validate(scheme.model_dump() | changed)
+
+
+def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
+    pointer = f"/outputs/{index}"
+    format_ = find_format(spec.format, pointer=f"{pointer}/format")
+    if not format_.can_write:
+        raise UnsupportedByFormat(f"format {spec.format!r} can only be read", pointer=f"{pointer}/format")
+    try:
+        options = format_.options.model_validate(spec.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "/".join(str(part) for part in first["loc"])
+        raise InvalidConfig(f"option {where}: {first['msg']}", pointer=f"{pointer}/options/{where}") from error
+    bases = [TensorConfig(**spec.config.tensor_fields())]
+    bases += [bases[0].overridden_by(override) for override in spec.config.layers or ()]
+    for config in bases:
+        scheme = build(config, "F32")
+        if reason := format_.refuses_scheme(scheme, options):
+            raise UnsupportedByFormat(f"{spec.format} cannot hold {scheme.id}: {reason}", pointer=f"{pointer}/format")
+    return OutputPlan(spec.name, format_, options, spec.config)
+
+
+def _not_quantizable(info: TensorInfo) -> str | None:
+    if not info.is_float:
+        return f"dtype {info.dtype} is not quantized"
+    if len(info.shape) < 2:
+        return "fewer than two dimensions"
+    if info.size < MIN_ELEMENTS:
+        return f"fewer than {MIN_ELEMENTS} elements"
+    return None
+
+
+def _method(config: TensorConfig) -> Method:
+    return methods()[config.method or "minmax"]()
+
+
+def _stored_bytes(info: TensorInfo, decision: Decision) -> int:
+    return decision.scheme.stored_bytes(info.rows, info.cols) if decision.scheme else info.nbytes
+
+
+def _notes(outputs: Sequence[OutputPlan]) -> tuple[str, ...]:
+    if any(o.config.enable_time_aware or o.config.enable_spatial for o in outputs):
+        return ("time-aware and spatial steps are left out: they need calibration data, and none was given",)
+    return ()

@@ -1,0 +1,116 @@
+"""From written to published: companions beside the weights, everything synced, hashed, listed, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mimetypes
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from service.engine.formats.base import FileEntry, ModelLayout
+from service.errors import Cancelled, TargetInUse
+
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 4 << 20
+MEDIA_TYPES = {".parquet": "application/vnd.apache.parquet", ".safetensors": "application/octet-stream"}
+
+#: Called with the bytes just worked on; raises Cancelled when the run is to stop.
+Advance = Callable[[int], None]
+
+
+def copy_companions(layout: ModelLayout, folder: Path, advance: Advance) -> None:
+    """Copy the files that go along, except those that the writer made anew."""
+    for relative in layout.companions:
+        target = folder / relative
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with (layout.root / relative).open("rb") as source, target.open("wb") as sink:
+                for chunk in _chunks(source.read):
+                    sink.write(chunk)
+                    advance(len(chunk))
+
+
+def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEntry, ...]:
+    """Sync and hash every file, and write the manifest: `about` and the list of files."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = [_entry(folder, path, advance) for path in paths]
+    manifest = folder / MANIFEST
+    listed = [asdict(e) | {"path": str(e.path)} for e in entries]
+    manifest.write_text(json.dumps(about | {"files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    entries.append(_entry(folder, manifest, advance))
+    for directory in {folder, *(p.parent for p in paths)}:
+        sync_directory(directory)
+    return tuple(entries)
+
+
+def publish(finished: Path, target: Path) -> None:
+    """Make a finished folder appear as `target`, whole or not at all.
+
+    Raises TargetInUse when the target exists and is not an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        finished.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise TargetInUse(f"the target folder {target.name!r} exists and is not empty; choose another") from error
+        if error.errno != errno.EXDEV:
+            raise
+        _publish_across(finished, target)
+    sync_directory(target.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names in this folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish_across(finished: Path, target: Path) -> None:
+    # Another file system: copy beside the target first, so that the last step is a rename all the same.
+    beside = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        shutil.copytree(finished, beside)
+        for path in sorted(beside.rglob("*")):
+            if path.is_file():
+                _sync(path)
+        publish(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(finished)
+
+
+def _entry(folder: Path, path: Path, advance: Advance) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in _chunks(file.read):
+            digest.update(chunk)
+            advance(len(chunk))
+        os.fsync(file.fileno())
+    relative = PurePosixPath(path.relative_to(folder).as_posix())
+    media_type = MEDIA_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return FileEntry(relative, path.stat().st_size, digest.hexdigest(), media_type)
+
+
+def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    return iter(lambda: read(CHUNK_BYTES), b"")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def stop_when(cancelled: Callable[[], bool]) -> None:
+    """Raise Cancelled when the caller wants the run to stop."""
+    if cancelled():
+        raise Cancelled("the run was cancelled")

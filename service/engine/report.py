@@ -1,0 +1,238 @@
+"""What a run measured: per tensor, per output, and as the few figures a user looks at first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from service.engine.formats.base import FileEntry
+from service.engine.metrics import ErrorSums, Quality
+from service.errors import NotFound
+
+WORST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One tensor in one output. Copies have the scheme `none` and no errors."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: str
+    rule: str
+    original_bytes: int
+    stored_bytes: int
+    seconds: float
+    method: str | None = None
+    bits: int | None = None
+    symmetric: bool | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    scale_dtype: str | None = None
+    sums: ErrorSums | None = None
+
+    @property
+    def quality(self) -> Quality | None:
+        """The figures that follow from the sums."""
+        return Quality.of(self.sums, self.stored_bytes) if self.sums else None
+
+    def row(self) -> dict[str, Any]:
+        """As a flat row, sums replaced by the figures."""
+        quality = self.quality
+        figures = asdict(quality) if quality else dict.fromkeys(Quality.__dataclass_fields__)
+        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "sums"}
+        return fields | {"shape": list(self.shape)} | figures
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReport:
+    """All tensors of one output, and the files that hold them."""
+
+    name: str
+    format: str
+    bit_width: int | None
+    min_accuracy: float
+    tensors: tuple[TensorReport, ...]
+    original_bytes: int
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def sums(self) -> ErrorSums:
+        """Over all quantized weights together."""
+        return sum((t.sums for t in self.tensors if t.sums), ErrorSums())
+
+    @property
+    def quality(self) -> Quality:
+        """Over all quantized weights together: not a mean of means."""
+        return Quality.of(self.sums, sum(t.stored_bytes for t in self.tensors if t.sums))
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of the weights as stored; of the files where there are any."""
+        return sum(f.size_bytes for f in self.files) or sum(t.stored_bytes for t in self.tensors)
+
+    @property
+    def worst(self) -> list[TensorReport]:
+        """The tensors with the lowest cosine similarity."""
+        measured = [(q.cosine_similarity, t) for t in self.tensors if (q := t.quality)]
+        return [t for _, t in sorted(measured, key=lambda pair: pair[0])[:WORST]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the whole and each tensor reach `min_accuracy`."""
+        worst = self.worst[:1]
+        lowest = [q.cosine_similarity for t in worst if (q := t.quality)]
+        return all(c >= self.min_accuracy for c in (*lowest, self.quality.cosine_similarity) if self.sums.count)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the output as a whole."""
+        quantized = self.quantized_bytes
+        counted = sum(t.original_bytes for t in self.tensors if t.sums)
+        stored = sum(t.stored_bytes for t in self.tensors if t.sums)
+        return asdict(self.quality) | {
+            "name": self.name,
+            "format": self.format,
+            "bit_width": self.bit_width,
+            "original_bytes": self.original_bytes,
+            "quantized_bytes": quantized,
+            "compression_ratio": self.original_bytes / quantized if quantized else 1.0,
+            "weights_compression_ratio": counted / stored if stored else 1.0,
+            "tensors_quantized": sum(t.sums is not None for t in self.tensors),
+            "tensors_total": len(self.tensors),
+            "passed": self.passed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, names of files and the worst tensors included."""
+        return self.summary() | {
+            "min_accuracy": self.min_accuracy,
+            "worst_tensors": [t.name for t in self.worst],
+            "tensors": [_drop_none(t.row()) | {"sums": asdict(t.sums) if t.sums else None} for t in self.tensors],
+            "files": [asdict(f) | {"path": str(f.path)} for f in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OutputReport:
+        """The inverse of `to_json`."""
+        return cls(
+            name=data["name"],
+            format=data["format"],
+            bit_width=data["bit_width"],
+            min_accuracy=data["min_accuracy"],
+            tensors=tuple(tensor_from_json(t) for t in data["tensors"]),
+            original_bytes=data["original_bytes"],
+            files=tuple(FileEntry(**(f | {"path": PurePosixPath(f["path"])})) for f in data["files"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run measured."""
+
+    kind: str
+    modality: str
+    backend: str
+    outputs: tuple[OutputReport, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output reaches its `min_accuracy`."""
+        return all(output.passed for output in self.outputs)
+
+    def result(self) -> dict[str, Any]:
+        """The `result` of a job: the first output's figures on top, then each output's."""
+        summaries = [_drop_none(output.summary()) for output in self.outputs]
+        top = {k: v for k, v in summaries[0].items() if k not in ("name", "format")}
+        shared = {
+            "modality": self.modality,
+            "quantization_time_s": self.seconds,
+            "backend": self.backend,
+            "passed": self.passed,
+            "warnings": list(self.warnings),
+        }
+        return top | shared | {"outputs": summaries}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, everything in it."""
+        return {
+            "kind": self.kind,
+            "modality": self.modality,
+            "backend": self.backend,
+            "passed": self.passed,
+            "quantization_time_s": self.seconds,
+            "stages": self.stages,
+            "warnings": list(self.warnings),
+            "outputs": [output.to_json() for output in self.outputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunReport:
+        """The inverse of `to_json`."""
+        return cls(
+            kind=data["kind"],
+            modality=data["modality"],
+            backend=data["backend"],
+            outputs=tuple(OutputReport.from_json(o) for o in data["outputs"]),
+            warnings=tuple(data["warnings"]),
+            seconds=data["quantization_time_s"],
+            stages=data["stages"],
+        )
+
+    def table(self, output: str | None = None) -> pa.Table:
+        """The per-tensor table of one output, by default of all; raises NotFound."""
+        chosen = [o for o in self.outputs if output in (None, o.name)]
+        if not chosen:
+            names = ", ".join(o.name for o in self.outputs)
+            raise NotFound(f"there is no output {output!r} in this report; there are {names}")
+        rows = [{"output": o.name} | t.row() for o in chosen for t in o.tensors]
+        return pa.Table.from_pylist(rows, schema=TABLE_SCHEMA)
+
+
+TABLE_SCHEMA = pa.schema(
+    [
+        ("output", pa.string()),
+        ("name", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("dtype", pa.string()),
+        ("scheme", pa.string()),
+        ("bits", pa.int8()),
+        ("symmetric", pa.bool_()),
+        ("granularity", pa.string()),
+        ("group_size", pa.int32()),
+        ("scale_dtype", pa.string()),
+        ("method", pa.string()),
+        ("rule", pa.string()),
+        ("original_bytes", pa.int64()),
+        ("stored_bytes", pa.int64()),
+        ("bits_per_weight", pa.float64()),
+        ("cosine_similarity", pa.float64()),
+        ("sqnr_db", pa.float64()),
+        ("relative_error", pa.float64()),
+        ("max_abs_error", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+
+def tensor_to_json(report: TensorReport) -> dict[str, Any]:
+    """For a checkpoint: just the fields."""
+    return asdict(report)
+
+
+def tensor_from_json(data: dict[str, Any]) -> TensorReport:
+    """The inverse of `tensor_to_json`; figures that follow from the sums may be there as well."""
+    fields = {k: v for k, v in data.items() if k in TensorReport.__dataclass_fields__}
+    sums = fields.pop("sums", None)
+    report = TensorReport(**(fields | {"shape": tuple(fields["shape"])}))
+    return replace(report, sums=ErrorSums(**sums)) if sums else report
+
+
+def _drop_none(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if v is not None}

@@ -1,0 +1,253 @@
+"""One tensor through all outputs: read once, quantize each way that is asked for, check, fall back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from service.engine.backends.base import Backend, Grid
+from service.engine.config import ResolvedConfig
+from service.engine.formats.base import ModelReader, ModelWriter
+from service.engine.histogram import Histogram
+from service.engine.meter import Meter
+from service.engine.metrics import ErrorSums, Quality
+from service.engine.plan import Decision, OutputPlan, TensorPlan
+from service.engine.progress import Cancelled, Notice, Report
+from service.engine.publish import stop_when
+from service.engine.report import TensorReport
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.registry import build_scheme
+from service.engine.tensors import Array, TensorInfo
+from service.errors import AccuracyTooLow, NonFiniteWeights
+
+#: Widths that `on_failure: fallback` climbs.
+FALLBACK_BITS = (2, 3, 4, 6, 8)
+#: Row blocks are multiples of this, so that they end on whole words in every packing.
+ROW_MULTIPLE = 32
+
+Warn = Callable[[Notice], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every step of a run uses."""
+
+    backend: Backend
+    block_bytes: int
+    report: Report
+    cancelled: Cancelled
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One way to store the tensor, for all outputs that want it so."""
+
+    decision: Decision
+    outputs: list[int]
+    sums: ErrorSums = field(default_factory=ErrorSums)
+    grid: Grid | None = None
+
+
+class TensorRun:
+    """Runs one tensor; `execute` once."""
+
+    def __init__(
+        self,
+        plan: TensorPlan,
+        outputs: Sequence[OutputPlan],
+        reader: ModelReader,
+        writers: Sequence[ModelWriter],
+        tools: Tools,
+        meter: Meter,
+    ) -> None:
+        self._info = plan.info
+        self._decisions = plan.decisions
+        self._outputs, self._reader, self._writers = outputs, reader, writers
+        self._tools, self._meter = tools, meter
+        self._started = time.monotonic()
+        self._reports: dict[int, TensorReport] = {}
+
+    def execute(self, warn: Warn) -> tuple[TensorReport, ...]:
+        """Store the tensor in every output; the reports in their order.
+
+        Raises NonFiniteWeights or AccuracyTooLow where the configuration says `fail`.
+        """
+        self._warn_of_notable(warn)
+        attempts = _grouped(dict(enumerate(self._decisions)))
+        while attempts:
+            self._find_grids(attempts)
+            for attempt in attempts:
+                for output in attempt.outputs:
+                    self._writers[output].begin(self._info, attempt.decision.scheme)
+            self._write(attempts)
+            attempts = _grouped(self._settle(attempts, warn))
+        return tuple(self._reports[index] for index in range(len(self._outputs)))
+
+    def _warn_of_notable(self, warn: Warn) -> None:
+        notable = [d for d in self._decisions if d.notable]
+        for decision in dict.fromkeys(notable):
+            code = "group_size_changed" if decision.scheme else "tensor_copied"
+            warn(Notice(code, decision.rule, self._info.name))
+
+    def _find_grids(self, attempts: list[_Attempt]) -> None:
+        """The extra pass that one grid for a whole tensor takes."""
+        wanting = [(a, s) for a in attempts if (s := a.decision.scheme) and s.granularity == "tensor"]
+        if not wanting:
+            return
+        seen: Histogram | None = None
+        for start, stop in self._blocks():
+            block = self._tools.backend.observe(self._rows(start, stop))
+            seen = block if seen is None else seen + block
+        assert seen is not None, "a quantizable tensor has rows"
+        for attempt, scheme in wanting:
+            method = attempt.decision.method
+            assert method is not None, "a scheme comes with a method"
+            finite = seen if seen.finite else Histogram.of(np.zeros(1, np.float32))
+            attempt.grid = self._tools.backend.tensor_grid(finite, scheme, method)
+
+    def _write(self, attempts: list[_Attempt]) -> None:
+        if all(a.decision.scheme is None for a in attempts):
+            self._copy(attempts)
+            return
+        for start, stop in self._blocks():
+            x = self._rows(start, stop)
+            for attempt in attempts:
+                self._write_rows(attempt, x)
+            self._meter.within_tensor(self._info.nbytes * stop // self._info.rows)
+
+    def _write_rows(self, attempt: _Attempt, x: Array) -> None:
+        scheme, method = attempt.decision.scheme, attempt.decision.method
+        if scheme is None or method is None:
+            raw = memoryview(np.ascontiguousarray(x).view(np.uint8).reshape(-1))
+            for output in attempt.outputs:
+                self._writers[output].write_raw(raw)
+            return
+        rows = self._tools.backend.quantize(x, scheme, method, attempt.grid)
+        attempt.sums += rows.errors
+        if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
+            raise NonFiniteWeights(
+                f"tensor {self._info.name} holds a NaN or an infinity; mend it, name it in `skip`,"
+                " or set `on_non_finite` to `copy`",
+                tensor=self._info.name,
+            )
+        for output in attempt.outputs:
+            self._writers[output].write_rows(rows)
+
+    def _copy(self, attempts: list[_Attempt]) -> None:
+        step = self._tools.block_bytes
+        for start in range(0, self._info.nbytes, step):
+            stop_when(self._tools.cancelled)
+            stop = min(start + step, self._info.nbytes)
+            raw = self._reader.raw(self._info, start, stop)
+            for attempt in attempts:
+                for output in attempt.outputs:
+                    self._writers[output].write_raw(raw)
+            self._meter.within_tensor(stop)
+
+    def _settle(self, attempts: list[_Attempt], warn: Warn) -> dict[int, Decision]:
+        """Commit what is good enough; what the other outputs are to try next."""
+        again: dict[int, Decision] = {}
+        for attempt in attempts:
+            for output in attempt.outputs:
+                other = self._judge(attempt, output, warn)
+                if other is None:
+                    self._commit(attempt, output)
+                else:
+                    self._writers[output].abandon()
+                    again[output] = other
+        return again
+
+    def _judge(self, attempt: _Attempt, output: int, warn: Warn) -> Decision | None:
+        """What to try instead, or None when the attempt stands."""
+        scheme = attempt.decision.scheme
+        if scheme is None:
+            return None
+        config, name = self._config(output), self._info.name
+        if not attempt.sums.finite:
+            warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name))
+            return Decision("holds a NaN or an infinity")
+        cosine, floor = attempt.sums.cosine_similarity, config.min_accuracy or 0.0
+        if cosine >= floor:
+            return None
+        missed = f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
+        if config.on_failure == "fail":
+            raise AccuracyTooLow(
+                f"tensor {name}: {missed}; give it more bits with `layers`, lower `min_accuracy`,"
+                " or set `on_failure` to `fallback` or `warn`",
+                tensor=name,
+            )
+        if config.on_failure == "warn":
+            warn(Notice("accuracy_missed", missed, name))
+            return None
+        wider = _wider(scheme)
+        if wider is None:
+            warn(Notice("fallback_copied", f"{missed}: copied as it was", name))
+            return Decision(f"{missed}: copied")
+        warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name))
+        return replace(attempt.decision, rule=f"{missed}: {wider.id} instead", scheme=wider)
+
+    def _commit(self, attempt: _Attempt, output: int) -> None:
+        decision, info = attempt.decision, self._info
+        scheme, method = decision.scheme, decision.method
+        quality = Quality.of(attempt.sums, scheme.stored_bytes(info.rows, info.cols)) if scheme else None
+        stored = self._writers[output].commit(quality)
+        report = TensorReport(
+            name=info.name,
+            shape=info.shape,
+            dtype=info.dtype,
+            scheme=scheme.id if scheme else "none",
+            rule=decision.rule,
+            original_bytes=info.nbytes,
+            stored_bytes=stored,
+            seconds=time.monotonic() - self._started,
+        )
+        if scheme and method:
+            report = replace(
+                report,
+                method=method.id,
+                bits=scheme.bits,
+                symmetric=scheme.symmetric,
+                granularity=scheme.granularity,
+                group_size=scheme.group_size if scheme.granularity == "group" else None,
+                scale_dtype=scheme.scale_dtype,
+                sums=attempt.sums,
+            )
+        self._reports[output] = report
+
+    def _config(self, output: int) -> ResolvedConfig:
+        return self._outputs[output].config
+
+    def _rows(self, start: int, stop: int) -> Array:
+        stop_when(self._tools.cancelled)
+        return self._reader.rows(self._info, start, stop)
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        return row_blocks(self._info, self._tools.block_bytes)
+
+
+def row_blocks(info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of row blocks of about `block_bytes` of source, at least ROW_MULTIPLE rows each."""
+    row_bytes = max(1, info.nbytes // max(1, info.rows))
+    rows = max(1, block_bytes // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+    return ((start, min(start + rows, info.rows)) for start in range(0, info.rows, rows))
+
+
+def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
+    """Outputs that store the tensor in the same way share the work."""
+    attempts: dict[tuple[object, object], _Attempt] = {}
+    for output, decision in sorted(decisions.items()):
+        key = (decision.scheme, decision.method)
+        attempts.setdefault(key, _Attempt(decision, [])).outputs.append(output)
+    return list(attempts.values())
+
+
+def _wider(scheme: Scheme) -> Scheme | None:
+    """The same granularity at the next width, as integers, or None behind the last."""
+    bits = next((b for b in FALLBACK_BITS if b > scheme.bits), None)
+    if bits is None:
+        return None
+    parameters = scheme.model_dump(include={"granularity", "group_size", "scale_dtype"})
+    return build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
