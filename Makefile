@@ -2,7 +2,7 @@
 #   .venv      what the service needs to run, and the model of the demo; no torch
 #   .venv-dev  the same, with the tools and libraries that tests and benchmarks need
 PYTHON ?= python3
-PIP_FLAGS = --quiet --disable-pip-version-check --no-input --constraint requirements.lock
+PIP_FLAGS = --quiet --quiet --disable-pip-version-check --no-input --constraint requirements.lock
 PROJECT = pyproject.toml requirements.lock
 RUN = .venv/bin/python
 DEV = .venv-dev/bin/python
