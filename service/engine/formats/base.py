@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo
+from service.errors import UnsupportedByFormat, UnsupportedModel
 
 Cancelled = Callable[[], bool]
 
@@ -42,6 +43,9 @@ class ModelLayout:
     modality: str
     is_diffusion: bool
     fingerprint: str
+    modality_from: str = "default"  # where the modality was found
+    tensor_count: int = 0
+    name_bytes: int = 0  # of all tensor names together, as JSON
     warnings: tuple[str, ...] = ()
 
 
@@ -53,6 +57,8 @@ class ModelReader(ABC):
 
     format_id: ClassVar[str]
     layout: ModelLayout
+    #: Every file that belongs to the model, companions included, as absolute paths with links unresolved.
+    files: tuple[Path, ...]
     #: In model order.
     tensors: tuple[TensorInfo, ...]
 
@@ -60,8 +66,7 @@ class ModelReader(ABC):
     def rows(self, info: TensorInfo, start: int, stop: int) -> Array:
         """Rows start to stop of the tensor as a matrix (rows, cols), in its float dtype.
 
-        A float tensor is a view of mapped memory where the file allows it; a quantized one is
-        dequantized to float32. Only for tensors with `is_float`.
+        A quantized tensor is dequantized to float32. Only for tensors with `is_float`.
         """
 
     @abstractmethod
@@ -133,7 +138,8 @@ class ModelWriter(ABC):
         """Write headers, indexes and metadata, and drop auxiliary files. Returns early when `cancelled`.
 
         Afterwards the folder holds just what belongs to the output; the pipeline adds the
-        companions, syncs, hashes and publishes.
+        companions whose names are still free, syncs, hashes and publishes. May be called again
+        after a `restore`, when an earlier call was cut short.
         """
 
     @abstractmethod
@@ -161,12 +167,14 @@ class Format(ABC):
     @classmethod
     def open(cls, path: Path) -> ModelReader:
         """Open a model for reading; raises the ModelErrors, PickledWeights or UnsupportedModel."""
-        raise NotImplementedError
+        del path
+        raise UnsupportedModel(f"The format {cls.id} can be written but not read.")
 
     @classmethod
     def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
         """Why no tensor can be held in this scheme (the request is then refused), or None."""
-        raise NotImplementedError
+        del scheme, options
+        return f"the format {cls.id} can be read but not written"
 
     @classmethod
     def refuses_tensor(cls, info: TensorInfo, scheme: Scheme) -> str | None:
@@ -177,7 +185,8 @@ class Format(ABC):
     @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:
         """A writer into an existing, empty folder (or one to `restore`)."""
-        raise NotImplementedError
+        del folder, context
+        raise UnsupportedByFormat(f"The format {cls.id} can be read but not written.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,84 @@
+"""What a model makes: text, code, image, audio or video, and whether it is a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODALITIES = ("text", "code", "image", "audio", "video")
+
+#: Parts of class names, model types and architectures, lower case; the first that is found decides.
+DIFFUSION_WORDS = (
+    ("video", ("wantransformer", "wanpipeline", "hunyuanvideo", "ltxvideo", "ltxpipeline", "cogvideo", "mochi",
+               "latte", "allegro", "cosmos", "spatiotemporal", "animatediff", "unet3d", "unetmotion")),
+    ("audio", ("stableaudio", "audioldm", "musicldm", "acestep", "dancediffusion", "unet1d")),
+    ("image", ("flux", "sd3", "stablediffusion", "stable-diffusion", "pixart", "sanatransformer", "auraflow",
+               "luminanext", "lumina2", "hunyuandit", "hidream", "qwenimage", "kandinsky", "chromatransformer", "uvit", "unet",
+               "dittransformer", "transformer2d", "ddpm", "diffusion")),
+)  # fmt: skip
+OTHER_WORDS = (
+    ("audio", ("whisper", "wav2vec", "hubert", "encodec", "bark", "speech", "musicgen", "vits", "seamless", "silero")),
+    ("video", ("videomae", "vivit", "timesformer", "xclip")),
+    ("image", ("vit", "swin", "convnext", "resnet", "deit", "dinov", "beit", "segformer", "siglip", "clipvision")),
+    ("code", ("starcoder", "codegen", "codellama", "codet5", "codebert", "santacoder", "gpt_bigcode", "gptbigcode")),
+)
+#: Names that only the denoisers of diffusion models have, by modality.
+DIFFUSION_TENSORS = (
+    ("video", ("temporal_transformer", "motion_modules", "temp_attentions")),
+    ("image", ("double_blocks.", "joint_blocks.", "single_transformer_blocks.", "time_embedding.linear_1",
+               "t_embedder.", "time_embed.0.", "time_text_embed.", "down_blocks.", "diffusion_model.")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """The answer, and where it was found: `metadata.json`, `config.json`, `header`, `tensor names` or `default`."""
+
+    name: str
+    is_diffusion: bool
+    found_in: str
+
+
+def find_modality(
+    stated: Mapping[str, Any], config: Mapping[str, Any], header: Mapping[str, str], tensors: Iterable[str]
+) -> Modality:
+    """From metadata.json, else the model's config, else the safetensors header, else the tensors' names."""
+    by_config = _from_words(_config_words(config))
+    by_header = _from_words([header.get("modelspec.architecture", ""), header.get("ss_base_model_version", "")])
+    by_names = _from_tensors(tensors)
+    guesses = [("config.json", by_config), ("header", by_header), ("tensor names", by_names)]
+    guess = next(((where, found) for where, found in guesses if found), ("default", ("text", False)))
+    if stated.get("modality") in MODALITIES:
+        diffusion = stated.get("is_diffusion_model", guess[1][1])
+        return Modality(str(stated["modality"]), bool(diffusion), "metadata.json")
+    return Modality(*guess[1], guess[0])
+
+
+def _config_words(config: Mapping[str, Any]) -> list[str]:
+    architectures = config.get("architectures")
+    values = [config.get("_class_name"), config.get("model_type")]
+    values += architectures if isinstance(architectures, list) else []
+    return [value for value in values if isinstance(value, str)]
+
+
+def _from_words(words: Iterable[str]) -> tuple[str, bool] | None:
+    text = " ".join(words).lower()
+    if not text.strip():
+        return None
+    if "causallm" not in text:
+        for modality, parts in DIFFUSION_WORDS:
+            if any(part in text for part in parts) or (modality == "image" and "dit" in text.split()):
+                return modality, True
+    for modality, parts in OTHER_WORDS:
+        if any(part in text for part in parts):
+            return modality, False
+    return "text", False
+
+
+def _from_tensors(names: Iterable[str]) -> tuple[str, bool] | None:
+    listed = list(names)
+    for modality, parts in DIFFUSION_TENSORS:
+        if any(part in name for name in listed for part in parts):
+            return modality, True
+    return None

@@ -1,0 +1,55 @@
+"""Formats by their public ids, and the one that reads a given model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.engine.discovery import subclasses
+from service.engine.formats.base import Format, ModelReader
+from service.engine.formats.layout import PICKLE_SUFFIXES, find_placement
+from service.engine.formats.safetensors import quantization_config
+from service.errors import AlreadyQuantized, ModelNotFound, PickledWeights, StorageFailure, UnsupportedModel
+
+
+def formats() -> dict[str, type[Format]]:
+    """Every format by its id."""
+    return {cls.id: cls for cls in subclasses(__package__, Format)}
+
+
+def find_format(id_: str) -> type[Format]:
+    """The format of this id; raises KeyError when there is none."""
+    return formats()[id_]
+
+
+def open_model(path: Path) -> ModelReader:
+    """Open whatever model lies at this file or folder.
+
+    Raises ModelNotFound, PickledWeights, AlreadyQuantized, UnsupportedModel, StorageFailure or a ModelError.
+    """
+    try:
+        if not path.exists():
+            raise ModelNotFound("There is no model at this address.")
+        for cls in formats().values():
+            if cls.can_read and cls.recognizes(path):
+                return cls.open(path)
+    except OSError as error:
+        raise StorageFailure(f"{path.name} cannot be read: {error.strerror}.") from error
+    raise _nothing_reads(path)
+
+
+def _nothing_reads(path: Path) -> Exception:
+    if path.is_dir():
+        method = quantization_config(path).get("quant_method")
+        if method is not None:
+            return AlreadyQuantized(f"The model is quantized by {method!r}, which cannot be read. Give the original.")
+        return ModelNotFound("The folder holds no model that can be read: there is no `*.safetensors` in it.")
+    if path.suffix in PICKLE_SUFFIXES:
+        try:
+            find_placement(path)
+        except PickledWeights as error:
+            return error
+    return UnsupportedModel(f"{path.name} is of a kind that is not read. Readable are {', '.join(_readable())}.")
+
+
+def _readable() -> list[str]:
+    return [id_ for id_, cls in formats().items() if cls.can_read]

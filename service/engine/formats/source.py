@@ -1,0 +1,89 @@
+"""Positioned reads of a file that somebody else may change: a change is an error, never a crash.
+
+Files are read with `pread` into memory of our own instead of being mapped. A mapped file that is
+cut short raises SIGBUS, which would end the process with all its jobs; and the copy is cheap
+beside the arithmetic: it runs at the speed of memory, and what it holds is bounded by the blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from service.engine.tensors import CodeArray
+from service.errors import ModelNotFound, SourceChanged, StorageFailure
+
+
+class Identity(NamedTuple):
+    """What changes when a file is replaced or written to."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Identity:
+        """From what the file system says."""
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+class SourceFile:
+    """A file open for reading. `name`, relative to the model's root, is all that errors tell of its path."""
+
+    def __init__(self, root: Path, name: PurePosixPath) -> None:
+        self.name = name
+        self.path = root / name
+        try:
+            if not self.path.is_file():  # a pipe would block, a folder would fail later
+                raise ModelNotFound(f"There is no file {name} in the model.")
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageFailure(f"{name} cannot be opened: {error.strerror}.") from error
+        self._identity = Identity.of(os.fstat(self._fd))
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._identity.size
+
+    def read(self, offset: int, count: int) -> CodeArray:
+        """`count` bytes from `offset` on; raises SourceChanged or StorageFailure."""
+        data = np.empty(count, np.uint8)
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < count:
+                got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+                if got == 0:
+                    raise self._changed("is shorter than it was")
+                done += got
+        except OSError as error:
+            raise StorageFailure(f"{self.name} cannot be read: {error.strerror}.") from error
+        # Looked at after the read, so that what was read is known to be from before any change.
+        self.check()
+        return data
+
+    def check(self) -> None:
+        """Raises SourceChanged when the file is no longer the one that was opened."""
+        try:
+            now = Identity.of(self.path.stat())
+        except FileNotFoundError as error:
+            raise self._changed("was removed") from error
+        except OSError as error:
+            raise StorageFailure(f"{self.name} cannot be read: {error.strerror}.") from error
+        if now != self._identity:
+            raise self._changed("was changed or replaced")
+
+    def close(self) -> None:
+        """Let go of the file; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
+
+    def _changed(self, what: str) -> SourceChanged:
+        return SourceChanged(f"{self.name} {what} while it was being read. Submit the job again when it is at rest.")
