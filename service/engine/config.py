@@ -7,7 +7,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
 
 from service.engine.methods.registry import methods
@@ -178,21 +178,29 @@ def resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> Re
 
     Raises InvalidConfig when the layers contradict each other.
     """
-    tensor: TensorConfig = TensorConfig()
+    try:
+        return _resolve(profile, layers)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InvalidConfig(
+            f"the settings of profile, environment and request clash: {message}", pointer="/config"
+        ) from error
+
+
+def _resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> ResolvedConfig:
+    tensor = TensorConfig()
     other: dict[str, Any] = {}
     for layer in (COMMON_DEFAULTS, PROFILES[profile], *layers):
         if layer is not None:
             tensor = tensor.overridden_by(layer)
-            other |= {k: getattr(layer, k) for k in layer.model_fields_set - TensorConfig.model_fields.keys()}
-    other = {k: v for k, v in other.items() if v is not None}
-    try:
-        resolved = ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
-        for override in resolved.layers or ():
-            build(tensor.overridden_by(override), "F32")
-        build(tensor, "F32")
-    except ValueError as error:
-        raise InvalidConfig(str(error), pointer="/config") from error
-    return resolved
+            other |= {
+                k: v
+                for k in layer.model_fields_set - TensorConfig.model_fields.keys()
+                if (v := getattr(layer, k)) is not None
+            }
+    for override in other["layers"]:
+        build(tensor.overridden_by(override), "F32")
+    return ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
 
 
 def build(config: TensorConfig, dtype: str) -> Scheme:

@@ -1,0 +1,93 @@
+"""Small real models, and a run of the engine over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import serialize_file
+
+from service.engine.backends.base import Backend
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.config import Profile, QuantizationConfig, resolve
+from service.engine.formats.registry import open_model
+from service.engine.pipeline import quantize
+from service.engine.plan import OutputSpec, make_plan
+from service.engine.progress import Happening
+from service.engine.report import RunReport
+
+DTYPE_NAMES = {
+    np.dtype(np.float64): "float64",
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+    np.dtype(np.int64): "int64",
+    np.dtype(np.uint8): "uint8",
+}
+
+
+def save(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Write tensors with the safetensors library itself."""
+    data = {
+        name: {"dtype": DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data": np.ascontiguousarray(x).tobytes()}
+        for name, x in tensors.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    serialize_file(data, str(path), {"format": "pt"})
+    return path
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    """Normal weights of a fixed seed, scaled as trained ones are."""
+    return (np.random.default_rng(seed).standard_normal(shape, np.float32) * 0.05).astype(dtype)
+
+
+def save_folder(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> Path:
+    """A model folder as hubs have them: config, tokenizer, weights."""
+    save(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "bert"}))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
+def specs(*formats: str, options: dict[str, Any] | None = None, **config: Any) -> list[OutputSpec]:
+    """One output per format, all with the same configuration on top of the profile `local`."""
+    resolved = resolve(Profile.LOCAL, [QuantizationConfig(**config)])
+    return [OutputSpec(f, f, resolved, options or {}) for f in formats]
+
+
+def run(
+    source: Path,
+    work: Path,
+    outputs: list[OutputSpec],
+    *,
+    backend: Backend | None = None,
+    block_bytes: int = 1 << 20,
+    happenings: list[Happening] | None = None,
+    cancelled: Any = lambda: False,
+) -> RunReport:
+    """Quantize a model into `work`."""
+    seen = happenings if happenings is not None else []
+    reader = open_model(source)
+    try:
+        plan = make_plan(reader, outputs)
+        return quantize(
+            plan,
+            reader,
+            work,
+            backend=backend or ReferenceBackend(),
+            block_bytes=block_bytes,
+            report=seen.append,
+            cancelled=cancelled,
+        )
+    finally:
+        reader.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

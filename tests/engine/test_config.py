@@ -1,0 +1,80 @@
+"""Resolving a configuration."""
+
+import pytest
+from pydantic import ValidationError
+
+from service.engine.config import Profile, QuantizationConfig, build, matches, resolve
+from service.errors import InvalidConfig
+
+
+@pytest.mark.parametrize(
+    ("profile", "bits", "group", "floor"), [("edge", 2, 256, 0.65), ("local", 4, 128, 0.85), ("cloud", 8, 64, 0.95)]
+)
+def test_a_profile_gives_the_documented_defaults(profile: str, bits: int, group: int, floor: float) -> None:
+    config = resolve(Profile(profile), [])
+    assert (config.bit_width, config.group_size, config.min_accuracy) == (bits, group, floor)
+
+
+def test_a_request_wins_over_the_environment_which_wins_over_the_profile() -> None:
+    environment = QuantizationConfig(bit_width=3, group_size=64)
+    config = resolve(Profile.LOCAL, [environment, QuantizationConfig(bit_width=6)])
+    assert (config.bit_width, config.group_size) == (6, 64)
+
+
+def test_a_scheme_named_whole_replaces_the_width_of_the_profile() -> None:
+    scheme = build(resolve(Profile.CLOUD, [QuantizationConfig(scheme="nf4")]), "F32")
+    assert (scheme.id, scheme.symmetric, scheme.group_size) == ("nf4", True, 64)
+
+
+def test_a_width_replaces_a_scheme_named_in_the_layer_below() -> None:
+    config = resolve(Profile.LOCAL, [QuantizationConfig(scheme="nf4"), QuantizationConfig(bit_width=8)])
+    assert build(config, "F32").id == "int8"
+
+
+def test_a_granularity_without_groups_drops_the_group_size_of_the_profile() -> None:
+    scheme = build(resolve(Profile.LOCAL, [QuantizationConfig(granularity="channel")]), "F32")
+    assert scheme.group_size is None
+    assert scheme.groups(4096) == 1
+
+
+def test_the_first_matching_override_decides() -> None:
+    layers = [{"match": "a.*", "bit_width": 8}, {"match": "*", "bit_width": 2}]
+    config = resolve(Profile.LOCAL, [QuantizationConfig(layers=layers)])
+    assert config.tensor_config("a.weight")[0].bit_width == 8
+    assert config.tensor_config("b.weight") == (config.tensor_config("c.weight")[0], "*")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bit_width": 1},
+        {"bit_width": 7},
+        {"bit_width": 9},
+        {"bit_width": "4"},
+        {"group_size": 17},
+        {"scheme": "int7"},
+        {"method": "magic"},
+        {"scheme": "int4", "bit_width": 4},
+        {"scheme": "nf4", "symmetric": False},
+        {"number_format": "nf", "bit_width": 8},
+        {"granularity": "channel", "group_size": 128},
+        {"min_accuracy": 1.5},
+        {"num_time_groups": 0},
+        {"layers": [{"bit_width": 4}]},
+        {"surprise": 1},
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        QuantizationConfig.model_validate(fields)
+
+
+def test_layers_that_contradict_each_other_are_refused_with_a_pointer() -> None:
+    with pytest.raises(InvalidConfig, match="nf4 has no zero point") as caught:
+        resolve(Profile.LOCAL, [QuantizationConfig(scheme="nf4"), QuantizationConfig(symmetric=False)])
+    assert caught.value.pointer == "/config"
+
+
+def test_patterns_are_case_sensitive_and_cross_dots() -> None:
+    assert matches("blocks.0.attn.q.weight", "blocks.*.weight")
+    assert not matches("Blocks.0", "blocks.*")
