@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.decode import dequantize, group_spans
 from service.engine.histogram import Histogram
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums
-from service.engine.packing import pack_rows, unpack_rows
+from service.engine.packing import pack_rows
 from service.engine.schemes.base import SCALE_DTYPES, Scheme
 from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
 
@@ -31,16 +32,7 @@ class ReferenceBackend(Backend):
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
-        codes = unpack_rows(q.packed, q.scheme.bits, q.cols)
-        scale = q.scale.astype(np.float32)
-        zero = _zero_or_middle(q, scale)
-        out = np.empty(codes.shape, np.float32)
-        for columns, groups in _group_spans(q.scheme, q.cols):
-            part = codes[:, columns].reshape(q.rows, groups.stop - groups.start, -1)
-            block_scale = np.broadcast_to(scale[:, groups], part.shape[:2])
-            block_zero = np.broadcast_to(zero[:, groups], part.shape[:2])
-            out[:, columns] = q.scheme.decode(np, part, block_scale, block_zero).reshape(q.rows, -1)
-        return out
+        return dequantize(q)
 
     def compare(self, x: Array, y: Array) -> ErrorSums:
         """See `Backend.compare`."""
@@ -61,7 +53,7 @@ class ReferenceBackend(Backend):
         scale = np.empty((rows, scheme.groups(cols)), np.float32)
         zero = np.empty_like(scale)
         decoded = np.empty_like(x)
-        for columns, groups in _group_spans(scheme, cols):
+        for columns, groups in group_spans(scheme, cols):
             part = x[:, columns].reshape(rows, groups.stop - groups.start, -1)  # (rows, groups, g)
             if grid is None:
                 s, z = method.find(np, part, scheme)
@@ -92,22 +84,6 @@ def _as_float32(x: Array) -> FloatArray:
 def _tiles(x: Array) -> Iterator[slice]:
     rows = max(1, TILE_ELEMENTS // max(1, x.shape[1]))
     return (slice(start, start + rows) for start in range(0, x.shape[0], rows))
-
-
-def _group_spans(scheme: Scheme, cols: int) -> Iterator[tuple[slice, slice]]:
-    """(columns, groups) of the whole groups of a row, then of the short one at its end."""
-    size = scheme.group_size if scheme.granularity == "group" and scheme.group_size else cols
-    whole = cols // size
-    if whole:
-        yield slice(0, whole * size), slice(0, whole)
-    if cols % size:
-        yield slice(whole * size, cols), slice(whole, whole + 1)
-
-
-def _zero_or_middle(q: QuantizedRows, scale: FloatArray) -> FloatArray:
-    if q.zero_point is not None:
-        return q.zero_point.astype(np.float32)
-    return np.full_like(scale, q.scheme.implied_zero)
 
 
 def _sums(x: FloatArray, y: FloatArray) -> ErrorSums:

@@ -6,25 +6,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Table = tuple[tuple[str, tuple[str, ...]], ...]
+
 MODALITIES = ("text", "code", "image", "audio", "video")
 
 #: Parts of class names, model types and architectures, lower case; the first that is found decides.
-DIFFUSION_WORDS = (
+DIFFUSION_WORDS: Table = (
     ("video", ("wantransformer", "wanpipeline", "hunyuanvideo", "ltxvideo", "ltxpipeline", "cogvideo", "mochi",
                "latte", "allegro", "cosmos", "spatiotemporal", "animatediff", "unet3d", "unetmotion")),
     ("audio", ("stableaudio", "audioldm", "musicldm", "acestep", "dancediffusion", "unet1d")),
     ("image", ("flux", "sd3", "stablediffusion", "stable-diffusion", "pixart", "sanatransformer", "auraflow",
-               "luminanext", "lumina2", "hunyuandit", "hidream", "qwenimage", "kandinsky", "chromatransformer", "uvit", "unet",
-               "dittransformer", "transformer2d", "ddpm", "diffusion")),
+               "luminanext", "lumina2", "hunyuandit", "hidream", "qwenimage", "kandinsky", "chromatransformer", "uvit",
+               "unet", "dittransformer", "transformer2d", "ddpm", "diffusion")),
 )  # fmt: skip
-OTHER_WORDS = (
+OTHER_WORDS: Table = (
     ("audio", ("whisper", "wav2vec", "hubert", "encodec", "bark", "speech", "musicgen", "vits", "seamless", "silero")),
     ("video", ("videomae", "vivit", "timesformer", "xclip")),
     ("image", ("vit", "swin", "convnext", "resnet", "deit", "dinov", "beit", "segformer", "siglip", "clipvision")),
     ("code", ("starcoder", "codegen", "codellama", "codet5", "codebert", "santacoder", "gpt_bigcode", "gptbigcode")),
 )
 #: Names that only the denoisers of diffusion models have, by modality.
-DIFFUSION_TENSORS = (
+DIFFUSION_TENSORS: Table = (
     ("video", ("temporal_transformer", "motion_modules", "temp_attentions")),
     ("image", ("double_blocks.", "joint_blocks.", "single_transformer_blocks.", "time_embedding.linear_1",
                "t_embedder.", "time_embed.0.", "time_text_embed.", "down_blocks.", "diffusion_model.")),

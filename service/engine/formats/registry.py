@@ -8,7 +8,8 @@ from service.engine.discovery import subclasses
 from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.layout import PICKLE_SUFFIXES, find_placement
 from service.engine.formats.safetensors import quantization_config
-from service.errors import AlreadyQuantized, ModelNotFound, PickledWeights, StorageFailure, UnsupportedModel
+from service.errors import AlreadyQuantized, InvalidConfig, ModelNotFound, PickledWeights, UnsupportedModel
+from service.storage.faults import storage_error
 
 
 def formats() -> dict[str, type[Format]]:
@@ -16,9 +17,12 @@ def formats() -> dict[str, type[Format]]:
     return {cls.id: cls for cls in subclasses(__package__, Format)}
 
 
-def find_format(id_: str) -> type[Format]:
-    """The format of this id; raises KeyError when there is none."""
-    return formats()[id_]
+def find_format(id_: str, *, pointer: str | None = None) -> type[Format]:
+    """The format of this id; raises InvalidConfig when there is none."""
+    known = formats()
+    if id_ not in known:
+        raise InvalidConfig(f"format {id_!r} does not exist; there are {', '.join(known)}", pointer=pointer)
+    return known[id_]
 
 
 def open_model(path: Path) -> ModelReader:
@@ -33,7 +37,7 @@ def open_model(path: Path) -> ModelReader:
             if cls.can_read and cls.recognizes(path):
                 return cls.open(path)
     except OSError as error:
-        raise StorageFailure(f"{path.name} cannot be read: {error.strerror}.") from error
+        raise storage_error(error, f"opening {path.name}") from error
     raise _nothing_reads(path)
 
 

@@ -18,7 +18,7 @@ from service.engine.formats.layout import (
 )
 from service.engine.formats.safetensors_header import Header, read_header
 from service.engine.formats.source import SourceFile
-from service.engine.tensors import FLOAT_DTYPES, Array, TensorInfo
+from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, TensorInfo
 from service.errors import ArrowQuantError, CorruptModel
 
 
@@ -79,11 +79,11 @@ class WeightFiles:
         """(file, size, header) of each, for the fingerprint."""
         return [(name, self._files[name].size, header.json) for name, header in self.headers.items()]
 
-    def read(self, info: TensorInfo, start: int, stop: int) -> memoryview:
-        """Bytes start to stop of a stored tensor."""
+    def read(self, info: TensorInfo, start: int, stop: int) -> CodeArray:
+        """Bytes start to stop of a stored tensor, in memory of their own."""
         if not 0 <= start <= stop <= info.nbytes:
             raise ValueError(f"bytes {start} to {stop} of {info.name!r}, which has {info.nbytes}")
-        return memoryview(self._files[info.file].read(info.offset + start, stop - start))
+        return self._files[info.file].read(info.offset + start, stop - start)
 
     def close(self) -> None:
         """Close all files."""
@@ -109,12 +109,11 @@ class SafetensorsReader(ModelReader):
         dtype = FLOAT_DTYPES[info.dtype]
         width = info.cols * dtype.itemsize
         data = self._weights.read(info, start * width, stop * width)
-        rows: Array = data.obj.view(dtype).reshape(stop - start, info.cols)  # type: ignore[attr-defined]
-        return rows
+        return data.view(dtype).reshape(stop - start, info.cols)
 
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """See `ModelReader.raw`."""
-        return self._weights.read(info, start, stop)
+        return self._weights.read(info, start, stop).data
 
     def close(self) -> None:
         """See `ModelReader.close`."""

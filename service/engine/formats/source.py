@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from service.engine.tensors import CodeArray
-from service.errors import ModelNotFound, SourceChanged, StorageFailure
+from service.errors import ModelNotFound, SourceChanged
+from service.storage.faults import storage_error
 
 
 class Identity(NamedTuple):
@@ -42,7 +43,7 @@ class SourceFile:
                 raise ModelNotFound(f"There is no file {name} in the model.")
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise StorageFailure(f"{name} cannot be opened: {error.strerror}.") from error
+            raise storage_error(error, f"opening {name}") from error
         self._identity = Identity.of(os.fstat(self._fd))
         self._closed = False
 
@@ -54,7 +55,7 @@ class SourceFile:
     def read(self, offset: int, count: int) -> CodeArray:
         """`count` bytes from `offset` on; raises SourceChanged or StorageFailure."""
         data = np.empty(count, np.uint8)
-        view = memoryview(data)
+        view = data.data
         done = 0
         try:
             while done < count:
@@ -63,7 +64,7 @@ class SourceFile:
                     raise self._changed("is shorter than it was")
                 done += got
         except OSError as error:
-            raise StorageFailure(f"{self.name} cannot be read: {error.strerror}.") from error
+            raise storage_error(error, f"reading {self.name}") from error
         # Looked at after the read, so that what was read is known to be from before any change.
         self.check()
         return data
@@ -75,7 +76,7 @@ class SourceFile:
         except FileNotFoundError as error:
             raise self._changed("was removed") from error
         except OSError as error:
-            raise StorageFailure(f"{self.name} cannot be read: {error.strerror}.") from error
+            raise storage_error(error, f"reading {self.name}") from error
         if now != self._identity:
             raise self._changed("was changed or replaced")
 
