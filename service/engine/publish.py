@@ -15,6 +15,7 @@ from typing import Any
 
 from service.engine.formats.base import FileEntry, ModelLayout
 from service.errors import Cancelled, TargetInUse
+from service.storage.durable import copy_folder, sync
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 << 20
@@ -45,7 +46,7 @@ def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEnt
     manifest.write_text(json.dumps(about | {"files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     entries.append(_entry(folder, manifest, advance))
     for directory in {folder, *(p.parent for p in paths)}:
-        sync_directory(directory)
+        sync(directory)
     return tuple(entries)
 
 
@@ -63,26 +64,14 @@ def publish(finished: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         _publish_across(finished, target)
-    sync_directory(target.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in this folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _publish_across(finished: Path, target: Path) -> None:
     # Another file system: copy beside the target first, so that the last step is a rename all the same.
     beside = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
-        shutil.copytree(finished, beside)
-        for path in sorted(beside.rglob("*")):
-            if path.is_file():
-                _sync(path)
+        copy_folder(finished, beside, lambda: False)
         publish(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -103,11 +92,6 @@ def _entry(folder: Path, path: Path, advance: Advance) -> FileEntry:
 
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
     return iter(lambda: read(CHUNK_BYTES), b"")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def stop_when(cancelled: Callable[[], bool]) -> None:

@@ -1,0 +1,245 @@
+"""Whole runs of the engine over real files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.formats.registry import open_model
+from service.engine.plan import OutputSpec
+from service.engine.progress import Happening, Notice, Progress, TensorCompleted
+from service.engine.validation import validate
+from service.errors import AccuracyTooLow, Cancelled, NonFiniteWeights
+from tests.engine.helpers import files_of, normal, run, save, save_folder, specs
+
+BOTH = ("compressed-tensors", "parquet")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tensors = {
+        "embed_tokens.weight": normal(64, 128, seed=1),
+        "layers.0.q.weight": normal(96, 256, seed=2),
+        "layers.0.q.bias": normal(96, seed=3),
+        "layers.0.up.weight": normal(300, 96, seed=4, dtype=ml_dtypes.bfloat16),
+        "layers.0.norm.weight": normal(256, seed=5, dtype=np.float16),
+        "layers.0.down.weight": normal(70, 130, seed=6, dtype=np.float64),
+        "steps": np.arange(7),
+    }
+    return save_folder(tmp_path / "model", tensors)
+
+
+def test_a_model_becomes_two_outputs_that_read_back_as_measured(model: Path, tmp_path: Path) -> None:
+    report = run(model, tmp_path / "work", specs(*BOTH))
+    for output in report.outputs:
+        original, stored = open_model(model), open_model(tmp_path / "work" / output.name)
+        again = validate(
+            original, stored, min_accuracy=0.85, backend=ReferenceBackend(), block_bytes=1 << 16,
+            report=lambda _: None, cancelled=lambda: False,
+        )  # fmt: skip
+        measured = {t.name: t.quality for t in output.tensors if t.sums}
+        reread = {t.name: t.quality for t in again.outputs[0].tensors if t.sums}
+        assert measured.keys() == reread.keys() == {"layers.0.q.weight", "layers.0.up.weight", "layers.0.down.weight"}
+        for name, quality in measured.items():
+            assert quality is not None
+            assert reread[name].cosine_similarity == pytest.approx(quality.cosine_similarity, abs=1e-9)
+            assert reread[name].sqnr_db == pytest.approx(quality.sqnr_db, abs=1e-6)
+            assert reread[name].bits_per_weight == pytest.approx(quality.bits_per_weight, abs=0.2)
+        assert again.outputs[0].quality.cosine_similarity == pytest.approx(output.quality.cosine_similarity, abs=1e-9)
+        assert output.passed
+        assert 0.99 < output.quality.cosine_similarity < 1
+
+
+def test_copies_keep_their_bytes_and_companions_go_along(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "work", specs(*BOTH))
+    original = open_model(model)
+    for name in BOTH:
+        stored = open_model(tmp_path / "work" / name)
+        for tensor in ("embed_tokens.weight", "layers.0.q.bias", "layers.0.norm.weight", "steps"):
+            before, after = original.find(tensor), stored.find(tensor)
+            assert before is not None
+            assert after is not None
+            assert (before.dtype, before.shape) == (after.dtype, after.shape)
+            assert original.raw(before, 0, before.nbytes) == stored.raw(after, 0, after.nbytes)
+        assert (tmp_path / "work" / name / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_the_manifest_lists_every_file_with_its_hash(model: Path, tmp_path: Path) -> None:
+    report = run(model, tmp_path / "work", specs(*BOTH))
+    for output in report.outputs:
+        files = files_of(tmp_path / "work" / output.name)
+        listed = json.loads(files.pop("manifest.json"))["files"]
+        assert {f["path"]: f["sha256"] for f in listed} == {p: hashlib.sha256(b).hexdigest() for p, b in files.items()}
+        assert {str(f.path) for f in output.files} == {*files, "manifest.json"}
+
+
+def test_two_runs_write_the_same_bytes_whatever_the_threads_of_time(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "one", specs(*BOTH))
+    run(model, tmp_path / "two", specs(*BOTH))
+    (tmp_path / "one" / "checkpoint.jsonl").unlink()
+    (tmp_path / "two" / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_small_blocks_change_nothing(model: Path, tmp_path: Path, granularity: str, method: str) -> None:
+    outputs = specs(*BOTH, granularity=granularity, method=method, on_failure="warn")
+    whole = run(model, tmp_path / "whole", outputs, block_bytes=1 << 30)
+    blocks = run(model, tmp_path / "blocks", outputs, block_bytes=1)
+    for a, b in zip(whole.outputs, blocks.outputs, strict=True):
+        assert a.quality.cosine_similarity == pytest.approx(b.quality.cosine_similarity, abs=1e-12)
+    name = "compressed-tensors/model.safetensors"
+    if method == "minmax":
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
+
+
+def test_each_output_may_have_its_own_configuration(model: Path, tmp_path: Path) -> None:
+    [eight] = specs("parquet", bit_width=8)
+    [two] = specs("compressed-tensors", bit_width=2, on_failure="warn")
+    outputs = [OutputSpec("eight", eight.format, eight.config), OutputSpec("two", two.format, two.config)]
+    report = run(model, tmp_path / "work", outputs)
+    assert [o.bit_width for o in report.outputs] == [8, 2]
+    assert report.outputs[0].quality.cosine_similarity > report.outputs[1].quality.cosine_similarity
+
+
+@pytest.mark.parametrize("stop_after", range(8))
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(model: Path, tmp_path: Path, stop_after: int) -> None:
+    run(model, tmp_path / "undisturbed", specs(*BOTH))
+    seen: list[Happening] = []
+
+    def stop() -> bool:
+        return len({h.name for h in seen if isinstance(h, TensorCompleted)}) >= stop_after
+
+    with pytest.raises(Cancelled):
+        run(model, tmp_path / "work", specs(*BOTH), happenings=seen, cancelled=stop)
+    for spooled in (tmp_path / "work").glob("*/*"):
+        if spooled.is_file() and spooled.suffix not in (".json",):
+            with spooled.open("ab") as file:
+                file.write(b"written after the last checkpoint")
+    again: list[Happening] = []
+    run(model, tmp_path / "work", specs(*BOTH), happenings=again)
+    assert len({h.name for h in again if isinstance(h, TensorCompleted)}) == 7 - stop_after
+    for folder in ("undisturbed", "work"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "work")
+
+
+def test_a_journal_of_another_configuration_is_not_gone_on_from(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "fresh", specs(*BOTH, bit_width=8))
+    run(model, tmp_path / "work", specs(*BOTH, bit_width=3))
+    run(model, tmp_path / "work", specs(*BOTH, bit_width=8))
+    shutil.rmtree(tmp_path / "fresh" / "never", ignore_errors=True)
+    for folder in ("fresh", "work"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "fresh") == files_of(tmp_path / "work")
+
+
+def _spiky(rows: int, cols: int) -> np.ndarray:
+    """A tensor that two bits cannot hold: a few large values in every group."""
+    x = normal(rows, cols, seed=9)
+    x[:, ::32] *= 200
+    return x
+
+
+def test_a_fallback_climbs_until_the_accuracy_is_reached(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", {"a.weight": normal(64, 128), "b.weight": normal(64, 128, seed=1)})
+    seen: list[Happening] = []
+    outputs = specs("parquet", bit_width=2, min_accuracy=0.97, method="minmax")
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", outputs, happenings=seen)
+    assert [t.scheme for t in report.outputs[0].tensors] == ["int3", "int3"]
+    assert [n.code for n in seen if isinstance(n, Notice)] == ["fallback_taken"] * 2
+    assert report.passed
+    stored = open_model(tmp_path / "work" / "parquet")
+    assert {t.stored_as for t in stored.tensors} == {"int3"}
+
+
+def test_what_eight_bits_cannot_hold_is_copied(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", {"a.weight": _spiky(64, 128), "b.weight": normal(64, 128)})
+    seen: list[Happening] = []
+    outputs = specs(*BOTH, bit_width=6, min_accuracy=0.9999999)
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", outputs, happenings=seen)
+    for output in report.outputs:
+        assert [t.scheme for t in output.tensors] == ["none", "none"]
+    assert [n.code for n in seen if isinstance(n, Notice)].count("fallback_copied") == 4
+
+
+def test_fail_names_the_tensor(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", {"good.weight": normal(64, 128), "bad.weight": _spiky(64, 128)})
+    outputs = specs("parquet", bit_width=2, min_accuracy=0.99, on_failure="fail", skip=["good*"])
+    with pytest.raises(AccuracyTooLow, match=r"bad\.weight") as caught:
+        run(tmp_path / "m.safetensors", tmp_path / "work", outputs)
+    assert caught.value.tensor == "bad.weight"
+
+
+def test_warn_only_tells(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", {"a.weight": normal(64, 128)})
+    seen: list[Happening] = []
+    outputs = specs("parquet", bit_width=2, min_accuracy=0.999, on_failure="warn")
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", outputs, happenings=seen)
+    assert report.outputs[0].tensors[0].scheme == "int2"
+    assert not report.passed
+    assert [n.code for n in seen if isinstance(n, Notice)] == ["accuracy_missed"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_a_value_that_is_not_finite_fails_the_run_with_the_tensors_name(
+    tmp_path: Path, value: float, granularity: str
+) -> None:
+    x = normal(64, 128)
+    x[40, 7] = value
+    save(tmp_path / "m.safetensors", {"fine.weight": normal(64, 128), "sick.weight": x})
+    with pytest.raises(NonFiniteWeights, match=r"sick\.weight"):
+        run(tmp_path / "m.safetensors", tmp_path / "work", specs("parquet", granularity=granularity))
+
+
+def test_a_value_that_is_not_finite_can_be_copied(tmp_path: Path) -> None:
+    x = normal(64, 128)
+    x[40, 7] = np.nan
+    save(tmp_path / "m.safetensors", {"sick.weight": x})
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", specs(*BOTH, on_non_finite="copy"), block_bytes=1)
+    stored = open_model(tmp_path / "work" / "compressed-tensors")
+    info = stored.find("sick.weight")
+    assert info is not None
+    assert bytes(stored.raw(info, 0, info.nbytes)) == x.tobytes()
+    assert report.warnings
+
+
+def test_progress_lies_between_zero_and_one_and_never_falls(model: Path, tmp_path: Path) -> None:
+    seen: list[Happening] = []
+    run(model, tmp_path / "work", specs(*BOTH, bit_width=2, min_accuracy=0.99), happenings=seen, block_bytes=1)
+    fractions = [h.fraction for h in seen if isinstance(h, Progress)]
+    assert len(fractions) > 10
+    assert fractions == sorted(fractions)
+    assert 0 < fractions[0] < fractions[-1] < 1
+    done = [h.bytes_done for h in seen if isinstance(h, Progress)]
+    assert done == sorted(done)
+
+
+def test_cancelling_between_any_two_blocks_stops_the_run(model: Path, tmp_path: Path) -> None:
+    calls = 0
+
+    def count() -> bool:
+        nonlocal calls
+        calls += 1
+        return False
+
+    run(model, tmp_path / "all", specs(*BOTH), block_bytes=1, cancelled=count)
+    for stop_at in range(0, calls, max(1, calls // 12)):
+        left = iter([False] * stop_at)
+        with pytest.raises(Cancelled):
+            run(
+                model,
+                tmp_path / f"work{stop_at}",
+                specs(*BOTH),
+                block_bytes=1,
+                cancelled=lambda left=left: next(left, True),
+            )
