@@ -1,0 +1,1 @@
+"""The command line: everything the service does, without and with a server."""

@@ -1,0 +1,222 @@
+"""The commands of `arrowquant`. Each imports what it needs when it runs: `--help` must not load an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.outcome import FAILED, Failed, outcome, print_json, print_result
+
+if TYPE_CHECKING:
+    from service.cli.local import Means
+    from service.settings import Settings
+
+app = typer.Typer(
+    help="Quantize model weights, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
+ServerUrl = Annotated[
+    str, typer.Option("--server", envvar="ARROWQUANT_SERVER", metavar="URL", help="Address of the service.")
+]
+RemoteUrl = Annotated[
+    str | None, typer.Option("--server", metavar="URL", help="Let the service at this address do it, not this process.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with; not with --server.")]
+BlockBytes = Annotated[
+    int | None, typer.Option("--block-bytes", min=4096, help="Bytes of a tensor to hold at a time; not with --server.")
+]
+MinAccuracy = Annotated[
+    float | None, typer.Option("--min-accuracy", min=0, max=1, help="Cosine similarity, of each tensor and of all.")
+]
+BackendName = Annotated[str | None, typer.Option("--backend", help="auto, or a backend's name.")]
+ProfileName = Annotated[str, typer.Option("--profile", help="Defaults: edge, local or cloud.")]
+LOCAL_SERVER = "http://127.0.0.1:8000"
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where jobs and artifacts are kept.")] = None,
+    model_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose models may be read; can be given again.")
+    ] = None,
+) -> None:
+    """Start the HTTP service. What is not given comes from ARROWQUANT_… variables, see `service/settings.py`."""
+    with outcome(as_json=False):
+        from service.api.server import serve as run
+
+        roots = tuple(root.resolve() for root in model_root) if model_root else None
+        run(_settings(host=host, port=port, data_dir=data_dir, model_roots=roots))
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Model folder, safetensors file or index; with --server also a URI.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; each format gets a folder of its own in it.")],
+    bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="Output format; can be given again. [compressed-tensors]")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share one scale.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zeros.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="A scheme by name, such as nf4; instead of --bits.")] = None,
+    method: Annotated[str | None, typer.Option(help="How scales are found: minmax or mse.")] = None,
+    profile: ProfileName = "local",
+    skip: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to copy; replaces the defaults.")] = None,
+    min_accuracy: MinAccuracy = None,
+    on_failure: Annotated[
+        str | None, typer.Option(help="Of a tensor below --min-accuracy: fallback, fail or warn.")
+    ] = None,
+    backend: BackendName = None,
+    server: RemoteUrl = None,
+    threads: Threads = None,
+    block_bytes: BlockBytes = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model into OUT/<format>/, with OUT/report.json beside. Ctrl-C cancels and leaves nothing behind."""
+    config = _set(
+        bit_width=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scheme=scheme,
+        method=method,
+        skip=skip,
+        min_accuracy=min_accuracy,
+        on_failure=on_failure,
+        backend=backend,
+    )
+    outputs = [{"format": name} for name in format_ or ["compressed-tensors"]]
+    body = {"kind": "quantize", "profile": profile, "config": config, "outputs": outputs}
+    with outcome(as_json=as_json):
+        if server is not None:
+            from service.cli.remote import quantize_there
+
+            job = quantize_there(server, body | {"source": _source(source)}, out.absolute())
+        else:
+            from service.cli.local import quantize_here
+
+            job = quantize_here(body, _path(source), out.absolute(), _means(threads, block_bytes))
+        if as_json:
+            print_json(job | {"out": str(out.absolute())})
+        else:
+            print_result(job, where=str(out))
+
+
+@app.command()
+def validate(
+    original: Annotated[str, typer.Argument(help="The model as it was.")],
+    quantized: Annotated[str, typer.Argument(help="The model as it is now; any format that can be read.")],
+    profile: ProfileName = "local",
+    min_accuracy: MinAccuracy = None,
+    backend: BackendName = None,
+    server: RemoteUrl = None,
+    threads: Threads = None,
+    block_bytes: BlockBytes = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how far one stored model is from another. Exit status 1 when it is below --min-accuracy."""
+    body = {"kind": "validate", "profile": profile, "config": _set(min_accuracy=min_accuracy, backend=backend)}
+    with outcome(as_json=as_json):
+        if server is not None:
+            from service.cli.remote import run_there
+
+            job = run_there(server, body | {"original": _source(original), "quantized": _source(quantized)})
+        else:
+            from service.cli.local import validate_here
+
+            job = validate_here(body, _path(original), _path(quantized), _means(threads, block_bytes))
+        if not job["result"]["passed"]:
+            detail = f"{quantized} is below the accuracy asked for"
+            if not as_json:
+                print_result(job)
+            raise Failed({"code": "accuracy_too_low", "detail": detail}, job=job)
+        if as_json:
+            print_json(job)
+        else:
+            print_result(job)
+
+
+@app.command()
+def watch(job_id: str, server: ServerUrl = LOCAL_SERVER, as_json: Json = False) -> None:
+    """Follow a job until it has ended. Ctrl-C stops watching; the job goes on."""
+    with outcome(as_json=as_json):
+        from service.cli.client import Server
+        from service.cli.remote import watch_job
+
+        with Server(server) as client:
+            job = watch_job(client, job_id)
+        if as_json:
+            print_json(job)
+        else:
+            print_result(job)
+
+
+@app.command()
+def cancel(job_id: str, server: ServerUrl = LOCAL_SERVER, as_json: Json = False) -> None:
+    """Cancel a job, and wait until its files and memory are gone."""
+    with outcome(as_json=as_json):
+        from service.cli.client import Server
+
+        with Server(server) as client:
+            job = client.cancel(job_id)
+        if job["status"] != "cancelled":
+            detail = f"job {job_id} had ended before: {job['status']}"
+            raise Failed({"code": "job_ended", "detail": detail}, status=FAILED, job=job)
+        if as_json:
+            print_json(job)
+        else:
+            print(f"{job_id} cancelled")
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="At most so many, newest first.")] = 50,
+    server: ServerUrl = LOCAL_SERVER,
+    as_json: Json = False,
+) -> None:
+    """List the newest jobs: id, kind, status, how far, and since when."""
+    with outcome(as_json=as_json):
+        from service.cli.client import Server
+
+        with Server(server) as client:
+            found = client.jobs(status=status, limit=limit)
+        if as_json:
+            print_json(found)
+            return
+        for job in found:
+            done = 1.0 if job["status"] == "succeeded" else job.get("progress", {}).get("fraction", 0.0)
+            print(f"{job['id']}  {job['kind']:<8}  {job['status']:<10}  {done:4.0%}  {job['created_at']}")
+
+
+def _means(threads: int | None, block_bytes: int | None) -> Means:
+    from service.cli.local import Means
+
+    settings = _settings(threads=threads, block_bytes=block_bytes)
+    return Means(settings.threads, settings.block_bytes, settings.config_defaults)
+
+
+def _settings(**given: Any) -> Settings:
+    from service.settings import Settings
+
+    return Settings(**_set(**given))
+
+
+def _set(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _path(source: str) -> Path:
+    return Path(source.removeprefix("file://")).absolute()
+
+
+def _source(source: str) -> dict[str, str]:
+    return {"type": "uri", "uri": source if "://" in source else Path(source).absolute().as_uri()}

@@ -1,0 +1,96 @@
+"""Progress on stderr: a bar on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from service.engine.progress import Happening, Notice, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+#: A pipe gets a line each time this share of the work is done.
+STEP = 0.05
+
+
+class Display(Protocol):
+    """Takes what a run reports, from any thread."""
+
+    def __call__(self, happening: Happening) -> None:
+        """Show it, or not."""
+
+
+@contextmanager
+def open_display() -> Iterator[Display]:
+    """The display that suits stderr."""
+    if not sys.stderr.isatty():
+        yield LineDisplay()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description:<11}"), BarColumn(None), TaskProgressColumn())
+    more = (TextColumn("{task.fields[tensors]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with RichProgress(*columns, *more, console=Console(stderr=True)) as bars:
+        yield BarDisplay(bars, bars.add_task("starting", total=1.0, tensors="", rate=""))
+
+
+class LineDisplay:
+    """A line for every few percent, stage and warning; no control characters."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._stage = ""
+
+    def __call__(self, happening: Happening) -> None:
+        """Print a line if there is something new to say."""
+        match happening:
+            case Progress(fraction=fraction, stage=stage) if fraction >= self._next or stage != self._stage:
+                self._next = (fraction // STEP + 1) * STEP
+                self._stage = stage
+                self._say(_line(happening))
+            case Notice(text=text):
+                self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class BarDisplay:
+    """One bar, and the warnings above it."""
+
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def __call__(self, happening: Happening) -> None:
+        """Move the bar."""
+        match happening:
+            case Progress():
+                self._bars.update(
+                    self._task,
+                    description=happening.stage,
+                    completed=happening.fraction,
+                    tensors=_tensors(happening),
+                    rate=_rate(happening),
+                )
+            case Notice(text=text):
+                self._bars.console.print(f"warning: {text}", markup=False, highlight=False)
+
+
+def _line(progress: Progress) -> str:
+    parts = [f"{progress.fraction:4.0%} {progress.stage}", _tensors(progress), _rate(progress)]
+    return ", ".join(part for part in parts if part)
+
+
+def _tensors(progress: Progress) -> str:
+    return f"{progress.tensors_done} of {progress.tensors_total} tensors" if progress.tensors_total else ""
+
+
+def _rate(progress: Progress) -> str:
+    return f"{progress.bytes_per_s / 2**20:.0f} MiB/s" if progress.bytes_per_s else ""

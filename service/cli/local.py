@@ -1,0 +1,143 @@
+"""Quantizing and validating in this process, without a server."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.cli.display import open_display
+from service.cli.target import new_folder, write_report
+from service.engine.backends.base import Backend
+from service.engine.backends.registry import backends, choose_backend
+from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
+from service.engine.formats.registry import open_model
+from service.engine.pipeline import JOURNAL, quantize
+from service.engine.plan import OutputSpec, check_outputs, make_plan
+from service.engine.report import RunReport
+from service.engine.validation import validate
+from service.errors import InvalidConfig
+from service.jobs.request import QuantizeRequest, ValidateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a run in this process may use, and the environment's share of the configuration."""
+
+    threads: int
+    block_bytes: int
+    defaults: QuantizationConfig | None
+
+    def backend(self, config: ResolvedConfig) -> Backend:
+        """The backend that the configuration names."""
+        return backends()[choose_backend(config.backend or "auto")](threads=self.threads)
+
+
+def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -> dict[str, Any]:
+    """Carry out the body of a `POST /v1/jobs` on a model on this disk, into `out`; answers like a job.
+
+    `out` appears whole or not at all: a folder for each output, and `report.json`.
+    Raises any ArrowQuantError; Cancelled when Ctrl-C was pressed.
+    """
+    with _as_invalid_config():
+        request = QuantizeRequest.model_validate(body | {"source": _source(source)})
+    layers = [means.defaults, request.config]
+    specs = [
+        OutputSpec(o.folder, o.format, resolve(request.profile, [*layers, o.config]), o.options or {})
+        for o in request.outputs
+    ]
+    check_outputs(specs)
+    with (
+        new_folder(out) as folder,
+        open_display() as display,
+        interruptible() as cancelled,
+        closing(open_model(source)) as reader,
+    ):
+        report = quantize(
+            make_plan(reader, specs),
+            reader,
+            folder,
+            backend=means.backend(specs[0].config),
+            block_bytes=means.block_bytes,
+            report=display,
+            cancelled=cancelled,
+        )
+        (folder / JOURNAL).unlink(missing_ok=True)
+        write_report(folder, report.to_json())
+    return _job(report)
+
+
+def validate_here(body: dict[str, Any], original: Path, quantized: Path, means: Means) -> dict[str, Any]:
+    """Carry out the body of a validation on two models on this disk; answers like a job."""
+    with _as_invalid_config():
+        sources = {"original": _source(original), "quantized": _source(quantized)}
+        request = ValidateRequest.model_validate(body | sources)
+    config = resolve(request.profile, [means.defaults, request.config])
+    with (
+        open_display() as display,
+        interruptible() as cancelled,
+        closing(open_model(original)) as before,
+        closing(open_model(quantized)) as after,
+    ):
+        report = validate(
+            before,
+            after,
+            min_accuracy=config.min_accuracy or 0.0,
+            backend=means.backend(config),
+            block_bytes=means.block_bytes,
+            report=display,
+            cancelled=cancelled,
+        )
+    return _job(report)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Make the first Ctrl-C or SIGTERM a flag, to be asked for; the second one interrupts as usual."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        asked.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked.is_set
+    finally:
+        restore()
+
+
+def _job(report: RunReport) -> dict[str, Any]:
+    return {"kind": report.kind, "status": "succeeded", "result": report.result()}
+
+
+def _source(path: Path) -> dict[str, str]:
+    return {"type": "uri", "uri": path.as_uri()}
+
+
+@contextmanager
+def _as_invalid_config() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        problems = [(_pointer(e["loc"]), e["msg"]) for e in error.errors()]
+        detail = "; ".join(f"{where}: {what}" for where, what in problems)
+        raise InvalidConfig(detail, pointer=problems[0][0]) from error
+
+
+def _pointer(location: Sequence[int | str]) -> str:
+    return "/" + "/".join(str(part) for part in location)
