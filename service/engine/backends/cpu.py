@@ -1,0 +1,284 @@
+"""Numba kernels on all cores: the same bytes as the reference, at a share of memory's speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from service.engine.backends.base import Grid
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.methods.base import Method
+from service.engine.methods.minmax import MinMax
+from service.engine.methods.mse import Mse
+from service.engine.metrics import ErrorSums
+from service.engine.packing import row_bytes
+from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.codebook import CodebookScheme
+from service.engine.schemes.integer import IntegerScheme
+from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
+
+#: Elements of a tile: its errors are summed up on their own, so that sums do not depend on the threads.
+TILE_ELEMENTS = 1 << 16
+#: Below this many elements a second thread costs more than it brings.
+INLINE_ELEMENTS = 1 << 17
+#: Pieces that each thread gets of a large input, so that none waits long for the last.
+PIECES_PER_THREAD = 4
+#: Longest group that `Mse` has a kernel for: sixteen of them are held at once.
+SEARCH_ELEMENTS = 1 << 16
+#: Sums that a kernel keeps of a tile: x², y², xy, d², largest |d|.
+SUMS = 5
+#: Elements of F64 input that are converted at once.
+CONVERTED_ELEMENTS = 1 << 20
+
+_KINDS: dict[np.dtype[Any], int] = {
+    np.dtype(np.float32): 0,
+    np.dtype(np.float16): 1,
+    np.dtype(ml_dtypes.bfloat16): 2,
+}
+
+Fill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How groups lie in a row, and the numbers by which the kernels know a scheme."""
+
+    scheme: Scheme
+    rows: int
+    cols: int
+
+    @property
+    def group(self) -> int:
+        """Columns from one group to the next."""
+        whole_row = self.scheme.granularity != "group" or self.scheme.group_size is None
+        return self.cols if whole_row else int(self.scheme.group_size or 0)
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of a row; 0 where one grid serves all rows."""
+        return 0 if self.scheme.granularity == "tensor" else self.scheme.groups(self.cols)
+
+    @property
+    def grids(self) -> int:
+        """Number of scales."""
+        return self.rows * self.row_groups or 1
+
+    @property
+    def codebook(self) -> bool:
+        """Whether codes index a table."""
+        return isinstance(self.scheme, CodebookScheme)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows whose errors are summed up together."""
+        return max(1, TILE_ELEMENTS // self.cols)
+
+    def numbers(self) -> tuple[np.float32, np.float32, np.float32, bool, int]:
+        """See `cpu_kernels.grids.Form`."""
+        scheme = self.scheme
+        kind = list(SCALE_DTYPES).index(scheme.scale_dtype)
+        divisor = 1
+        if isinstance(scheme, IntegerScheme):
+            divisor = scheme.middle - 1 if scheme.symmetric else scheme.top
+        top = (1 << scheme.bits) - 1
+        return np.float32(divisor), np.float32(top), np.float32(scheme.implied_zero), scheme.symmetric, kind
+
+
+class CpuBackend(ReferenceBackend):
+    """Splits rows over threads of its own; what has no kernel runs as the reference does."""
+
+    id: ClassVar[str] = "cpu"
+    description: ClassVar[str] = "Numba on all cores, with the codes packed and the errors measured in one pass"
+
+    def __init__(self, threads: int = 1) -> None:
+        super().__init__(threads)
+        # Imported here, not with the module: a listing of the backends need not pay for Numba.
+        from service.engine.backends.cpu_kernels import rows, search
+
+        self._rows, self._search = rows, search
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="arrowquant-cpu") if threads > 1 else None
+
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the disk cache."""
+        x = np.linspace(-1.0, 1.0, 64, dtype=np.float32).reshape(2, 32)
+        for method in (MinMax(), Mse()):
+            self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
+
+    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+        """See `Backend.quantize`."""
+        form = Form(scheme, *x.shape)
+        if not x.size or not _has_kernel(form, method, grid):
+            return super().quantize(x, scheme, method, grid)
+        source, result = Input(x), _Result(form, grid)
+
+        def fill(first: int, last: int) -> None:
+            address = source.address(first * form.cols, last * form.cols)
+            if grid is None and isinstance(method, Mse):
+                self._search_grids(address, source.kind, form, method, first, last, result)
+            self._quantize_rows(
+                address, source.kind, form, isinstance(method, MinMax) and grid is None, first, last, result
+            )
+
+        self._split(fill, form.rows, form.tile_rows, form.cols, source)
+        return result.packed_rows()
+
+    def dequantize(self, q: QuantizedRows) -> FloatArray:
+        """See `Backend.dequantize`."""
+        form = Form(q.scheme, q.rows, q.cols)
+        if not q.rows * q.cols or type(q.scheme) not in (IntegerScheme, CodebookScheme):
+            return super().dequantize(q)
+        out = np.empty((q.rows, q.cols), np.float32)
+        packed = np.ascontiguousarray(q.packed)
+        scale = np.ascontiguousarray(q.scale, np.float32).reshape(-1)
+        zero = np.full_like(scale, q.scheme.implied_zero)
+        if q.zero_point is not None:
+            zero[:] = q.zero_point.reshape(-1)
+
+        def fill(first: int, last: int) -> None:
+            rows = self._rows
+            rows.dequantize_rows(
+                packed.ctypes.data, packed.shape[1], q.cols, first, last, form.group, form.row_groups,
+                q.scheme.bits, form.codebook, scale, zero, out,
+                np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.CODE_BUFFER, np.uint8),
+            )  # fmt: skip
+
+        self._split(fill, form.rows, form.tile_rows, form.cols)
+        return out
+
+    def compare(self, x: Array, y: Array) -> ErrorSums:
+        """See `Backend.compare`."""
+        if not x.size:
+            return super().compare(x, y)
+        a, b = Input(x), Input(y)
+        sums = np.empty((-(-x.size // TILE_ELEMENTS), SUMS))
+
+        def fill(first: int, last: int) -> None:
+            rows = self._rows
+            rows.compare_elements(
+                a.address(first, last), a.kind, b.address(first, last), b.kind, first, last, TILE_ELEMENTS, sums,
+                np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.SPAN_BUFFER, np.float32),
+                np.empty(rows.SUM_BUFFER),
+            )  # fmt: skip
+
+        self._split(fill, x.size, TILE_ELEMENTS, 1, a, b)
+        return _error_sums(x.size, sums)
+
+    def _split(self, fill: Fill, total: int, step: int, weight: int, *inputs: Input) -> None:
+        """Call `fill` on pieces of range(total), each a multiple of `step`; an item has `weight` elements."""
+        pieces = self.threads * PIECES_PER_THREAD if self._pool and total * weight > INLINE_ELEMENTS else 1
+        size = -(-total // pieces)
+        if any(i.converts for i in inputs):
+            size = min(size, CONVERTED_ELEMENTS // weight)
+        size = max(1, -(-size // step)) * step
+        spans = [(first, min(first + size, total)) for first in range(0, total, size)]
+        if self._pool is None or len(spans) == 1:
+            for first, last in spans:
+                fill(first, last)
+        else:
+            for done in [self._pool.submit(fill, first, last) for first, last in spans]:
+                done.result()
+
+    def _search_grids(
+        self, address: int, kind: int, form: Form, method: Mse, first: int, last: int, result: _Result
+    ) -> None:
+        search, rows = self._search, self._rows
+        clips = np.array(method.starts(form.scheme), np.float32).reshape(-1, 2)
+        whole = form.cols // form.group
+        for first_group, last_group, size in ((0, whole, form.group), (whole, form.row_groups, form.cols % form.group)):
+            if last_group > first_group:
+                search.search_grids(
+                    address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
+                    clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
+                    np.empty(size * search.LANES, np.float32), np.empty(rows.SPAN_BUFFER, np.float32),
+                    np.empty(search.LANE_STATE, np.float32),
+                )  # fmt: skip
+
+    def _quantize_rows(
+        self, address: int, kind: int, form: Form, find: bool, first: int, last: int, result: _Result
+    ) -> None:
+        rows = self._rows
+        rows.quantize_rows(
+            address, kind, form.cols, first, last, form.tile_rows, form.group, form.row_groups,
+            form.scheme.bits, form.codebook, form.numbers(), find,
+            result.scale, result.zero, result.scale_bits, result.zero_codes,
+            result.packed, result.packed.shape[1], result.sums,
+            np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.RANGE_BUFFER, np.float32),
+            np.empty(rows.CODE_BUFFER, np.uint8), np.empty(rows.SUM_BUFFER),
+        )  # fmt: skip
+
+
+class Input:
+    """An array as kernels read it: by address and kind. F64 is converted piece by piece."""
+
+    def __init__(self, x: Array) -> None:
+        self.array = np.ascontiguousarray(x).reshape(-1)
+        self.converts = self.array.dtype not in _KINDS
+        self.kind = 0 if self.converts else _KINDS[self.array.dtype]
+        self._pieces: dict[int, FloatArray] = {}
+
+    def address(self, first: int, last: int) -> int:
+        """Where element 0 is, or would be if elements [first, last) were converted in place."""
+        if not self.converts:
+            return self.array.ctypes.data
+        # A float64 too large for float32 becomes an infinity, which the finite check then reports.
+        with np.errstate(over="ignore"):
+            piece = self._pieces[first] = self.array[first:last].astype(np.float32)
+        return piece.ctypes.data - 4 * first
+
+
+class _Result:
+    """What the kernels write."""
+
+    def __init__(self, form: Form, grid: Grid | None) -> None:
+        scheme = form.scheme
+        self.form, self.grid = form, grid
+        self.packed: CodeArray = np.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
+        self.scale = np.empty(form.grids, np.float32)
+        self.zero = np.empty(form.grids, np.float32)
+        self.scale_bits = np.empty(form.grids if grid is None and scheme.scale_dtype != "F32" else 0, np.uint16)
+        self.zero_codes: CodeArray = np.empty(form.grids if grid is None and not scheme.symmetric else 0, np.uint8)
+        self.sums = np.empty((-(-form.rows // form.tile_rows), SUMS))
+        if grid is not None:
+            self.scale[0], self.zero[0] = grid.scale, grid.zero
+
+    def packed_rows(self) -> QuantizedRows:
+        """All of it."""
+        form, scheme = self.form, self.form.scheme
+        shape = (1, 1) if self.grid is not None else (form.rows, form.row_groups)
+        dtype = SCALE_DTYPES[scheme.scale_dtype]
+        scale = self.scale_bits.view(dtype) if self.scale_bits.size else self.scale.astype(dtype, copy=False)
+        zero = self.zero_codes if self.zero_codes.size else self.zero.astype(np.uint8)
+        return QuantizedRows(
+            scheme=scheme,
+            cols=form.cols,
+            packed=self.packed,
+            scale=scale.reshape(shape),
+            zero_point=None if scheme.symmetric else zero.reshape(shape),
+            errors=_error_sums(form.rows * form.cols, self.sums),
+        )
+
+
+def _has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
+    # A subclass may mean something else, so only these very classes count.
+    if type(form.scheme) not in (IntegerScheme, CodebookScheme):
+        return False
+    if grid is not None:
+        return True
+    searched = type(method) is Mse and form.group <= SEARCH_ELEMENTS
+    return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
+
+
+def _error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:
+    """Of the sums of tiles, (tiles, SUMS)."""
+    xx, yy, xy, dd = (float(v) for v in sums[:, :-1].sum(axis=0))
+    # A NaN or an infinity anywhere is one in a sum: no square of a finite float32 overflows a float64.
+    if not (math.isfinite(xx) and math.isfinite(yy)):
+        return ErrorSums(count=count, finite=False)
+    return ErrorSums(count, xx, yy, xy, dd, float(sums[:, -1].max()))

@@ -1,0 +1,1 @@
+"""Numba kernels of the `cpu` backend; imported only when one is used."""

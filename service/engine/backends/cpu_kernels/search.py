@@ -1,0 +1,194 @@
+"""`Mse` on sixteen groups at once, one in each lane; the groups lie transposed in the cache.
+
+One pass over the elements gives the error of a grid and the sums from which the next is fitted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import types
+
+from service.engine.backends.cpu_kernels.codes import integer_level, nf4_index
+from service.engine.backends.cpu_kernels.grids import FORM, Form
+from service.engine.backends.cpu_kernels.spans import SPAN, as_f32
+from service.engine.backends.cpu_kernels.vector import F32, I64, LANES, Memory, State, Vec, emitted, loop, zeros
+from service.engine.schemes.codebook import NF4_TABLE
+
+#: Vectors that describe a descent: the grid, its error and sums, and the best grid so far.
+SCALE, ZERO, ERROR, LEVELS, SQUARES, PRODUCTS, BEST_SCALE, BEST_ZERO, BEST_ERROR, LOW, HIGH, TOTAL = range(12)
+LANE_STATE = 12 * LANES
+
+_P, _F = types.intp, types.float32
+
+
+class Lanes:
+    """The vectors of a descent, in memory."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
+        self.memory = Memory(builder, address, F32)
+
+    def __getitem__(self, name: int) -> Vec:
+        return self.memory.load(ir.Constant(I64, name * LANES))
+
+    def __setitem__(self, name: int, value: Vec) -> None:
+        self.memory.store(ir.Constant(I64, name * LANES), value)
+
+    def replace(self, where: Vec, values: dict[int, Vec]) -> None:
+        """Store the values in the lanes named."""
+        for name, value in values.items():
+            self[name] = where.select(value, self[name])
+
+
+def _measure(
+    builder: ir.IRBuilder, x: Memory, count: ir.Value, scale: Vec, zero: Vec, form: Form, codebook: ir.Value
+) -> State:
+    """Error, Σ level, Σ level², Σ x·level of each lane's group on its grid."""
+    inverse = scale.const(1.0) / scale
+    lowest, highest = scale.const(0.0) - zero, form.top - zero
+    table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
+
+    def step(level_of, i: ir.Value, state: State) -> State:
+        value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
+        level = level_of(value)
+        d = value - level * scale
+        return [d.fma(d, state[0]), state[1] + level, level.fma(level, state[2]), value.fma(level, state[3])]
+
+    start = [zeros(builder) for _ in range(4)]
+    with builder.if_else(codebook) as (on_table, on_grid):
+        with on_table:
+            a = loop(builder, count, 1, start, lambda i, s: step(lambda v: nf4_index(v * inverse).look_up(table), i, s))
+            a_block = builder.block
+        with on_grid:
+            b = loop(
+                builder, count, 1, start, lambda i, s: step(lambda v: integer_level(v, inverse, lowest, highest), i, s)
+            )
+            b_block = builder.block
+    merged = []
+    for one, other in zip(a, b, strict=True):
+        phi = builder.phi(one.type)
+        phi.add_incoming(one.value, a_block)
+        phi.add_incoming(other.value, b_block)
+        merged.append(Vec(builder, phi))
+    return merged
+
+
+@emitted(types.none, _P, _P, _P)
+def find_ranges(builder, source, count, lanes):
+    """LOW, HIGH and TOTAL of the groups, and no best grid yet."""
+    x, state = Memory(builder, source, F32), Lanes(builder, lanes)
+
+    def step(i: ir.Value, s: State) -> State:
+        value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
+        return [value.min(s[0]), value.max(s[1]), s[2] + value]
+
+    state[LOW], state[HIGH], state[TOTAL] = loop(builder, count, 1, [zeros(builder) for _ in range(3)], step)
+    state[BEST_ERROR] = zeros(builder).const(float("inf"))
+
+
+@emitted(types.none, _P, _P, _P, _F, _F, types.boolean, *FORM)
+def start_descent(
+    builder, source, count, lanes, low_clip, high_clip, codebook, divisor, top, implied, symmetric, scale_kind
+):
+    """The grid of the clipped range, measured."""
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    low, high = (Vec(builder, clip).splat() for clip in (low_clip, high_clip))
+    scale, zero = form.grid(state[LOW] * low, state[HIGH] * high)
+    state[SCALE], state[ZERO] = scale, zero
+    sums = _measure(builder, Memory(builder, source, F32), count, scale, zero, form, codebook)
+    for name, value in zip((ERROR, LEVELS, SQUARES, PRODUCTS), sums, strict=True):
+        state[name] = value
+
+
+@emitted(types.boolean, _P, _P, _P, _F, types.boolean, *FORM)
+def descend(builder, source, count, lanes, size, codebook, divisor, top, implied, symmetric, scale_kind):
+    """Refit every lane's grid to its codes and keep it where the error falls; whether any did."""
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    scale, zero = _refit(state, form, Vec(builder, size).splat())
+    sums = _measure(builder, Memory(builder, source, F32), count, scale, zero, form, codebook)
+    better = sums[0] < state[ERROR]
+    names = (SCALE, ZERO, ERROR, LEVELS, SQUARES, PRODUCTS)
+    state.replace(better, dict(zip(names, [scale, zero, *sums], strict=True)))
+    as_bits = builder.bitcast(better.value, ir.IntType(LANES))
+    return Vec(builder, builder.icmp_unsigned("!=", as_bits, ir.Constant(ir.IntType(LANES), 0)))
+
+
+def _refit(state: Lanes, form: Form, size: Vec) -> tuple[Vec, Vec]:
+    """`Scheme.refit`, from the sums of the codes held."""
+    mean_level, mean_x = state[LEVELS] / size, state[TOTAL] / size
+    numerator = form.either(state[PRODUCTS], state[PRODUCTS] - mean_level * state[TOTAL])
+    denominator = form.either(state[SQUARES], state[SQUARES] - mean_level * state[LEVELS])
+    none = size.const(0.0)
+    usable = (denominator > none) & (numerator > none)
+    slope = usable.select(numerator, state[SCALE]) / usable.select(denominator, size.const(1.0))
+    scale = form.store_scale(slope)
+    return scale, form.zero_point((mean_level + state[ZERO]) * scale - mean_x, scale)
+
+
+@emitted(types.none, _P)
+def keep_best(builder, lanes):
+    """The grid reached becomes the best one where its error is smaller."""
+    state = Lanes(builder, lanes)
+    better = state[ERROR] < state[BEST_ERROR]
+    state.replace(better, {BEST_SCALE: state[SCALE], BEST_ZERO: state[ZERO], BEST_ERROR: state[ERROR]})
+
+
+@emitted(types.none, _P, _P, _P)
+def spread(builder, source, count, target):
+    """Write float32 into one lane: LANES apart."""
+    inputs, outputs = Memory(builder, source, F32), Memory(builder, target, F32)
+
+    def step(i: ir.Value, state: State) -> State:
+        outputs.store(builder.mul(i, ir.Constant(I64, LANES)), inputs.load(i, 1))
+        return state
+
+    loop(builder, count, 1, [], step)
+
+
+@njit(nogil=True)
+def load_lane(x: int, kind: int, first: int, count: int, target: int, scratch: int) -> None:
+    """Elements [first, first + count) into the lane at `target`."""
+    for start in range(0, count, SPAN):
+        n = min(SPAN, count - start)
+        spread(as_f32(x, kind, first + start, n, scratch), n, target + 4 * LANES * start)
+
+
+@njit(nogil=True)
+def _search(source, count, lanes, clips, iterations, codebook, form):
+    """The best grids of the LANES groups at `source`, into BEST_SCALE and BEST_ZERO."""
+    find_ranges(source, count, lanes)
+    start_descent(source, count, lanes, np.float32(1.0), np.float32(1.0), codebook, *form)
+    keep_best(lanes)
+    for i in range(clips.shape[0]):
+        start_descent(source, count, lanes, clips[i, 0], clips[i, 1], codebook, *form)
+        for _ in range(iterations):
+            if not descend(source, count, lanes, np.float32(count), codebook, *form):
+                break
+        keep_best(lanes)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search_grids(
+    x, kind, cols, first_row, last_row, row_groups, group, first_group, last_group, size,
+    clips, iterations, codebook, form, scale, zero, transposed, span_buffer, lane_state,
+):  # fmt: skip
+    """Find the grids of the groups [first_group, last_group) of rows [first_row, last_row).
+
+    A row has `row_groups` groups, each `group` columns after the one before; these have `size`
+    elements. `transposed` holds size * LANES float32.
+    """
+    source, scratch, lanes = transposed.ctypes.data, span_buffer.ctypes.data, lane_state.ctypes.data
+    in_row = last_group - first_group
+    total = (last_row - first_row) * in_row
+    for lot in range(0, total, LANES):
+        for lane in range(LANES):
+            index = min(lot + lane, total - 1)
+            first = (first_row + index // in_row) * cols + (first_group + index % in_row) * group
+            load_lane(x, kind, first, size, source + 4 * lane, scratch)
+        _search(source, size, lanes, clips, iterations, codebook, form)
+        for lane in range(min(LANES, total - lot)):
+            index = lot + lane
+            g = (first_row + index // in_row) * row_groups + first_group + index % in_row
+            scale[g] = lane_state[BEST_SCALE * LANES + lane]
+            zero[g] = lane_state[BEST_ZERO * LANES + lane]

@@ -1,0 +1,265 @@
+"""Sixteen lanes at a time: the few vector instructions that the kernels are written in.
+
+Loops that Numba compiles from plain Python vectorise by luck: a minimum, a rounding or a packing
+step often stays scalar, at a fifth of the speed. Here a kernel's inner loop is written as vectors
+of LANES values, which LLVM maps to whatever the processor has. Nothing is fused or reordered
+except where `fma` and `sum` say so, so codes come out as NumPy's do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+LANES = 16
+
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+
+State = list["Vec"]
+
+
+class Vec:
+    """A value in the code being emitted, a vector or a scalar; operators emit instructions."""
+
+    __slots__ = ("builder", "value")
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder = builder
+        self.value = value
+
+    @property
+    def type(self) -> ir.Type:
+        """LLVM type."""
+        return self.value.type
+
+    def _new(self, value: ir.Value) -> Vec:
+        return Vec(self.builder, value)
+
+    def _call(self, name: str, *args: Vec) -> Vec:
+        full_name = f"llvm.{name}.{_mangled(self.type)}"
+        module = self.builder.module
+        function = module.globals.get(full_name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(self.type, [a.type for a in args]), full_name)
+        return self._new(self.builder.call(function, [a.value for a in args]))
+
+    def __add__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fadd(self.value, other.value))
+
+    def __sub__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fsub(self.value, other.value))
+
+    def __mul__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fmul(self.value, other.value))
+
+    def __truediv__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fdiv(self.value, other.value))
+
+    def __or__(self, other: Vec) -> Vec:
+        return self._new(self.builder.or_(self.value, other.value))
+
+    def __and__(self, other: Vec) -> Vec:
+        return self._new(self.builder.and_(self.value, other.value))
+
+    def __lshift__(self, bits: int) -> Vec:
+        return self._new(self.builder.shl(self.value, ir.Constant(self.type, splat(self.type, bits))))
+
+    def __rshift__(self, bits: int) -> Vec:
+        return self._new(self.builder.lshr(self.value, ir.Constant(self.type, splat(self.type, bits))))
+
+    def __gt__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fcmp_ordered(">", self.value, other.value))
+
+    def __lt__(self, other: Vec) -> Vec:
+        return self._new(self.builder.fcmp_ordered("<", self.value, other.value))
+
+    def equals(self, other: Vec) -> Vec:
+        """Whether lanes are the same number."""
+        return self._new(self.builder.fcmp_ordered("==", self.value, other.value))
+
+    def plus(self, other: Vec) -> Vec:
+        """The sum of integers."""
+        return self._new(self.builder.add(self.value, other.value))
+
+    def select(self, yes: Vec, no: Vec) -> Vec:
+        """`yes` where this lane is true, else `no`."""
+        return self._new(self.builder.select(self.value, yes.value, no.value))
+
+    def min(self, other: Vec) -> Vec:
+        """The smaller; `other` where self is a NaN."""
+        return (self < other).select(self, other)
+
+    def max(self, other: Vec) -> Vec:
+        """The larger; `other` where self is a NaN."""
+        return (self > other).select(self, other)
+
+    def abs(self) -> Vec:
+        """Absolute value."""
+        return self._call("fabs", self)
+
+    def rint(self) -> Vec:
+        """Nearest integer, half to even."""
+        return self._call("nearbyint", self)
+
+    def fma(self, factor: Vec, addend: Vec) -> Vec:
+        """self * factor + addend, fused where the processor can: for sums, never for codes."""
+        return self._call("fmuladd", self, factor, addend)
+
+    def const(self, value: float) -> Vec:
+        """A constant of this value's type."""
+        return self._new(ir.Constant(self.type, splat(self.type, value)))
+
+    def cast(self, element: ir.Type) -> Vec:
+        """Bits reinterpreted as lanes of `element`, as many as fit."""
+        lanes = self.type.count * _width(self.type.element) // _width(element)
+        return self._new(self.builder.bitcast(self.value, ir.VectorType(element, lanes)))
+
+    def widen(self, element: ir.Type) -> Vec:
+        """Every lane in a wider type of its kind; integers are unsigned."""
+        target = ir.VectorType(element, self.type.count)
+        emit = self.builder.zext if isinstance(element, ir.IntType) else self.builder.fpext
+        return self._new(emit(self.value, target))
+
+    def narrow(self, element: ir.IntType) -> Vec:
+        """The low bits of every integer lane."""
+        return self._new(self.builder.trunc(self.value, ir.VectorType(element, self.type.count)))
+
+    def to_int(self, element: ir.IntType) -> Vec:
+        """Every float lane as a signed integer; what does not fit becomes anything."""
+        return self._new(self.builder.fptosi(self.value, ir.VectorType(element, self.type.count)))
+
+    def to_float(self, element: ir.Type) -> Vec:
+        """Every unsigned integer lane as a float."""
+        return self._new(self.builder.uitofp(self.value, ir.VectorType(element, self.type.count)))
+
+    def reduce(self, combine: Callable[[Vec, Vec], Vec]) -> Vec:
+        """All lanes folded into one by halves."""
+        part = self
+        while part.type.count > 1:
+            half = part.type.count // 2
+            low, high = (part.shuffle(range(i * half, (i + 1) * half)) for i in (0, 1))
+            part = combine(low, high)
+        return self._new(self.builder.extract_element(part.value, ir.Constant(I32, 0)))
+
+    def shuffle(self, lanes: Sequence[int]) -> Vec:
+        """The named lanes, in this order."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self._new(self.builder.shuffle_vector(self.value, self.value, mask))
+
+    def splat(self, lanes: int = LANES) -> Vec:
+        """A scalar in every lane."""
+        vector = ir.VectorType(self.type, lanes)
+        one = self.builder.insert_element(ir.Constant(vector, ir.Undefined), self.value, ir.Constant(I32, 0))
+        return self._new(one).shuffle([0] * lanes)
+
+    def look_up(self, table: Vec) -> Vec:
+        """table[lane]; LLVM knows this pattern as one permutation where table and index are equally wide."""
+        out = ir.Constant(table.type, ir.Undefined)
+        for i in range(self.type.count):
+            lane = ir.Constant(I32, i)
+            index = self.builder.extract_element(self.value, lane)
+            out = self.builder.insert_element(out, self.builder.extract_element(table.value, index), lane)
+        return self._new(out)
+
+
+def _width(element: ir.Type) -> int:
+    return {F16: 16, F32: 32, F64: 64}.get(element) or element.width
+
+
+def _mangled(kind: ir.Type) -> str:
+    lanes, element = (f"v{kind.count}", kind.element) if isinstance(kind, ir.VectorType) else ("", kind)
+    return f"{lanes}f{_width(element)}"
+
+
+def splat(kind: ir.Type, value: float) -> Any:
+    """`value` as the argument of an `ir.Constant` of this type."""
+    return [value] * kind.count if isinstance(kind, ir.VectorType) else value
+
+
+def zeros(builder: ir.IRBuilder, element: ir.Type = F32, lanes: int = LANES) -> Vec:
+    """A vector of zeros."""
+    kind = ir.VectorType(element, lanes)
+    return Vec(builder, ir.Constant(kind, splat(kind, 0)))
+
+
+class Memory:
+    """Elements of one type from an address on; vectors need not be aligned."""
+
+    def __init__(self, builder: ir.IRBuilder, address: ir.Value, element: ir.Type) -> None:
+        self.builder = builder
+        self.element = element
+        self.address = builder.inttoptr(address, element.as_pointer()) if address.type == I64 else address
+
+    def _pointer(self, index: ir.Value, kind: ir.Type) -> ir.Value:
+        where = self.builder.gep(self.address, [index], source_etype=self.element)
+        return self.builder.bitcast(where, kind.as_pointer())
+
+    def load(self, index: ir.Value, lanes: int = LANES) -> Vec:
+        """`lanes` elements from `index` on; a scalar for one."""
+        kind = ir.VectorType(self.element, lanes) if lanes > 1 else self.element
+        return Vec(self.builder, self.builder.load(self._pointer(index, kind), align=1, typ=kind))
+
+    def store(self, index: ir.Value, value: Vec) -> None:
+        """Write a vector or scalar from `index` on."""
+        self.builder.store(value.value, self._pointer(index, value.type), align=1)
+
+
+def loop(
+    builder: ir.IRBuilder, stop: ir.Value, step: int, state: State, body: Callable[[ir.Value, State], State]
+) -> State:
+    """Emit `for i in range(0, stop, step): state = body(i, state)` and return the state after it."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    index.add_incoming(ir.Constant(I64, 0), before)
+    phis = [builder.phi(s.type) for s in state]
+    for phi, s in zip(phis, state, strict=True):
+        phi.add_incoming(s.value, before)
+    builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
+    builder.position_at_end(inside)
+    following = body(index, [Vec(builder, phi) for phi in phis])
+    index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
+    for phi, s in zip(phis, following, strict=True):
+        phi.add_incoming(s.value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return [Vec(builder, phi) for phi in phis]
+
+
+Emitter = Callable[..., "Vec | tuple[Vec, ...] | None"]
+
+
+def emitted(returns: types.Type, *parameters: types.Type) -> Callable[[Emitter], Any]:
+    """Make a function that Numba code calls from `emit(builder, *values)`.
+
+    Addresses are `types.intp`. Numba converts the arguments to `parameters`.
+    """
+
+    def decorate(emit: Emitter) -> Any:
+        signature = returns(*parameters)
+
+        def codegen(context: Any, builder: ir.IRBuilder, _: Any, args: Sequence[ir.Value]) -> ir.Value:
+            result = emit(builder, *args)
+            if result is None:
+                return context.get_dummy_value()
+            if isinstance(result, tuple):
+                return context.make_tuple(builder, returns, [r.value for r in result])
+            return result.value
+
+        def typing(_context: Any, *_types: types.Type) -> Any:
+            return signature, codegen
+
+        # Numba asks a function for its parameters by name.
+        typing.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+        typing.__name__ = emit.__name__
+        return intrinsic(typing)
+
+    return decorate
