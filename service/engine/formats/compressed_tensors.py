@@ -1,0 +1,77 @@
+"""compressed-tensors: what vLLM, SGLang and transformers load; integers, packed or as bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
+from service.engine.formats.compressed_tensors_config import Group, Packing, is_w8
+from service.engine.formats.compressed_tensors_reader import CompressedTensorsReader
+from service.engine.formats.compressed_tensors_writer import WEIGHT, CompressedTensorsWriter
+from service.engine.formats.layout import find_placement
+from service.engine.formats.safetensors import quantization_config
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import TensorInfo
+
+
+class CompressedTensorsOptions(FormatOptions):
+    """Choices of the `compressed-tensors` format."""
+
+    layout: Literal["auto", "pack-quantized", "int-quantized"] = Field(
+        default="auto",
+        description="How codes lie: bit-packed, or a byte each; `auto` packs all but what W8A8 kernels multiply.",
+    )
+    max_shard_bytes: int = Field(default=5_000_000_000, ge=1, description="Bytes of weights in one file, at most.")
+
+    def packing_of(self, scheme: Scheme) -> Packing:
+        """The packing of a tensor in this scheme."""
+        if self.layout != "auto":
+            return self.layout
+        return "int-quantized" if is_w8(Group.of(scheme, "int-quantized")) else "pack-quantized"
+
+
+class CompressedTensorsFormat(Format):
+    """Reads and writes model folders whose config.json has quant_method compressed-tensors."""
+
+    id: ClassVar[str] = "compressed-tensors"
+    description: ClassVar[str] = "compressed-tensors in safetensors, for vLLM, SGLang and transformers"
+    can_read: ClassVar[bool] = True
+    can_write: ClassVar[bool] = True
+    options: ClassVar[type[FormatOptions]] = CompressedTensorsOptions
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Folders whose configuration says so."""
+        return path.is_dir() and quantization_config(path).get("quant_method") == cls.id
+
+    @classmethod
+    def open(cls, path: Path) -> ModelReader:
+        """See `Format.open`."""
+        return CompressedTensorsReader(find_placement(path))
+
+    @classmethod
+    def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
+        """Only integers are known to its loaders."""
+        del options
+        if scheme.id.startswith("int"):
+            return None
+        return f"its loaders know integers only, not the code table of {scheme.id}; the format `parquet` holds it"
+
+    @classmethod
+    def refuses_tensor(cls, info: TensorInfo, scheme: Scheme) -> str | None:
+        """Its loaders look for the weights of linear layers."""
+        del scheme
+        if not info.name.endswith(WEIGHT):
+            return f"only tensors named `*{WEIGHT}` belong to layers that loaders of this format know"
+        if len(info.shape) != 2:
+            return f"it has {len(info.shape)} dimensions, and loaders of this format take matrices"
+        return None
+
+    @classmethod
+    def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:
+        """See `Format.writer`."""
+        assert isinstance(context.options, CompressedTensorsOptions)
+        return CompressedTensorsWriter(folder, context, context.options.packing_of, context.options.max_shard_bytes)

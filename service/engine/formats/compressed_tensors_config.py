@@ -1,0 +1,101 @@
+"""How compressed-tensors describes a scheme: which tensors stand for a weight, and the `quantization_config`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from service.engine.packing import WORD_BITS, row_bytes
+from service.engine.schemes.base import SCALE_DTYPES, Scheme
+
+Packing = Literal["pack-quantized", "int-quantized"]
+
+#: Name, dtype, shape and bytes of a stored tensor.
+Part = tuple[str, str, tuple[int, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one entry of `config_groups` says; tensors that share it share the entry."""
+
+    packing: Packing
+    num_bits: int
+    symmetric: bool
+    strategy: str
+    group_size: int | None
+
+    @classmethod
+    def of(cls, scheme: Scheme, packing: Packing) -> Group:
+        """The group of a tensor in this scheme."""
+        return cls(packing, scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size)
+
+    def as_json(self, targets: list[str]) -> dict[str, Any]:
+        """The entry."""
+        args = asdict(self) | {"type": "int", "dynamic": False}
+        del args["packing"]
+        # The runtimes know int-quantized as W8A8 alone: activations rounded per token as they come.
+        rounds_inputs = self.packing == "int-quantized" and is_w8(self)
+        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        return {
+            "targets": targets,
+            "weights": args,
+            "input_activations": inputs if rounds_inputs else None,
+            "output_activations": None,
+            "format": self.packing,
+        }
+
+
+def is_w8(group: Group) -> bool:
+    """Whether it is what integer matrix units multiply: 8 bits, symmetric, one scale per row or tensor."""
+    return group.num_bits == 8 and group.symmetric and group.strategy in ("tensor", "channel")
+
+
+def parts_of(module: str, scheme: Scheme, packing: Packing, rows: int, cols: int) -> list[Part]:
+    """The tensors that stand for `<module>.weight`: codes, scales, then zero points and shape where there are any."""
+    scale_shape: tuple[int, ...] = (1,) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
+    parts = [_part(f"{module}.weight_scale", scheme.scale_dtype, scale_shape)]
+    if packing == "int-quantized":
+        parts.insert(0, _part(f"{module}.weight", "I8", (rows, cols)))
+        zero: tuple[str, tuple[int, ...]] = ("I8", scale_shape)
+    else:
+        parts.insert(0, _part(f"{module}.weight_packed", "I32", (rows, row_bytes(cols, scheme.bits) // 4)))
+        parts.append(_part(f"{module}.weight_shape", "I64", (2,)))
+        packed_rows = -(-rows * scheme.bits // WORD_BITS)
+        # The library packs zero points along the rows, except a lone one.
+        zero = ("I8", scale_shape) if scheme.granularity == "tensor" else ("I32", (packed_rows, *scale_shape[1:]))
+    if not scheme.symmetric:
+        parts.append(_part(f"{module}.weight_zero_point", *zero))
+    return parts
+
+
+def quantization_config(modules: Mapping[str, Group], untouched: Iterable[str]) -> dict[str, Any]:
+    """For config.json: `modules` are the quantized ones, `untouched` the others that have a 2-D weight."""
+    found = Counter(modules.values()).most_common()
+    groups = {}
+    for i, (group, _) in enumerate(found):
+        # The commonest group is that of the class, so that fused and renamed layers find it as well.
+        targets = ["Linear"] if i == 0 else [name for name, g in modules.items() if g == group]
+        groups[f"group_{i}"] = group.as_json(targets)
+    packings = {group.packing for group, _ in found}
+    ignore = list(untouched)
+    if "lm_head" not in modules and "lm_head" not in ignore:
+        ignore.append("lm_head")  # tied to the embedding, it has no tensor of its own, but is a Linear
+    return {
+        "quant_method": "compressed-tensors",
+        "format": packings.pop() if len(packings) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ignore,
+        "config_groups": groups,
+    }
+
+
+def _part(name: str, dtype: str, shape: tuple[int, ...]) -> Part:
+    item = {"I8": 1, "I32": 4, "I64": 8}.get(dtype) or SCALE_DTYPES[dtype].itemsize
+    size = item
+    for n in shape:
+        size *= n
+    return name, dtype, shape, size

@@ -1,0 +1,262 @@
+"""Reads compressed-tensors: what this service wrote, and integer weights that llm-compressor wrote.
+
+A weight's scheme follows from the shapes of its parts. `config_groups` is asked for bit widths only:
+its targets may be regular expressions and class names, of which the files know nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, get_args
+
+import numpy as np
+
+from service.engine.decode import dequantize_codes
+from service.engine.formats.base import ModelReader
+from service.engine.formats.compressed_tensors_config import Packing, parts_of
+from service.engine.formats.layout import Placement
+from service.engine.formats.safetensors import WeightFiles
+from service.engine.packing import WORD_BITS, row_bytes, unpack_rows
+from service.engine.schemes.base import SCALE_DTYPES, GroupSize, Scheme
+from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, FloatArray, TensorInfo
+from service.errors import CorruptModel, UnsupportedModel
+
+READABLE_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+GROUP_SIZES = get_args(GroupSize.__value__)
+SCALE, ZERO, SHAPE = "weight_scale", "weight_zero_point", "weight_shape"
+#: Parts of schemes that are not read.
+FOREIGN_PARTS = ("weight_g_idx", "weight_global_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight's parts as they lie in the files."""
+
+    scheme: Scheme
+    packing: Packing
+    codes: TensorInfo
+    scale: TensorInfo
+    zero: TensorInfo | None
+    cols: int
+
+
+class CompressedTensorsReader(ModelReader):
+    """`<module>.weight` in place of its parts, dequantized; all other tensors as they are stored."""
+
+    format_id: ClassVar[str] = "compressed-tensors"
+
+    def __init__(self, placement: Placement) -> None:
+        bits = declared_bits(placement.config["quantization_config"])
+        self._files = WeightFiles(placement)
+        try:
+            self._weights: dict[str, StoredWeight] = {}
+            self.tensors = tuple(self._logical(bits))
+        except BaseException:
+            self._files.close()
+            raise
+        self.files = placement.files
+        self.layout = placement.layout(self.tensors, self._files.stamps, self._files.metadata, self._files.warnings)
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """See `ModelReader.rows`."""
+        weight = self._weights.get(info.name)
+        if weight is None:
+            dtype = FLOAT_DTYPES[info.dtype]
+            width = info.cols * dtype.itemsize
+            return self._files.read(info, start * width, stop * width).view(dtype).reshape(stop - start, info.cols)
+        return self._dequantize(weight, start, stop)
+
+    def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
+        """See `ModelReader.raw`."""
+        return self._files.read(info, start, stop).data
+
+    def close(self) -> None:
+        """See `ModelReader.close`."""
+        self._files.close()
+
+    def _logical(self, declared: Mapping[str, int]) -> list[TensorInfo]:
+        stored = self._files.tensors
+        weights = {
+            module: self._weight(module, codes, declared)
+            for name, codes in stored.items()
+            if (module := _module_of(name, stored)) is not None
+        }
+        parts = {f"{module}.{part}" for module in weights for part in ("weight", "weight_packed", SCALE, ZERO, SHAPE)}
+        tensors = []
+        for name, info in stored.items():
+            if (module := _module_of(name, stored)) is not None:
+                self._weights[f"{module}.weight"] = weights[module]
+                tensors.append(_as_weight(f"{module}.weight", weights[module], stored))
+            elif name not in parts:
+                tensors.append(info)
+        return tensors
+
+    def _weight(self, module: str, codes: TensorInfo, declared: Mapping[str, int]) -> StoredWeight:
+        """The weight of a module; raises CorruptModel where its parts contradict each other."""
+        stored = self._files.tensors
+        for part in FOREIGN_PARTS:
+            if f"{module}.{part}" in stored:
+                raise UnsupportedModel(f"the weight of {module} has a {part}, which is not read", tensor=codes.name)
+        scale, zero = stored.get(f"{module}.{SCALE}"), stored.get(f"{module}.{ZERO}")
+        if scale is None:
+            _corrupt(codes, f"there is no {module}.{SCALE}")
+        if scale.dtype not in SCALE_DTYPES:
+            raise UnsupportedModel(f"{scale.name} is {scale.dtype}; scales are read as F32, F16 or BF16")
+        packing: Packing = "pack-quantized" if codes.name.endswith("_packed") else "int-quantized"
+        if len(codes.shape) != 2:
+            raise UnsupportedModel(f"{codes.name} has {len(codes.shape)} dimensions; two are read", tensor=codes.name)
+        rows, cols = self._shape(module, codes) if packing == "pack-quantized" else codes.shape
+        bits = _bits(module, codes, packing, cols, declared)
+        granularity, group_size = _granularity(scale, rows, cols)
+        scheme = build_scheme(
+            f"int{bits}",
+            symmetric=zero is None,
+            granularity=granularity,
+            group_size=group_size,
+            scale_dtype=scale.dtype,
+        )
+        for name, dtype, shape, _ in parts_of(module, scheme, packing, rows, cols):
+            found = stored.get(name)
+            # One number is written as [1], [1, 1] or [].
+            one = found is not None and found.size == math.prod(shape) == 1
+            if found is None or found.dtype != dtype or (found.shape != shape and not one):
+                _corrupt(codes, f"{name} is not {dtype} {list(shape)}")
+        return StoredWeight(scheme, packing, codes, scale, zero, cols)
+
+    def _shape(self, module: str, codes: TensorInfo) -> tuple[int, int]:
+        info = self._files.tensors.get(f"{module}.{SHAPE}")
+        if info is None or info.dtype != "I64" or info.shape != (2,):
+            _corrupt(codes, f"there is no {module}.{SHAPE} of two I64")
+        rows, cols = (int(n) for n in self._files.read(info, 0, info.nbytes).view("<i8"))
+        if rows != codes.shape[0] or not 0 < cols <= codes.shape[1] * WORD_BITS:
+            _corrupt(codes, f"{info.name} says [{rows}, {cols}], which its shape {list(codes.shape)} cannot hold")
+        return rows, cols
+
+    def _dequantize(self, weight: StoredWeight, start: int, stop: int) -> FloatArray:
+        scheme, count = weight.scheme, stop - start
+        packed = self._part_rows(weight.codes, start, stop).reshape(count, -1)
+        scale_bytes = self._all_or_rows(weight.scale, scheme, start, stop)
+        scale = scale_bytes.view(SCALE_DTYPES[scheme.scale_dtype]).reshape(-1, scheme.groups(weight.cols))
+        if weight.packing == "pack-quantized":
+            codes = unpack_rows(packed, scheme.bits, weight.cols)
+        else:
+            codes = packed ^ np.uint8(0x80)
+            scheme = _byte_scheme(scheme)
+        return dequantize_codes(codes, scheme, scale, self._zeros(weight, start, stop))
+
+    def _zeros(self, weight: StoredWeight, start: int, stop: int) -> CodeArray | None:
+        scheme, info = weight.scheme, weight.zero
+        if info is None:
+            return None
+        if info.dtype == "I8":
+            offset = 1 << (scheme.bits - 1) if weight.packing == "pack-quantized" else 0x80
+            signed = self._all_or_rows(info, scheme, start, stop).view(np.int8).astype(np.int16)
+            return (signed + offset).astype(np.uint8).reshape(-1, scheme.groups(weight.cols))
+        # Packed along the rows: whole words begin at every 32nd row.
+        first = start // WORD_BITS * WORD_BITS
+        words_from = first * scheme.bits // WORD_BITS
+        words_to = min(info.rows, -(-stop // WORD_BITS) * scheme.bits)
+        words = self._part_rows(info, words_from, words_to).view("<u4").reshape(-1, info.cols)
+        columns = np.ascontiguousarray(words.T).view(np.uint8)  # (groups, bytes)
+        return np.ascontiguousarray(unpack_rows(columns, scheme.bits, stop - first)[:, start - first :].T)
+
+    def _all_or_rows(self, info: TensorInfo, scheme: Scheme, start: int, stop: int) -> CodeArray:
+        return (
+            self._files.read(info, 0, info.nbytes)
+            if scheme.granularity == "tensor"
+            else self._part_rows(info, start, stop)
+        )
+
+    def _part_rows(self, info: TensorInfo, start: int, stop: int) -> CodeArray:
+        width = info.nbytes // info.rows
+        return self._files.read(info, start * width, stop * width)
+
+
+def declared_bits(config: Mapping[str, Any]) -> dict[str, int]:
+    """Bits by target, as `config_groups` has them; raises UnsupportedModel for what is not read."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise CorruptModel("config.json is damaged: its quantization_config has no `config_groups`")
+    named = [config.get("format"), *(group.get("format") for group in groups.values())]
+    foreign = sorted({str(f) for f in named if f is not None and f not in READABLE_FORMATS})
+    if foreign:
+        raise UnsupportedModel(f"the model is {', '.join(foreign)}; of compressed-tensors, integer weights are read")
+    if config.get("transform_config") or config.get("sparsity_config"):
+        raise UnsupportedModel("the model has transforms or sparsity beside its quantization, which are not read")
+    bits: dict[str, int] = {}
+    for group in groups.values():
+        args = group.get("weights")
+        targets = group.get("targets")
+        if not isinstance(args, dict):
+            continue
+        width = args.get("num_bits")
+        if args.get("type", "int") != "int" or not isinstance(width, int) or f"int{width}" not in schemes():
+            raise UnsupportedModel(f"weights of type {args.get('type')} with {width} bits are not read")
+        bits.update({t: width for t in (targets if isinstance(targets, list) else []) if isinstance(t, str)})
+    return bits
+
+
+def _module_of(name: str, stored: Mapping[str, TensorInfo]) -> str | None:
+    """The module of which this tensor holds the codes, if it does."""
+    if name.endswith(".weight_packed"):
+        return name.removesuffix(".weight_packed")
+    module = name.removesuffix(".weight")
+    if module != name and f"{module}.{SCALE}" in stored:
+        if stored[name].dtype != "I8":
+            raise UnsupportedModel(f"{name} is {stored[name].dtype} with a scale; integer codes are read", tensor=name)
+        return module
+    return None
+
+
+def _bits(module: str, codes: TensorInfo, packing: Packing, cols: int, declared: Mapping[str, int]) -> int:
+    known = set(declared.values())
+    if packing == "pack-quantized":
+        known = {b for b in known if row_bytes(cols, b) * 8 // WORD_BITS == codes.shape[1]}
+    if declared.get(module) in known:
+        return declared[module]
+    if not known:
+        _corrupt(codes, f"no width in config.json packs {cols} codes into {codes.shape[1]} words")
+    if len(known) > 1 and packing == "pack-quantized":
+        raise UnsupportedModel(f"{codes.name} may have {sorted(known)} bits: its config.json does not say which")
+    return max(known)
+
+
+def _granularity(scale: TensorInfo, rows: int, cols: int) -> tuple[str, int | None]:
+    if scale.size == 1:
+        return "channel" if rows == 1 and scale.shape == (1, 1) else "tensor", None
+    if len(scale.shape) != 2 or scale.shape[0] != rows or scale.shape[1] == 0:
+        _corrupt(scale, f"its shape {list(scale.shape)} does not fit a weight of [{rows}, {cols}]")
+    if scale.shape[1] == 1:
+        return "channel", None
+    size, rest = divmod(cols, scale.shape[1])
+    if rest or size not in GROUP_SIZES:
+        allowed = ", ".join(str(g) for g in GROUP_SIZES)
+        raise UnsupportedModel(f"{scale.name} divides {cols} columns by {scale.shape[1]}; groups of {allowed} are read")
+    return "group", size
+
+
+def _as_weight(name: str, weight: StoredWeight, stored: Mapping[str, TensorInfo]) -> TensorInfo:
+    module = name.removesuffix(".weight")
+    parts = [weight.codes, *(stored[f"{module}.{p}"] for p in (SCALE, ZERO, SHAPE) if f"{module}.{p}" in stored)]
+    return TensorInfo(
+        name=name,
+        dtype="F32",
+        shape=(weight.codes.rows, weight.cols),
+        file=weight.codes.file,
+        offset=weight.codes.offset,
+        nbytes=sum(part.nbytes for part in parts),
+        stored_as=weight.scheme.id,
+    )
+
+
+def _byte_scheme(scheme: Scheme) -> Scheme:
+    """The same scheme over whole bytes: offset 128 in codes and zero points cancels out."""
+    fields = scheme.model_dump() | {"bits": 8}
+    return type(scheme).model_validate(fields)
+
+
+def _corrupt(info: TensorInfo, what: str) -> NoReturn:
+    raise CorruptModel(f"tensor {info.name!r} in {info.file} is damaged: {what}", tensor=info.name)

@@ -1,0 +1,219 @@
+"""Writes compressed-tensors: codes, scales and zero points as tensors of a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
+from service.engine.formats.compressed_tensors_config import Group, Packing, parts_of, quantization_config
+from service.engine.formats.shards import Region, ShardWriter, header_reserve
+from service.engine.metrics import Quality
+from service.engine.packing import WORD_BITS, pack_rows, unpack_rows
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import Array, CodeArray, QuantizedRows, TensorInfo
+from service.errors import UnsupportedModel
+from service.storage.faults import storage_faults
+
+WEIGHT = ".weight"
+MAX_PARTS = 4
+
+
+class CompressedTensorsWriter(ModelWriter):
+    """See `ModelWriter`; `packing_of` chooses the packing of a scheme."""
+
+    def __init__(
+        self, folder: Path, context: WriterContext, packing_of: Callable[[Scheme], Packing], max_shard_bytes: int
+    ) -> None:
+        super().__init__(folder, context)
+        self._packing_of = packing_of
+        layout = context.layout
+        self._folder = folder / layout.weights_dir
+        with storage_faults("making the output's folder"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        reserve = header_reserve(layout.tensor_count, layout.name_bytes, MAX_PARTS)
+        self._shards = ShardWriter(self._folder, layout.stem, reserve, max_shard_bytes)
+        self._names: set[str] = set()
+        self._modules: dict[str, Group] = {}
+        self._untouched: list[str] = []
+        self._told = (0, 0)
+        self._tensor: _Copy | _Weight | None = None
+
+    def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
+        """See `ModelWriter.begin`."""
+        if scheme is None:
+            regions = self._shards.begin([(info.name, info.dtype, info.shape, info.nbytes)])
+            self._tensor = _Copy(info, self._shards, regions[0])
+        else:
+            packing = self._packing_of(scheme)
+            parts = parts_of(info.name.removesuffix(WEIGHT), scheme, packing, info.rows, info.cols)
+            self._tensor = _Weight(info, scheme, packing, self._shards, self._shards.begin(parts))
+        if twice := self._names.intersection(self._tensor.names):
+            raise UnsupportedModel(f"two tensors would be named {twice.pop()!r} in the output", tensor=info.name)
+
+    def write_rows(self, rows: QuantizedRows) -> None:
+        """See `ModelWriter.write_rows`."""
+        assert isinstance(self._tensor, _Weight)
+        self._tensor.write(rows)
+
+    def write_raw(self, data: memoryview) -> None:
+        """See `ModelWriter.write_raw`."""
+        assert isinstance(self._tensor, _Copy)
+        self._tensor.write(data)
+
+    def commit(self, quality: Quality | None) -> int:
+        """See `ModelWriter.commit`."""
+        del quality
+        tensor = self._tensor
+        assert tensor is not None
+        tensor.check_whole()
+        module = tensor.info.name.removesuffix(WEIGHT)
+        if isinstance(tensor, _Weight):
+            self._modules[module] = Group.of(tensor.scheme, tensor.packing)
+        elif tensor.info.name.endswith(WEIGHT) and len(tensor.info.shape) == 2:
+            self._untouched.append(module)
+        self._names.update(tensor.names)
+        self._tensor = None
+        return self._shards.commit()
+
+    def abandon(self) -> None:
+        """See `ModelWriter.abandon`."""
+        self._tensor = None
+        self._shards.abandon()
+
+    def state(self) -> dict[str, Any]:
+        """See `ModelWriter.state`."""
+        modules, untouched = self._told
+        self._told = len(self._modules), len(self._untouched)
+        new = [[name, *_group_json(group)] for name, group in list(self._modules.items())[modules:]]
+        return self._shards.state() | {"modules": new, "untouched": self._untouched[untouched:]}
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """See `ModelWriter.restore`."""
+        self._shards.restore(states)
+        self._modules = {name: Group(*group) for state in states for name, *group in state["modules"]}
+        self._untouched = [name for state in states for name in state["untouched"]]
+        self._told = len(self._modules), len(self._untouched)
+        self._names = {region.name for shard in self._shards.shards for region in shard.regions}
+        self._tensor = None
+
+    def close(self, cancelled: Cancelled) -> None:
+        """See `ModelWriter.close`."""
+        files = self._shards.finish({"format": "pt"}, cancelled)
+        if not files:
+            return
+        with storage_faults("writing the index and the configuration"):
+            if len(files) > 1:
+                self._write_json(f"{self.context.layout.stem}.safetensors.index.json", self._index(files))
+            if self._modules:
+                described = {"quantization_config": quantization_config(self._modules, self._untouched)}
+                self._write_json("config.json", self.context.layout.config | described)
+
+    def discard(self) -> None:
+        """See `ModelWriter.discard`."""
+        self._shards.discard()
+
+    def _index(self, files: dict[str, list[str]]) -> dict[str, Any]:
+        total = sum(shard.nbytes for shard in self._shards.shards)
+        weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (self._folder / name).write_text(text, encoding="utf-8")
+
+
+class _Copy:
+    """A tensor written as it came."""
+
+    def __init__(self, info: TensorInfo, shards: ShardWriter, region: Region) -> None:
+        self.info = info
+        self.names = [region.name]
+        self._shards, self._region, self._done = shards, region, 0
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes."""
+        self._shards.write(self._region, self._done, data)
+        self._done += data.nbytes
+
+    def check_whole(self) -> None:
+        """Raises ValueError when bytes are missing or too many."""
+        if self._done != self._region.nbytes:
+            raise ValueError(f"{self._done} of {self._region.nbytes} bytes of {self.info.name!r} were written")
+
+
+class _Weight:
+    """A weight in the making: rows arrive in order, and go to the places of its parts."""
+
+    def __init__(
+        self, info: TensorInfo, scheme: Scheme, packing: Packing, shards: ShardWriter, regions: list[Region]
+    ) -> None:
+        self.info, self.scheme, self.packing = info, scheme, packing
+        self.names = [region.name for region in regions]
+        self._shards = shards
+        self._codes, self._scale = regions[0], regions[1]
+        by_suffix = {region.name.rpartition("_")[2]: region for region in regions}
+        self._zero = by_suffix.get("point")
+        self._pending = np.empty((0, scheme.groups(info.cols)), np.uint8)  # zero points short of a whole word
+        self._zero_rows = 0
+        self._rows = 0
+        if "shape" in by_suffix:
+            self._put(by_suffix["shape"], 0, np.array([info.rows, info.cols], "<i8"))
+
+    def write(self, q: QuantizedRows) -> None:
+        """The next rows."""
+        codes = (
+            q.packed if self.packing == "pack-quantized" else self._signed(unpack_rows(q.packed, q.scheme.bits, q.cols))
+        )
+        self._put_rows(self._codes, self.info.rows, codes)
+        if self.scheme.granularity != "tensor":
+            self._put_rows(self._scale, self.info.rows, q.scale)
+        elif self._rows == 0:
+            self._put(self._scale, 0, q.scale)
+        if self._zero is not None and q.zero_point is not None:
+            self._write_zeros(self._zero, q.zero_point, self._rows + q.rows == self.info.rows)
+        self._rows += q.rows
+
+    def check_whole(self) -> None:
+        """Raises ValueError when rows are missing or too many."""
+        if self._rows != self.info.rows:
+            raise ValueError(f"{self._rows} of {self.info.rows} rows of {self.info.name!r} were written")
+
+    def _write_zeros(self, region: Region, zeros: CodeArray, last: bool) -> None:
+        if self.scheme.granularity == "tensor":
+            if self._rows == 0:
+                self._put(region, 0, self._signed(zeros))
+        elif self.packing == "int-quantized":
+            self._put_rows(region, self.info.rows, self._signed(zeros))
+        else:
+            self._write_packed_zeros(region, zeros, last)
+
+    def _write_packed_zeros(self, region: Region, zeros: CodeArray, last: bool) -> None:
+        """Packed along the rows: 32 of them fill whole words, so what is over waits for the next block."""
+        waiting = np.concatenate([self._pending, zeros])
+        ready = len(waiting) if last else len(waiting) // WORD_BITS * WORD_BITS
+        if ready:
+            words = (
+                pack_rows(np.ascontiguousarray(waiting[:ready].T), self.scheme.bits).view("<u4").T
+            )  # (words, groups)
+            offset = self._zero_rows * self.scheme.bits // WORD_BITS * waiting.shape[1] * words.itemsize
+            self._put(region, offset, words)
+        self._zero_rows += ready
+        self._pending = waiting[ready:]
+
+    def _signed(self, codes: CodeArray) -> Array:
+        return (codes.astype(np.int16) - (1 << (self.scheme.bits - 1))).astype(np.int8)
+
+    def _put_rows(self, region: Region, rows: int, data: Array) -> None:
+        self._put(region, self._rows * (region.nbytes // rows), data)
+
+    def _put(self, region: Region, offset: int, data: Array) -> None:
+        self._shards.write(region, offset, np.ascontiguousarray(data).view(np.uint8).data)
+
+
+def _group_json(group: Group) -> list[Any]:
+    return [group.packing, group.num_bits, group.symmetric, group.strategy, group.group_size]
