@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import serialize_file
+from safetensors.numpy import save_file
 
 from service.engine.backends.base import Backend
 from service.engine.backends.reference import ReferenceBackend
@@ -20,24 +19,11 @@ from service.engine.plan import OutputSpec, make_plan
 from service.engine.progress import Happening
 from service.engine.report import RunReport
 
-DTYPE_NAMES = {
-    np.dtype(np.float64): "float64",
-    np.dtype(np.float32): "float32",
-    np.dtype(np.float16): "float16",
-    np.dtype(ml_dtypes.bfloat16): "bfloat16",
-    np.dtype(np.int64): "int64",
-    np.dtype(np.uint8): "uint8",
-}
-
 
 def save(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     """Write tensors with the safetensors library itself."""
-    data = {
-        name: {"dtype": DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data": np.ascontiguousarray(x).tobytes()}
-        for name, x in tensors.items()
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    serialize_file(data, str(path), {"format": "pt"})
+    save_file(dict(tensors), path, {"format": "pt"})
     return path
 
 
