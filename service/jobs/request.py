@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from typing_extensions import TypeAliasType
 
 from service.engine.config import Profile, QuantizationConfig
 
@@ -31,7 +32,8 @@ class JobSource(_Body):
     output: Name | None = Field(default=None, description="Its name; may be left out where there is only one.")
 
 
-Source = Annotated[UriSource | JobSource, Field(discriminator="type")]
+# Named types, so that they have their names in the OpenAPI document as well.
+Source = TypeAliasType("Source", Annotated[UriSource | JobSource, Field(discriminator="type")])
 
 
 class OutputRequest(_Body):
@@ -73,4 +75,4 @@ class ValidateRequest(_JobBody):
     quantized: Source
 
 
-JobRequest = Annotated[QuantizeRequest | ValidateRequest, Field(discriminator="kind")]
+JobRequest = TypeAliasType("JobRequest", Annotated[QuantizeRequest | ValidateRequest, Field(discriminator="kind")])

@@ -109,7 +109,7 @@ def _inside(path: Path, roots: Sequence[Path]) -> Path:
     """The path with its links resolved, when it lies under a root before and after."""
     real_roots = [Path(os.path.realpath(root)) for root in roots]
     # By name first, so that nothing outside the roots is even looked at.
-    if not _is_under(path, [*(Path(os.path.abspath(root)) for root in roots), *real_roots]):
+    if not _is_under(path, [*(root.absolute() for root in roots), *real_roots]):
         raise ForbiddenPath(_FORBIDDEN)
     real = Path(os.path.realpath(path))
     if not _is_under(real, real_roots):

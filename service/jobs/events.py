@@ -1,0 +1,214 @@
+"""What happens to a job, as events: their types, and how any number of readers follow them live.
+
+Stored events come from the store; what is here is the live end. A reader has a bounded buffer and
+is cut off when it overflows: it slows neither the job nor other readers, and can resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from service.engine.progress import Happening, Notice, Progress, TensorCompleted
+from service.jobs.job import Job, Status
+
+PROGRESS = "job.progress"
+TENSOR_COMPLETED = "tensor.completed"
+WARNING = "job.warning"
+RESUMED = "job.resumed"
+TOO_SLOW = "reader.too_slow"
+SERVER_DRAINING = "server.draining"
+
+#: The event that a transition into a state emits. Cancelling is told by the answer to the call.
+EVENT_OF_STATUS = {
+    Status.QUEUED: "job.queued",
+    Status.RUNNING: "job.started",
+    Status.SUCCEEDED: "job.succeeded",
+    Status.FAILED: "job.failed",
+    Status.CANCELLED: "job.cancelled",
+}
+TERMINAL_EVENTS = frozenset(name for status, name in EVENT_OF_STATUS.items() if status.is_terminal)
+_TYPE_OF: dict[type, str] = {Progress: PROGRESS, TensorCompleted: TENSOR_COMPLETED, Notice: WARNING}
+
+#: Ids after a restart begin at the next multiple, so that they exceed those of progress events,
+#: which earlier readers have seen but nobody has stored.
+ID_EPOCH = 1_000_000
+#: Events a reader may lag behind.
+READER_LIMIT = 4096
+#: Events read from the store at once.
+PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job.
+
+    `id` grows within the job; it is None for what is said to one reader only (`reader.too_slow`,
+    `server.draining`). `data` is JSON without `job_id` and `at`: `status` and, when queued,
+    `queue_position` for changes of state; the fields of Progress, TensorCompleted or Notice
+    without those that are None otherwise. `job` is the whole job in terminal events.
+    """
+
+    id: int | None
+    type: str
+    job_id: str
+    at: datetime
+    data: dict[str, Any]
+    job: Job | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing follows for this job."""
+        return self.type in TERMINAL_EVENTS
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it can be replayed."""
+        return self.id is not None and self.type != PROGRESS
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Nothing has happened for a while; the stream is alive."""
+
+
+def describe(happening: Happening) -> tuple[str, dict[str, Any]]:
+    """The event type and data of what the engine reported."""
+    fields = ((name, getattr(happening, name)) for name in happening.__dataclass_fields__)
+    data = {name: value for name, value in fields if value is not None}
+    if isinstance(happening, TensorCompleted):
+        data["shape"] = list(happening.shape)  # as it is read back from the store
+    return _TYPE_OF[type(happening)], data
+
+
+class Reader:
+    """The buffer of one live reader; everything on the event loop."""
+
+    def __init__(self, job_id: str, limit: int = READER_LIMIT) -> None:
+        self._job_id = job_id
+        self._limit = limit
+        self._buffer: deque[Event] = deque()
+        self._last: Event | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, event: Event) -> None:
+        """Add an event, or cut the reader off when its buffer is full; never waits."""
+        if self._last is not None:
+            return
+        if event.type == PROGRESS and self._buffer and self._buffer[-1].type == PROGRESS:
+            self._buffer[-1] = event
+        elif len(self._buffer) >= self._limit:
+            self.end(TOO_SLOW)
+        else:
+            self._buffer.append(event)
+        self._wake.set()
+
+    def end(self, type_: str) -> None:
+        """Nothing more comes behind what is buffered but this, which belongs to no job's log."""
+        if self._last is None:
+            self._last = Event(None, type_, self._job_id, datetime.now(UTC), {})
+            self._wake.set()
+
+    async def next(self, silence_s: float) -> Event | Silence:
+        """The next event, or Silence when none came for so long."""
+        if not self._buffer and self._last is None:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(silence_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                return Silence()
+        if self._buffer:
+            return self._buffer.popleft()
+        assert self._last is not None, "it is set when a reader is woken without an event"
+        return self._last
+
+
+class LiveLog:
+    """The live end of a job's events: gives out ids, and hands published events to readers."""
+
+    def __init__(self, job_id: str, *, next_id: int, last_stored_id: int, reader_limit: int = READER_LIMIT) -> None:
+        self._job_id = job_id
+        self._next_id = next_id
+        self._reader_limit = reader_limit
+        self._readers: set[Reader] = set()
+        self._closing: str | None = None
+        #: The newest event that readers can replay.
+        self.last_stored_id = last_stored_id
+
+    def event(self, type_: str, data: dict[str, Any], job: Job | None = None) -> Event:
+        """A new event with the next id; nobody sees it before `publish`."""
+        event = Event(self._next_id, type_, self._job_id, datetime.now(UTC), data, job)
+        self._next_id += 1
+        return event
+
+    def publish(self, event: Event) -> None:
+        """Show an event, which is stored if it is to be, to all readers."""
+        if event.is_stored and event.id is not None:
+            self.last_stored_id = event.id
+        for reader in self._readers:
+            reader.push(event)
+
+    def subscribe(self) -> Reader:
+        """A reader of all that is published from now on."""
+        reader = Reader(self._job_id, self._reader_limit)
+        if self._closing is not None:
+            reader.end(self._closing)
+        self._readers.add(reader)
+        return reader
+
+    def unsubscribe(self, reader: Reader) -> None:
+        """Forget a reader."""
+        self._readers.discard(reader)
+
+    def close(self, reason: str) -> None:
+        """End all readers, and those to come, with an event of this type."""
+        self._closing = reason
+        for reader in self._readers:
+            reader.end(reason)
+
+    @property
+    def readers(self) -> int:
+        """How many follow."""
+        return len(self._readers)
+
+
+def next_epoch(last_stored_id: int) -> int:
+    """The first id that a process gives out which goes on with a job of an earlier one."""
+    return (last_stored_id // ID_EPOCH + 1) * ID_EPOCH
+
+
+async def follow(
+    find_log: Callable[[], LiveLog | None],
+    read_page: Callable[[int], Awaitable[list[Event]]],
+    *,
+    after: int,
+    silence_s: float,
+) -> AsyncIterator[Event | Silence]:
+    """Replay what is stored behind `after`, then all that happens, without gap or duplicate.
+
+    `find_log` gives the job's live end while it has one. Between its last look and the
+    subscription nothing is awaited, so nothing can be published in between.
+    """
+    while (log := find_log()) is None or after < log.last_stored_id:
+        page = await read_page(after)
+        for event in page:
+            yield event
+            after = event.id or after
+            if event.is_terminal:
+                return
+        if not page and log is None:
+            return
+    reader = log.subscribe()
+    try:
+        while True:
+            item = await reader.next(silence_s)
+            yield item
+            if isinstance(item, Event) and (item.id is None or item.is_terminal):
+                return
+    finally:
+        log.unsubscribe(reader)

@@ -1,0 +1,57 @@
+"""Where a job's files lie in the data folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from service.storage.durable import remove
+from service.storage.faults import storage_faults
+
+REPORT = "report.json"
+
+
+class Folders:
+    """`work/<job>` while a job runs, `artifacts/<job>` when it has succeeded."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._work = data_dir / "work"
+        self._artifacts = data_dir / "artifacts"
+
+    def create(self) -> None:
+        """Make the two folders; raises OSError."""
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+
+    def work(self, job_id: str) -> Path:
+        """What the engine writes to: a folder per output, and its checkpoint."""
+        return self._work / job_id
+
+    def artifacts(self, job_id: str) -> Path:
+        """A folder per output without an address of its own, and the report."""
+        return self._artifacts / job_id
+
+    def pending_report(self, job_id: str) -> Path:
+        """There from when all outputs are complete until all are published."""
+        return self._work / job_id / REPORT
+
+    def report(self, job_id: str) -> Path:
+        """There when all outputs are published."""
+        return self._artifacts / job_id / REPORT
+
+    def remove(self, job_id: str) -> None:
+        """Remove all files of a job."""
+        remove(self.work(job_id))
+        remove(self.artifacts(job_id))
+
+    def check(self) -> None:
+        """Raise DiskFull or StorageFailure unless files can be written."""
+        probe = self._work / ".probe"
+        with storage_faults("writing to the data folder"):
+            probe.write_bytes(b"probe")
+            probe.unlink()
+
+    def job_ids(self) -> Iterator[tuple[str, Path]]:
+        """Every folder with the id of the job it belongs to."""
+        for parent in (self._work, self._artifacts):
+            yield from ((path.name, path) for path in parent.iterdir())

@@ -1,0 +1,81 @@
+"""Writes what happens to jobs to the store in batches, and shows it only once it is written.
+
+So what a reader has seen survives a crash, and a burst of events costs few transactions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from service.errors import ArrowQuantError
+from service.jobs.events import Event
+from service.jobs.job import Job
+
+logger = logging.getLogger(__name__)
+
+#: Written at once; readers get their turn after each batch.
+BATCH = 256
+#: Between attempts when the database cannot be written.
+RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A new state of a job, an event, or both; `show` is called when they are stored."""
+
+    job: Job | None
+    event: Event | None
+    show: Callable[[], None]
+
+
+class Journal:
+    """A queue of entries and the task that empties it; everything on the event loop."""
+
+    def __init__(self, write: Callable[[Sequence[Job], Sequence[Event]], Awaitable[None]]) -> None:
+        self._write = write
+        self._entries: deque[Entry] = deque()
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name="journal")
+
+    def put(self, entry: Entry) -> None:
+        """Add an entry behind all others; never waits."""
+        self._entries.append(entry)
+        self._wake.set()
+
+    async def settled(self) -> None:
+        """Wait until all that was put so far is stored and shown."""
+        done = asyncio.Event()
+        self.put(Entry(None, None, done.set))
+        await done.wait()
+
+    async def stop(self) -> None:
+        """End the task; what is not written by now is lost."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._entries:
+                batch = [self._entries.popleft() for _ in range(min(BATCH, len(self._entries)))]
+                await self._store(batch)
+                for entry in batch:
+                    entry.show()
+                await asyncio.sleep(0)
+
+    async def _store(self, batch: Sequence[Entry]) -> None:
+        jobs = [entry.job for entry in batch if entry.job is not None]
+        events = [entry.event for entry in batch if entry.event is not None and entry.event.is_stored]
+        while jobs or events:
+            try:
+                await self._write(jobs, events)
+                break
+            except ArrowQuantError as error:
+                # The jobs run on; their states are written when the disk lets us.
+                logger.error("the job database cannot be written, trying again: %s", error.detail)
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,106 @@
+"""A job that has not ended: its state, its events, and who waits for it. Nothing is kept of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from service.engine.progress import Happening, Progress
+from service.jobs.events import EVENT_OF_STATUS, RESUMED, LiveLog, describe
+from service.jobs.job import Job, Status
+from service.jobs.journal import Entry, Journal
+from service.jobs.stop import StopSignal
+
+#: Between two progress events.
+PROGRESS_INTERVAL_S = 0.1
+
+
+class LiveJob:
+    """One job from its acceptance to its end; everything on the event loop."""
+
+    def __init__(
+        self, job: Job, log: LiveLog, journal: Journal, on_end: Callable[[Job], None], targets: tuple[Path, ...] = ()
+    ) -> None:
+        """`on_end` is called when the job's last state is stored and has been shown."""
+        self.log = log
+        self.stop = StopSignal()
+        self.targets = targets
+        self.ended = asyncio.Event()
+        self._job = job
+        self._shown = job
+        self._journal = journal
+        self._on_end = on_end
+        self._progress: Progress | None = job.progress
+        self._progress_timer: asyncio.TimerHandle | None = None
+        self._next_progress_at = 0.0
+
+    @property
+    def status(self) -> Status:
+        """Where the job stands, stored or not."""
+        return self._job.status
+
+    @property
+    def job(self) -> Job:
+        """The job as it is stored, with its newest progress."""
+        return self._shown if self._shown.status.is_terminal else replace(self._shown, progress=self._progress)
+
+    def to(self, status: Status, **changes: Any) -> None:
+        """Take the job to its next state and emit the event; raises IllegalTransition."""
+        job = self._job.to(status, **changes)
+        if status.is_terminal:
+            self._emit_held_progress()
+            job = replace(job, progress=_last_progress(self._progress, status))
+        self._job = job
+        type_ = EVENT_OF_STATUS.get(status)
+        self._put(type_, {"status": status.value}, job)
+
+    def resume(self) -> None:
+        """Emit that a running job goes on in this process."""
+        self._put(RESUMED, {"status": self._job.status.value}, None)
+
+    def happened(self, happening: Happening) -> None:
+        """Take in what the engine reports: each tensor and notice, of progress the newest ten times a second."""
+        if not isinstance(happening, Progress):
+            self._put(*describe(happening), None)
+            return
+        self._progress = happening
+        if self._progress_timer is None:
+            loop = asyncio.get_running_loop()
+            at = max(loop.time(), self._next_progress_at)
+            self._progress_timer = loop.call_at(at, self._emit_progress)
+
+    def _emit_progress(self) -> None:
+        self._progress_timer = None
+        self._next_progress_at = asyncio.get_running_loop().time() + PROGRESS_INTERVAL_S
+        if self._progress is not None:
+            self._put(*describe(self._progress), None)
+
+    def _emit_held_progress(self) -> None:
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
+            self._emit_progress()
+
+    def _put(self, type_: str | None, data: dict[str, Any], job: Job | None) -> None:
+        whole = job if job is not None and job.status.is_terminal else None
+        event = self.log.event(type_, data, whole) if type_ is not None else None
+
+        def show() -> None:
+            if job is not None:
+                self._shown = job
+            if whole is not None:
+                # Before the last event is seen: whoever then asks finds the job in the store.
+                self._on_end(whole)
+                self.ended.set()
+            if event is not None:
+                self.log.publish(event)
+
+        self._journal.put(Entry(job, event, show))
+
+
+def _last_progress(progress: Progress | None, status: Status) -> Progress | None:
+    if progress is not None and status is Status.SUCCEEDED:
+        return replace(progress, fraction=1.0, eta_s=None)
+    return progress

@@ -1,0 +1,432 @@
+"""All that can be done with jobs: submit, find, follow, cancel, purge; and what start and end of a server mean.
+
+Everything here runs on one event loop and never blocks it: the store has a thread of its own,
+each running job has one, and files are looked at in others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uuid_utils
+
+from service.engine.backends.base import Backend
+from service.engine.config import QuantizationConfig
+from service.engine.formats.registry import open_model
+from service.engine.plan import Plan, make_plan
+from service.engine.report import RunReport
+from service.errors import Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
+from service.jobs.admission import Admission, Admitted, check_free, output_specs
+from service.jobs.backend_pool import BackendPool
+from service.jobs.events import (
+    EVENT_OF_STATUS,
+    READER_LIMIT,
+    SERVER_DRAINING,
+    Event,
+    LiveLog,
+    Silence,
+    follow,
+    next_epoch,
+)
+from service.jobs.folders import Folders
+from service.jobs.job import Job, Status
+from service.jobs.journal import Journal
+from service.jobs.live import LiveJob
+from service.jobs.loop_watch import LoopWatch
+from service.jobs.mailbox import Mailbox
+from service.jobs.publisher import Publisher, load_report
+from service.jobs.recovery import Leftover, recover
+from service.jobs.request import JobRequest, QuantizeRequest
+from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
+from service.jobs.scheduler import Scheduler, run_in_thread
+from service.jobs.sources import Sources
+from service.jobs.stop import Reason
+from service.jobs.store import Store
+from service.storage.faults import storage_faults
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class JobManager:
+    """The jobs of one data folder."""
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        model_roots: Sequence[Path] = (),
+        block_bytes: int = 64 << 20,
+        threads: int = 1,
+        max_running_jobs: int = 2,
+        max_queued_jobs: int = 1000,
+        config_defaults: QuantizationConfig | None = None,
+        silence_s: float = 15.0,
+        reader_limit: int = READER_LIMIT,
+    ) -> None:
+        """`config_defaults` come between a profile and a request; `reader_limit` is in events."""
+        self._data_dir = data_dir.absolute()
+        self._roots = tuple(model_roots)
+        self._max_queued_jobs = max_queued_jobs
+        self._silence_s = silence_s
+        self._reader_limit = reader_limit
+        self._folders = Folders(self._data_dir)
+        self._sources = Sources(self._roots, self._folders, lambda job_id: self._opened_store.get(job_id))
+        self._admission = Admission(self._roots, config_defaults, self._sources)
+        self._publisher = Publisher(self._folders, self._roots)
+        self._backends = BackendPool(threads)
+        self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes)
+        self._scheduler = Scheduler(max_running_jobs, self._start_job)
+        self._store: Store | None = None
+        self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._live: dict[str, LiveJob] = {}
+        self._admitting = 0
+        self._draining = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._watch = LoopWatch()
+        self._warm = asyncio.Event()
+
+    # --- the life of the server ---
+
+    async def start(self) -> None:
+        """Open the data folder and go on with what an earlier server left.
+
+        Queued jobs wait again, running ones go on from their checkpoint, cancelled ones are cleared
+        away. Raises StorageFailure when another server holds the folder.
+        """
+        self._store = await self._in_store_thread(lambda: Store(self._data_dir))
+        self._journal = Journal(self._write)
+        leftovers = await self._in_store_thread(lambda: recover(self._opened_store, self._folders, self._publisher))
+        for leftover in leftovers:
+            self._readopt(leftover)
+        self._watch.start()
+        self._warming = asyncio.create_task(self._warm_up())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more jobs, stop the running ones at their next block, and close the data folder.
+
+        A stopped job keeps its checkpoint and its status, and goes on at the next start. Returns
+        after `timeout_s` at the latest, then with threads still busy.
+        """
+        self._draining = True
+        self._scheduler.stop()
+        for live in self._live.values():
+            live.log.close(SERVER_DRAINING)
+            live.stop.ask(Reason.DRAIN)
+        if self._store is None:
+            return
+        self._watch.stop()
+        self._warming.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in tuple(self._tasks):
+            task.cancel()
+        try:
+            await asyncio.wait_for(self._journal.settled(), max(1.0, timeout_s / 10))
+        except TimeoutError:
+            logger.error("not everything could be written to the job database")
+        await self._journal.stop()
+        await self._in_store_thread(self._opened_store.close)
+        self._store = None
+
+    # --- jobs ---
+
+    async def submit(self, request: JobRequest) -> Job:
+        """Accept a job, durably; it then runs when a lane is free.
+
+        Raises Draining, QueueFull, or why the request cannot be carried out (see `Admission`).
+        """
+        self._check_open()
+        if self._scheduler.depth + self._admitting >= self._max_queued_jobs:
+            raise QueueFull(f"{self._scheduler.depth} jobs wait already, and no more may: try again later")
+        self._admitting += 1
+        # A client that hangs up in the middle leaves no half-accepted job.
+        return await asyncio.shield(self._spawn(self._submit(request)))
+
+    async def get(self, job_id: str) -> Job:
+        """The job of this id, as it stands; raises NotFound."""
+        live = self._live.get(job_id)
+        if live is not None:
+            return live.job
+        job = await self._in_store_thread(lambda: self._opened_store.get(job_id))
+        if job is None:
+            raise NotFound(f"there is no job {job_id!r}")
+        return job
+
+    async def find(
+        self,
+        *,
+        status: Status | None = None,
+        kind: str | None = None,
+        label: tuple[str, str] | None = None,
+        created_after: datetime | None = None,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> tuple[list[Job], str | None]:
+        """Jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is one."""
+
+        def look() -> tuple[list[Job], str | None]:
+            return self._opened_store.find(
+                status=status, kind=kind, label=label, created_after=created_after, limit=limit, after=after
+            )
+
+        jobs, cursor = await self._in_store_thread(look)
+        return [live.job if (live := self._live.get(job.id)) else job for job in jobs], cursor
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job that has not ended: at once when it waits, at its next block when it runs; raises NotFound."""
+        live = self._live.get(job_id)
+        if live is None:
+            return await self.get(job_id)
+        if live.status is Status.QUEUED:
+            self._scheduler.remove(job_id)
+            live.to(Status.CANCELLED)
+        elif live.status is Status.RUNNING:
+            live.to(Status.CANCELLING)
+            live.stop.ask(Reason.CANCEL)
+        await self._journal.settled()
+        return live.job
+
+    async def purge(self, job_id: str) -> None:
+        """Delete an ended job with its events, report and artifacts; raises NotFound or NotTerminal.
+
+        Outputs that were written to an address of their own stay: they are the user's.
+        """
+        if job_id in self._live:
+            raise NotTerminal(f"job {job_id} has not ended: cancel it first")
+        if not await self._in_store_thread(lambda: self._opened_store.delete(job_id)):
+            raise NotFound(f"there is no job {job_id!r}")
+        # The record first: files without a record are removed at the next start.
+        await asyncio.to_thread(self._folders.remove, job_id)
+
+    async def wait(self, job_id: str, timeout_s: float) -> Job:
+        """The job when it has ended, or after `timeout_s` as it then stands; raises NotFound."""
+        live = self._live.get(job_id)
+        if live is not None:
+            try:
+                await asyncio.wait_for(live.ended.wait(), timeout_s)
+            except TimeoutError:
+                return live.job
+        return await self.get(job_id)
+
+    async def report(self, job_id: str) -> RunReport:
+        """What the job measured; raises NotFound, or NotFinished when it has not succeeded."""
+        job = await self.get(job_id)
+        if job.status is not Status.SUCCEEDED:
+            raise NotFinished(f"job {job_id} is {job.status}, and only a job that has succeeded has a report")
+
+        def load() -> RunReport:
+            with storage_faults("reading the report"):
+                return load_report(self._folders.report(job_id))
+
+        return await asyncio.to_thread(load)
+
+    async def plan(self, request: QuantizeRequest) -> Plan:
+        """What a job of this request would do to each tensor; raises what `submit` and reading headers raise."""
+
+        def make() -> Plan:
+            config = self._admission.resolve(request)
+            (path,) = self._sources.of(request)
+            with storage_faults("reading the model"), closing(open_model(path)) as reader:
+                return make_plan(reader, output_specs(request, config))
+
+        return await asyncio.to_thread(make)
+
+    # --- events ---
+
+    async def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
+        """Stored events behind the id `after`; none for a job that does not exist."""
+        return await self._in_store_thread(lambda: self._opened_store.events(job_id, after=after, limit=limit))
+
+    def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event | Silence]:
+        """Stored events behind `after`, then all that happens, until the job ends; Silence now and then.
+
+        A last event without an id says that the reader was too slow, or that the server stops.
+        Ends at once for a job that does not exist: ask `get` first. Close it (`aclosing`) when
+        the reader goes.
+        """
+
+        def find_log() -> LiveLog | None:
+            live = self._live.get(job_id)
+            return live.log if live is not None else None
+
+        async def read_page(last: int) -> list[Event]:
+            return await self.events(job_id, after=last)
+
+        return follow(find_log, read_page, after=after, silence_s=self._silence_s)
+
+    # --- how the service is ---
+
+    @property
+    def queue_depth(self) -> int:
+        """How many jobs wait."""
+        return self._scheduler.depth
+
+    @property
+    def queue_is_full(self) -> bool:
+        """Whether `submit` would refuse."""
+        return self._scheduler.depth + self._admitting >= self._max_queued_jobs
+
+    @property
+    def running(self) -> int:
+        """How many jobs run."""
+        return self._scheduler.running
+
+    @property
+    def live_jobs(self) -> int:
+        """How many jobs are held in memory: those that have not ended."""
+        return len(self._live)
+
+    @property
+    def readers(self) -> int:
+        """How many streams of events are open on jobs that have not ended."""
+        return sum(live.log.readers for live in self._live.values())
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._draining
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the default backend has done what its first call would have to do."""
+        return self._warm.is_set()
+
+    @property
+    def longest_stall_s(self) -> float:
+        """The longest time the event loop was held up since the start, as far as was noticed."""
+        return self._watch.longest_s
+
+    def backend(self, id_: str = "auto") -> Backend:
+        """The shared instance of a backend; raises InvalidConfig when it cannot run here."""
+        return self._backends.get(id_)
+
+    async def check_storage(self) -> None:
+        """Raise StorageFailure, DiskFull or NotReady unless jobs can be stored and files written."""
+        self._check_started()
+        await self._in_store_thread(self._opened_store.check)
+        await asyncio.to_thread(self._folders.check)
+
+    # --- inside ---
+
+    async def _submit(self, request: JobRequest) -> Job:
+        try:
+            admitted = await asyncio.to_thread(self._admission.admit, request)
+            self._check_open()
+            job, live = self._accept(request, admitted)
+            ahead = self._scheduler.ahead_of(request.priority)
+            data = {"status": job.status.value, "queue_position": ahead}
+            event = live.log.event(EVENT_OF_STATUS[job.status], data)
+            try:
+                await self._in_store_thread(lambda: self._opened_store.add(job, [event]))
+            except BaseException:
+                del self._live[job.id]
+                raise
+        finally:
+            self._admitting -= 1
+        live.log.publish(event)
+        if live.status is Status.QUEUED:
+            self._scheduler.put(job.id, request.priority)
+        return live.job
+
+    def _accept(self, request: JobRequest, admitted: Admitted) -> tuple[Job, LiveJob]:
+        """The new job, which from now on holds its targets; nothing is awaited between check and claim."""
+        taken = [target for live in self._live.values() for target in live.targets]
+        for target in admitted.targets:
+            check_free(target, taken)
+        # The time first: a job's id is never of an earlier millisecond than its created_at.
+        now = datetime.now(UTC)
+        job = Job(f"job_{uuid_utils.uuid7()}", request, admitted.config, Status.QUEUED, now)
+        log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
+        return job, self._adopt(job, log, admitted.targets)
+
+    def _adopt(self, job: Job, log: LiveLog, targets: tuple[Path, ...]) -> LiveJob:
+        live = LiveJob(job, log, self._journal, self._forget, targets)
+        self._live[job.id] = live
+        return live
+
+    def _forget(self, job: Job) -> None:
+        del self._live[job.id]
+
+    def _readopt(self, leftover: Leftover) -> None:
+        job = leftover.job
+        first = next_epoch(leftover.last_event_id)
+        log = LiveLog(job.id, next_id=first, last_stored_id=leftover.last_event_id, reader_limit=self._reader_limit)
+        live = self._adopt(job, log, leftover.targets)
+        if job.status is Status.CANCELLING:
+            live.to(Status.CANCELLED)
+            return
+        if job.request.timeout_s is not None and job.status is Status.RUNNING:
+            live.stop.set_deadline(job.request.timeout_s - leftover.seconds_run)
+        self._scheduler.put(job.id, job.request.priority, resumed=job.status is Status.RUNNING)
+
+    def _start_job(self, job_id: str) -> None:
+        """Called by the scheduler when a lane is free."""
+        live = self._live[job_id]
+        if live.status is Status.RUNNING:
+            live.resume()
+        else:
+            live.to(Status.RUNNING)
+            if live.job.request.timeout_s is not None:
+                live.stop.set_deadline(live.job.request.timeout_s)
+        self._spawn(self._run_job(live))
+
+    async def _run_job(self, live: LiveJob) -> None:
+        job, stop, mailbox = live.job, live.stop, Mailbox(live.happened)
+        outcome = await run_in_thread(lambda: self._runner.run(job, stop, mailbox.put), name=job.id)
+        await mailbox.flush()
+        if live.status is Status.CANCELLING and not isinstance(outcome, Discarded):
+            # The cancel came when there was nothing left to stop.
+            outcome = await run_in_thread(lambda: self._runner.discard(job), name=job.id)
+        self._conclude(live, outcome)
+        self._scheduler.lane_freed()
+
+    def _conclude(self, live: LiveJob, outcome: Outcome) -> None:
+        match outcome:
+            case Finished(result, artifacts):
+                live.to(Status.SUCCEEDED, result=result, artifacts=artifacts)
+            case Failed(failure):
+                live.to(Status.FAILED, error=failure)
+            case Discarded():
+                live.to(Status.CANCELLED)
+            case Suspended():
+                pass
+
+    async def _warm_up(self) -> None:
+        # A thread that no exit waits for: compiling may take long.
+        await run_in_thread(self._backends.get().warm_up, name="warm-up")
+        self._warm.set()
+
+    async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
+        await self._in_store_thread(lambda: self._opened_store.write(jobs, events))
+
+    async def _in_store_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._store_thread, work)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Draining("the server is shutting down and takes no new jobs: try again when it is back")
+        self._check_started()
+
+    def _check_started(self) -> None:
+        if self._store is None:
+            raise NotReady("the server is starting: try again in a moment")
+
+    @property
+    def _opened_store(self) -> Store:
+        if self._store is None:
+            raise NotReady("the server is starting: try again in a moment")
+        return self._store

@@ -1,0 +1,160 @@
+"""From complete outputs to published ones, so that a crash anywhere in between can be gone on from.
+
+The engine leaves complete outputs in the work folder. Then, in this order: the report is written
+beside them, which commits the job to publishing; each output is renamed to its target; the report
+moves to the artifacts; the work folder goes. Once the report is there, an output that is missing
+from the work folder has been published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.engine.progress import Cancelled as Stopped
+from service.engine.publish import MANIFEST, publish, stop_when
+from service.engine.report import RunReport
+from service.errors import RequestError, StorageFailure
+from service.jobs.folders import Folders
+from service.jobs.job import Artifact, Job
+from service.jobs.request import OutputRequest, QuantizeRequest
+from service.jobs.sources import pointing
+from service.storage.durable import copy_folder, remove, sync, write_file
+from service.storage.file import locate_target
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an output goes: a folder of the artifacts, or `is_elsewhere` at an address of its own."""
+
+    name: str
+    path: Path
+    is_elsewhere: bool
+
+
+class Publisher:
+    """Publishes and discards what jobs write. Blocks on files; raises OSError or ArrowQuantError."""
+
+    def __init__(self, folders: Folders, roots: Sequence[Path]) -> None:
+        self._folders = folders
+        self._roots = tuple(roots)
+
+    def committed(self, job_id: str) -> RunReport | None:
+        """The report of a job whose outputs are complete, published or not."""
+        for path in (self._folders.report(job_id), self._folders.pending_report(job_id)):
+            if path.exists():
+                return load_report(path)
+        return None
+
+    def commit(self, job_id: str, report: RunReport) -> None:
+        """Note that all outputs are complete."""
+        path = self._folders.pending_report(job_id)
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, json.dumps(report.to_json()).encode())
+
+    def publish(self, job: Job, report: RunReport, stopped: Stopped) -> tuple[Artifact, ...]:
+        """Put every output that is not there yet in its place, and the report last."""
+        targets = self._targets(job)
+        folder = self._folders.artifacts(job.id)
+        folder.mkdir(exist_ok=True)
+        for target in targets:
+            stop_when(stopped)
+            self._publish(job.id, target, stopped)
+        pending = self._folders.pending_report(job.id)
+        if pending.exists():
+            pending.replace(self._folders.report(job.id))
+            sync(folder)
+            sync(folder.parent)
+        remove(self._folders.work(job.id))
+        return _artifacts(report, targets)
+
+    def discard(self, job: Job) -> None:
+        """Remove all that a job has written, published or not. Says nothing of what is not there."""
+        is_committed = self._folders.report(job.id).exists() or self._folders.pending_report(job.id).exists()
+        for target in self._targets_elsewhere(job):
+            remove(_beside(target, job.id))
+            if is_committed and self._is_published(job.id, target):
+                remove(target.path)
+        remove(self._folders.artifacts(job.id))
+        remove(self._folders.work(job.id))
+
+    def _publish(self, job_id: str, target: Target, stopped: Stopped) -> None:
+        work = self._folders.work(job_id) / target.name
+        if self._is_published(job_id, target):
+            if not target.path.exists():
+                raise StorageFailure(f"output {target.name!r} was written and then removed by someone else")
+            remove(work)
+            return
+        if not _on_one_file_system(work, target.path.parent):
+            beside = _beside(target, job_id)
+            remove(beside)
+            copy_folder(work, beside, stopped)
+            stop_when(stopped)
+            publish(beside, target.path)
+            remove(work)
+            return
+        publish(work, target.path)
+
+    def _is_published(self, job_id: str, target: Target) -> bool:
+        """Of a committed job: whether the output is at its target already."""
+        work = self._folders.work(job_id) / target.name
+        if not work.exists():
+            return True
+        if _on_one_file_system(work, target.path.parent):
+            return False
+        # Perhaps copied, and killed before the original was removed.
+        ours, there = work / MANIFEST, target.path / MANIFEST
+        return there.is_file() and ours.is_file() and there.read_bytes() == ours.read_bytes()
+
+    def _targets(self, job: Job) -> list[Target]:
+        if not isinstance(job.request, QuantizeRequest):
+            return []
+        return [self._target(job.id, index, output) for index, output in enumerate(job.request.outputs)]
+
+    def targets_elsewhere(self, job: Job) -> tuple[Path, ...]:
+        """The folders outside the artifacts that a job may write to."""
+        return tuple(target.path for target in self._targets_elsewhere(job))
+
+    def _targets_elsewhere(self, job: Job) -> list[Target]:
+        try:
+            return [target for target in self._targets(job) if target.is_elsewhere]
+        except RequestError:
+            # The roots were changed or the folder around it is gone: nothing of ours can be reached there.
+            return []
+
+    def _target(self, job_id: str, index: int, output: OutputRequest) -> Target:
+        if output.uri is None:
+            return Target(output.folder, self._folders.artifacts(job_id) / output.folder, False)
+        with pointing(f"/outputs/{index}/uri"):
+            return Target(output.folder, locate_target(output.uri, self._roots), True)
+
+
+def load_report(path: Path) -> RunReport:
+    """The report that a file holds."""
+    return RunReport.from_json(json.loads(path.read_bytes()))
+
+
+def _on_one_file_system(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def _beside(target: Target, job_id: str) -> Path:
+    return target.path.with_name(f".{target.path.name}.arrowquant-{job_id}")
+
+
+def _artifacts(report: RunReport, targets: Sequence[Target]) -> tuple[Artifact, ...]:
+    paths = {target.name: target.path for target in targets}
+    return tuple(
+        Artifact(
+            path=f"{output.name}/{file.path}",
+            size_bytes=file.size_bytes,
+            sha256=file.sha256,
+            media_type=file.media_type,
+            location=str(paths[output.name] / file.path),
+        )
+        for output in report.outputs
+        if output.name in paths
+        for file in output.files
+    )

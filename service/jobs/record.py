@@ -1,0 +1,56 @@
+"""A job as JSON, as the store keeps it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from service.engine.progress import Progress
+from service.jobs.job import Artifact, Failure, Job, Status
+from service.jobs.request import JobRequest
+
+_REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
+
+
+def to_record(job: Job) -> str:
+    """The job as JSON. The request as it was sent: a field that was not set stays unset."""
+    fields: dict[str, Any] = {
+        "id": job.id,
+        "request": job.request.model_dump(mode="json", exclude_unset=True),
+        "config": job.config,
+        "status": job.status,
+        "created_at": job.created_at.isoformat(),
+        "started_at": job.started_at and job.started_at.isoformat(),
+        "finished_at": job.finished_at and job.finished_at.isoformat(),
+        "progress": job.progress and asdict(job.progress),
+        "result": job.result,
+        "error": job.error and asdict(job.error),
+        "artifacts": [asdict(artifact) for artifact in job.artifacts],
+    }
+    return json.dumps({name: value for name, value in fields.items() if value is not None}, separators=(",", ":"))
+
+
+def from_record(record: str) -> Job:
+    """The inverse of `to_record`."""
+    fields = json.loads(record)
+    return Job(
+        id=fields["id"],
+        request=_REQUEST.validate_python(fields["request"]),
+        config=fields["config"],
+        status=Status(fields["status"]),
+        created_at=datetime.fromisoformat(fields["created_at"]),
+        started_at=_time(fields.get("started_at")),
+        finished_at=_time(fields.get("finished_at")),
+        progress=Progress(**fields["progress"]) if "progress" in fields else None,
+        result=fields.get("result"),
+        error=Failure(**fields["error"]) if "error" in fields else None,
+        artifacts=tuple(Artifact(**artifact) for artifact in fields["artifacts"]),
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None

@@ -1,0 +1,51 @@
+"""What a server finds when it starts: the jobs that an earlier one left, and files that belong to none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.jobs.folders import Folders
+from service.jobs.job import Job, Status
+from service.jobs.publisher import Publisher
+from service.jobs.store import Store
+from service.storage.durable import remove
+from service.storage.faults import storage_faults
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A job that has not ended, and where it stood. `seconds_run` leaves out when no server was up."""
+
+    job: Job
+    last_event_id: int
+    seconds_run: float
+    targets: tuple[Path, ...]
+
+
+def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftover]:
+    """The jobs to go on with, oldest first; jobs that were being cancelled are cleared away by now. Blocks."""
+    with storage_faults("opening the data folder"):
+        folders.create()
+        jobs = store.active()
+        for job in jobs:
+            if job.status is Status.CANCELLING:
+                publisher.discard(job)
+        for orphan in _orphans(store, folders, {job.id for job in jobs}):
+            remove(orphan)
+    return [
+        Leftover(job, store.last_event_id(job.id), store.seconds_run(job.id), publisher.targets_elsewhere(job))
+        for job in jobs
+    ]
+
+
+def _orphans(store: Store, folders: Folders, active: set[str]) -> Iterator[Path]:
+    """Work folders of jobs that have ended, and artifacts of jobs that are unknown or did not succeed."""
+    for job_id, path in list(folders.job_ids()):
+        if job_id in active:
+            continue
+        is_work = path == folders.work(job_id)
+        job = None if is_work else store.get(job_id)
+        if job is None or job.status is not Status.SUCCEEDED:
+            yield path

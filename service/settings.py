@@ -1,0 +1,98 @@
+"""What an operator can set: one frozen object, from arguments, then `ARROWQUANT_` variables, then defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.engine.config import QuantizationConfig
+from service.errors import InvalidConfig
+
+PREFIX = "ARROWQUANT_"
+
+
+def _config_from_environment() -> QuantizationConfig:
+    return config_from(os.environ)
+
+
+class Settings(BaseSettings):
+    """The settings of a server."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one.")
+    data_dir: Path = Field(default=Path("data"), description="Jobs, artifacts and work in progress.")
+    model_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(), description="Folders that `file://` addresses may name; in the environment separated by a colon."
+    )
+    block_bytes: int = Field(default=64 << 20, ge=1 << 16, description="Bytes of a tensor worked on at once.")
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Of a backend, for all jobs.")
+    max_running_jobs: int = Field(default=2, ge=1)
+    max_queued_jobs: int = Field(default=1000, ge=1)
+    drain_timeout_s: float = Field(default=30.0, ge=0, description="From SIGTERM to the end.")
+    max_body_bytes: int = Field(default=64 << 20, ge=1024, description="Of a request.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    config_defaults: QuantizationConfig = Field(
+        default_factory=_config_from_environment,
+        description="What comes between a profile and a request: `ARROWQUANT_BIT_WIDTH` and the like.",
+    )
+
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part for part in value.split(os.pathsep) if part)
+        return value
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings; what is given, and not None, wins. Raises InvalidConfig naming the argument or variable."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise InvalidConfig(_explain(error)) from error
+
+
+def config_from(environment: Mapping[str, str]) -> QuantizationConfig:
+    """The fields of a configuration that variables set; lists cannot be set so. Raises InvalidConfig."""
+    fields = {}
+    for name in scalar_fields():
+        text = environment.get(PREFIX + name.upper())
+        if text:
+            fields[name] = _value(text)
+    try:
+        return QuantizationConfig.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidConfig(_explain(error)) from error
+
+
+def scalar_fields() -> list[str]:
+    """The fields of a configuration that a variable can set."""
+    fields = QuantizationConfig.model_fields.items()
+    return [name for name, field in fields if not any(_is_list(option) for option in get_args(field.annotation))]
+
+
+def _is_list(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is list
+
+
+def _value(text: str) -> Any:
+    """Numbers and true or false as such, all else as text."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return f"setting {name} (or {PREFIX}{name.upper()}): {message}" if name else f"{PREFIX} variables: {message}"
