@@ -68,7 +68,14 @@ class Server:
 
     def artifacts(self, job_id: str) -> list[dict[str, Any]]:
         """Every file that the job wrote."""
-        return list(self._json("GET", f"/v1/jobs/{job_id}/artifacts")["data"])
+        files: list[dict[str, Any]] = []
+        params: dict[str, str | int] = {"limit": 200}
+        while True:
+            page = self._json("GET", f"/v1/jobs/{job_id}/artifacts", params=params)
+            files += page["data"]
+            if "next_cursor" not in page:
+                return files
+            params["after"] = page["next_cursor"]
 
     def download(self, job_id: str, artifact: dict[str, Any], target: Path) -> None:
         """Fetch a file, and compare its SHA-256 with the one announced."""

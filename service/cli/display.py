@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-#: A pipe gets a line each time this share of the work is done.
-STEP = 0.05
+#: A pipe gets at most so many lines of progress, beside one for each stage.
+STEPS = 20
 
 
 class Display(Protocol):
@@ -44,16 +44,17 @@ class LineDisplay:
     """A line for every few percent, stage and warning; no control characters."""
 
     def __init__(self) -> None:
-        self._next = 0.0
+        self._step = -1
         self._stage = ""
 
     def __call__(self, happening: Happening) -> None:
         """Print a line if there is something new to say."""
         match happening:
-            case Progress(fraction=fraction, stage=stage) if fraction >= self._next or stage != self._stage:
-                self._next = (fraction // STEP + 1) * STEP
-                self._stage = stage
-                self._say(_line(happening))
+            case Progress(fraction=fraction, stage=stage):
+                step = int(fraction * STEPS)
+                if step > self._step or stage != self._stage:
+                    self._step, self._stage = step, stage
+                    self._say(_line(happening))
             case Notice(text=text):
                 self._say(f"warning: {text}")
 

@@ -103,6 +103,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Make the first Ctrl-C or SIGTERM a flag, to be asked for; the second one interrupts as usual."""
     asked = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell makes what it runs in the background ignore Ctrl-C; so it stays.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         del number, frame

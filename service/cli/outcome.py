@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from service.errors import ArrowQuantError
+from service.errors import ArrowQuantError, Cancelled
 
 FAILED = 1
 USAGE = 2
@@ -43,8 +43,7 @@ def outcome(*, as_json: bool) -> Iterator[None]:
     except Failed as failure:
         _end(failure.problem, failure.job, failure.status, as_json=as_json)
     except ArrowQuantError as error:
-        problem = problem_of(error)
-        _end(problem, None, USAGE if error.code in USAGE_CODES else FAILED, as_json=as_json)
+        _end(problem_of(error), None, _status(error), as_json=as_json)
     except OSError as error:
         _end({"code": "storage_failure", "detail": str(error)}, None, FAILED, as_json=as_json)
 
@@ -58,8 +57,9 @@ def problem_of(error: ArrowQuantError) -> dict[str, Any]:
 def sentence(problem: dict[str, Any]) -> str:
     """A problem in one line."""
     text = str(problem.get("detail") or problem.get("title") or "failed")
-    more = [f"{e.get('pointer', '')} {e['detail']}".strip() for e in problem.get("errors", ()) if "detail" in e]
-    text = "; ".join([text, *(m for m in more if m not in text)])
+    for field in problem.get("errors", ()):
+        if field["detail"] not in text:
+            text += f"; {field.get('pointer') or field.get('parameter', '')}: {field['detail']}"
     return f"{' '.join(text.split())} [{problem.get('code', 'error')}]"
 
 
@@ -75,6 +75,12 @@ def print_result(job: dict[str, Any], *, where: str | None = None) -> None:
         print(_figures(output))
     if where is not None:
         print(f"written to {where} in {result['quantization_time_s']:.1f} s ({result['backend']})")
+
+
+def _status(error: ArrowQuantError) -> int:
+    if isinstance(error, Cancelled):
+        return INTERRUPTED
+    return USAGE if error.code in USAGE_CODES else FAILED
 
 
 def _figures(output: dict[str, Any]) -> str:

@@ -67,17 +67,11 @@ def _inside(folder: Path, path: str) -> Path:
     return target
 
 
-def _happening(event: str, data: str) -> Happening | None:
+def _happening(event: str, text: str) -> Happening | None:
     match event:
         case "job.progress":
-            return _progress(json.loads(data))
+            return Progress(**({"eta_s": None} | json.loads(text)["progress"]))
         case "job.warning":
-            warning = json.loads(data)
-            return Notice(warning["code"], warning["text"], warning.get("tensor"))
+            data = json.loads(text)
+            return Notice(data["code"], data["text"], data.get("tensor"))
     return None
-
-
-def _progress(data: dict[str, Any]) -> Progress:
-    data = data.get("progress", data)
-    fields: dict[str, Any] = {name: data.get(name) for name in Progress.__dataclass_fields__}
-    return Progress(**fields)
