@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -188,7 +188,7 @@ async def follow(
     *,
     after: int,
     silence_s: float,
-) -> AsyncIterator[Event | Silence]:
+) -> AsyncGenerator[Event | Silence, None]:
     """Replay what is stored behind `after`, then all that happens, without gap or duplicate.
 
     `find_log` gives the job's live end while it has one. Between its last look and the

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.storage.durable import remove
-from service.storage.faults import storage_faults
 
 REPORT = "report.json"
 
@@ -43,13 +42,6 @@ class Folders:
         """Remove all files of a job."""
         remove(self.work(job_id))
         remove(self.artifacts(job_id))
-
-    def check(self) -> None:
-        """Raise DiskFull or StorageFailure unless files can be written."""
-        probe = self._work / ".probe"
-        with storage_faults("writing to the data folder"):
-            probe.write_bytes(b"probe")
-            probe.unlink()
 
     def job_ids(self) -> Iterator[tuple[str, Path]]:
         """Every folder with the id of the job it belongs to."""

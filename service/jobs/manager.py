@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import uuid_utils
 
-from service.engine.backends.base import Backend
+from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
 from service.engine.formats.registry import open_model
 from service.engine.plan import Plan, make_plan
@@ -39,7 +39,6 @@ from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
 from service.jobs.live import LiveJob
-from service.jobs.loop_watch import LoopWatch
 from service.jobs.mailbox import Mailbox
 from service.jobs.publisher import Publisher, load_report
 from service.jobs.recovery import Leftover, recover
@@ -82,6 +81,7 @@ class JobManager:
         self._admission = Admission(self._roots, config_defaults, self._sources)
         self._publisher = Publisher(self._folders, self._roots)
         self._backends = BackendPool(threads)
+        self._default_backend = (config_defaults and config_defaults.backend) or "auto"
         self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes)
         self._scheduler = Scheduler(max_running_jobs, self._start_job)
         self._store: Store | None = None
@@ -90,8 +90,6 @@ class JobManager:
         self._admitting = 0
         self._draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._watch = LoopWatch()
-        self._warm = asyncio.Event()
 
     # --- the life of the server ---
 
@@ -106,7 +104,6 @@ class JobManager:
         leftovers = await self._in_store_thread(lambda: recover(self._opened_store, self._folders, self._publisher))
         for leftover in leftovers:
             self._readopt(leftover)
-        self._watch.start()
         self._warming = asyncio.create_task(self._warm_up())
 
     async def drain(self, timeout_s: float) -> None:
@@ -122,7 +119,6 @@ class JobManager:
             live.stop.ask(Reason.DRAIN)
         if self._store is None:
             return
-        self._watch.stop()
         self._warming.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
@@ -245,7 +241,7 @@ class JobManager:
         """Stored events behind the id `after`; none for a job that does not exist."""
         return await self._in_store_thread(lambda: self._opened_store.events(job_id, after=after, limit=limit))
 
-    def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event | Silence]:
+    def follow(self, job_id: str, *, after: int = 0) -> AsyncGenerator[Event | Silence, None]:
         """Stored events behind `after`, then all that happens, until the job ends; Silence now and then.
 
         A last event without an id says that the reader was too slow, or that the server stops.
@@ -270,11 +266,6 @@ class JobManager:
         return self._scheduler.depth
 
     @property
-    def queue_is_full(self) -> bool:
-        """Whether `submit` would refuse."""
-        return self._scheduler.depth + self._admitting >= self._max_queued_jobs
-
-    @property
     def running(self) -> int:
         """How many jobs run."""
         return self._scheduler.running
@@ -295,24 +286,14 @@ class JobManager:
         return self._draining
 
     @property
-    def is_warm(self) -> bool:
-        """Whether the default backend has done what its first call would have to do."""
-        return self._warm.is_set()
+    def backend(self) -> str:
+        """The id of the backend that a job gets which does not name one."""
+        return choose_backend(self._default_backend)
 
     @property
-    def longest_stall_s(self) -> float:
-        """The longest time the event loop was held up since the start, as far as was noticed."""
-        return self._watch.longest_s
-
-    def backend(self, id_: str = "auto") -> Backend:
-        """The shared instance of a backend; raises InvalidConfig when it cannot run here."""
-        return self._backends.get(id_)
-
-    async def check_storage(self) -> None:
-        """Raise StorageFailure, DiskFull or NotReady unless jobs can be stored and files written."""
-        self._check_started()
-        await self._in_store_thread(self._opened_store.check)
-        await asyncio.to_thread(self._folders.check)
+    def backends(self) -> BackendPool:
+        """The instances that jobs compute with, for others to share."""
+        return self._backends
 
     # --- inside ---
 
@@ -401,8 +382,7 @@ class JobManager:
 
     async def _warm_up(self) -> None:
         # A thread that no exit waits for: compiling may take long.
-        await run_in_thread(self._backends.get().warm_up, name="warm-up")
-        self._warm.set()
+        await run_in_thread(self._backends.get(self._default_backend).warm_up, name="warm-up")
 
     async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         await self._in_store_thread(lambda: self._opened_store.write(jobs, events))

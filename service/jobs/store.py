@@ -165,11 +165,6 @@ class Store:
         steps = pairwise(times)
         return sum((at - before).total_seconds() for (_, before), (type_, at) in steps if type_ != RESUMED)
 
-    def check(self) -> None:
-        """Raise DiskFull or StorageFailure unless the database can be written."""
-        with self._transaction() as db:
-            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
     def delete(self, job_id: str) -> bool:
         """Remove a job with its events; False when there was none."""
         with self._transaction() as db:
