@@ -28,7 +28,7 @@ RUN python -m pip install --quiet --no-deps .
 ENV ARROWQUANT_HOST=0.0.0.0 \
     ARROWQUANT_PORT=8000 \
     ARROWQUANT_DATA_DIR=/data \
-    ARROWQUANT_MODEL_ROOTS='["/models"]' \
+    ARROWQUANT_MODEL_ROOTS=/models \
     NUMBA_CACHE_DIR=/var/cache/numba
 
 USER 10001

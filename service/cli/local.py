@@ -18,12 +18,13 @@ from service.cli.target import new_folder, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
+from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import JOURNAL, quantize
 from service.engine.plan import OutputSpec, check_outputs, make_plan
 from service.engine.report import RunReport
 from service.engine.validation import validate
-from service.errors import InvalidConfig
+from service.errors import InvalidConfig, ModelNotFound
 from service.jobs.request import QuantizeRequest, ValidateRequest
 
 
@@ -58,7 +59,7 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
         new_folder(out) as folder,
         open_display() as display,
         interruptible() as cancelled,
-        closing(open_model(source)) as reader,
+        closing(_open(source)) as reader,
     ):
         report = quantize(
             make_plan(reader, specs),
@@ -83,8 +84,8 @@ def validate_here(body: dict[str, Any], original: Path, quantized: Path, means: 
     with (
         open_display() as display,
         interruptible() as cancelled,
-        closing(open_model(original)) as before,
-        closing(open_model(quantized)) as after,
+        closing(_open(original)) as before,
+        closing(_open(quantized)) as after,
     ):
         report = validate(
             before,
@@ -125,6 +126,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def _job(report: RunReport) -> dict[str, Any]:
     return {"kind": report.kind, "status": "succeeded", "result": report.result()}
+
+
+def _open(path: Path) -> ModelReader:
+    # The engine does not name paths: a server must not tell which ones there are.
+    if not path.exists():
+        raise ModelNotFound(f"{path} does not exist")
+    return open_model(path)
 
 
 def _source(path: Path) -> dict[str, str]:
