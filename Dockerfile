@@ -20,7 +20,7 @@ RUN mkdir service \
     && touch service/__init__.py \
     && python -m pip install --quiet --constraint requirements.lock . \
     && python -m pip uninstall --quiet --yes arrowquant-service \
-    && rm -r service
+    && rm -r service build ./*.egg-info
 
 COPY service ./service
 RUN python -m pip install --quiet --no-deps .

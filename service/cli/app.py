@@ -30,7 +30,7 @@ RemoteUrl = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with; not with --server.")]
 BlockBytes = Annotated[
-    int | None, typer.Option("--block-bytes", min=1 << 16, help="Bytes of a tensor to hold at a time; not with --server.")
+    int | None, typer.Option("--block-bytes", min=1 << 16, help="Bytes of a tensor to hold at once; not with --server.")
 ]
 MinAccuracy = Annotated[
     float | None, typer.Option("--min-accuracy", min=0, max=1, help="Cosine similarity, of each tensor and of all.")
