@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     max_running_jobs: int = Field(default=2, ge=1)
     max_queued_jobs: int = Field(default=1000, ge=1)
     drain_timeout_s: float = Field(default=30.0, ge=0, description="From SIGTERM to the end.")
-    max_body_bytes: int = Field(default=64 << 20, ge=1024, description="Of a request.")
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Of a request's JSON.")
+    max_table_bytes: int = Field(default=64 << 20, ge=1024, description="Of a table sent to `/v1/tensors:…`.")
+    allow_unauthenticated: bool = Field(default=False, description="Listen on addresses that others can reach.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     config_defaults: QuantizationConfig = Field(
         default_factory=_config_from_environment,

@@ -1,0 +1,78 @@
+"""The application: lifespan, middleware, routers. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service import __version__
+from service.api import openapi, problems
+from service.api.middleware import BodyLimit, Head, RequestId
+from service.api.routes import artifacts, catalog, events, health, jobs, plans, reports, tensors
+from service.api.routes import problems as problem_pages
+from service.api.state import ApiState
+from service.jobs.manager import JobManager
+from service.settings import Settings
+
+ROUTERS = (
+    jobs.router,
+    events.router,
+    reports.router,
+    artifacts.router,
+    plans.router,
+    tensors.router,
+    catalog.router,
+    health.router,
+    problem_pages.router,
+)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service as an ASGI application; its state is at `app.state.api` while it runs."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state = ApiState(settings, _manager(settings))
+        app.state.api = state
+        await state.manager.start()
+        state.stalls.start()
+        yield
+        state.stalls.stop()
+        # The server has done so already, unless another one runs this application.
+        if not state.manager.is_draining:
+            await state.drain()
+
+    app = FastAPI(
+        title="ArrowQuant Service",
+        summary="Quantizes model weights and reports what it cost.",
+        version=__version__,
+        lifespan=lifespan,
+        # The pages that come with the framework load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+        generate_unique_id_function=lambda route: route.name,
+        responses=problems.DEFAULT_RESPONSES,
+    )
+    problems.install(app)
+    app.add_middleware(Head)
+    app.add_middleware(BodyLimit, limits={tensors.PREFIX: settings.max_table_bytes, "/": settings.max_body_bytes})
+    app.add_middleware(RequestId)
+    for router in ROUTERS:
+        app.include_router(router)
+    openapi.install(app)
+    return app
+
+
+def _manager(settings: Settings) -> JobManager:
+    return JobManager(
+        data_dir=settings.data_dir,
+        model_roots=settings.model_roots,
+        block_bytes=settings.block_bytes,
+        threads=settings.threads,
+        max_running_jobs=settings.max_running_jobs,
+        max_queued_jobs=settings.max_queued_jobs,
+        config_defaults=settings.config_defaults,
+    )

@@ -1,0 +1,56 @@
+"""Errors that only a call over HTTP can make; the rest of the tree is in `service.errors`."""
+
+from __future__ import annotations
+
+from service.errors import RequestError, ServiceError
+
+
+class InvalidRequest(RequestError):
+    """The request does not have the form that this call takes.
+
+    `errors` names each field of the body by a JSON pointer, and each parameter by its name.
+    """
+
+    code = "invalid_request"
+
+
+class MalformedBody(RequestError):
+    """The body is not the JSON that it says it is."""
+
+    code = "malformed_body"
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than this server takes."""
+
+    code = "body_too_large"
+
+
+class MethodNotAllowed(ServiceError):
+    """This address does not take that method.
+
+    The header `Allow` says which it takes.
+    """
+
+    code = "method_not_allowed"
+
+
+class NotAcceptable(ServiceError):
+    """No form of this answer is among those in `Accept`."""
+
+    code = "not_acceptable"
+
+
+class UnsupportedMediaType(ServiceError):
+    """The body has a media type that this call does not take."""
+
+    code = "unsupported_media_type"
+
+
+class RangeNotSatisfiable(ServiceError):
+    """The range lies outside the file.
+
+    The header `Content-Range` says how long the file is.
+    """
+
+    code = "range_not_satisfiable"

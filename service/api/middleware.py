@@ -1,0 +1,110 @@
+"""What surrounds every call: an id, a limit on the body, HEAD, and headers that keep browsers careful."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils import uuid7
+
+from service.api.http_errors import BodyTooLarge
+from service.api.problems import respond
+
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+#: Nothing served here is meant to run or to be framed in a browser.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class RequestId:
+    """Gives each call an id, the client's own where it sends a proper `X-Request-ID`, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        id_ = given if _ACCEPTED_ID.fullmatch(given) else f"req_{uuid7()}"
+        scope["request_id"] = id_
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = id_
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class BodyLimit:
+    """Answers 413 to a body of more bytes than its path allows, at the latest when they have come.
+
+    `limits` are bytes by the beginning of a path; the first that fits holds.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Mapping[str, int]) -> None:
+        self.app = app
+        self.limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = next(limit for prefix, limit in self.limits.items() if scope["path"].startswith(prefix))
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            error = BodyTooLarge(f"the body has {declared} bytes; this call takes at most {limit}")
+            # What is still on its way is not read, so the connection cannot serve another call.
+            await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                # An HTTPException, because the framework turns any other into "400".
+                raise HTTPException(413, headers={"Connection": "close"})
+            return message
+
+        await self.app(scope, receive_counted, send)
+
+
+class Head:
+    """Serves HEAD wherever there is GET: the same headers, and the body is cut off where it starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        ended = False
+
+        async def send_start_only(message: Message) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.start":
+                await send(message)
+            elif not ended:
+                # The server now tells `receive` that the client is gone, at which a stream stops.
+                ended = True
+                await send({"type": "http.response.body", "body": b""})
+
+        await self.app({**scope, "method": "GET"}, receive, send_start_only)

@@ -1,0 +1,79 @@
+"""What a job measured: all of it as JSON, or the per-tensor table as Parquet or Arrow."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query, Request, Response
+
+from service import errors
+from service.api.dependencies import ARROW_STREAM, JobId, Manager
+from service.api.http_errors import NotAcceptable
+from service.api.negotiation import choose
+from service.api.problems import documented
+from service.api.replies import JSON, NOT_MODIFIED, etag_of, tagged
+from service.api.schemas.results import Report
+from service.engine.report import RunReport
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+PARQUET = "application/vnd.apache.parquet"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The report, or its per-tensor table.", "content": {PARQUET: _BINARY, ARROW_STREAM: _BINARY}}
+}
+
+
+@router.get(
+    "/{job_id}/report",
+    response_model=Report,
+    responses=_DOCUMENTED | NOT_MODIFIED | documented(errors.NotFound, errors.NotFinished, NotAcceptable),
+)
+async def get_job_report(
+    request: Request,
+    job_id: JobId,
+    manager: Manager,
+    output: Annotated[str | None, Query(max_length=64, description="Only this output; for the table.")] = None,
+) -> Response:
+    """The quality report."""
+    media_type = choose(request.headers.get("accept"), (JSON, PARQUET, ARROW_STREAM))
+    report = await manager.report(job_id)
+    content, etag = await run_sync(_encode, report, media_type, output)
+    return tagged(request, content, etag, media_type, {"Vary": "Accept"})
+
+
+def _encode(report: RunReport, media_type: str, output: str | None) -> tuple[bytes, str]:
+    if media_type == JSON:
+        content = json.dumps(_without_none(report.to_json()), separators=(",", ":"), allow_nan=False).encode()
+    elif media_type == PARQUET:
+        content = _parquet(report.table(output))
+    else:
+        content = arrow_stream(report.table(output))
+    return content, etag_of(content)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def arrow_stream(table: pa.Table) -> bytes:
+    """A table as an Arrow IPC stream."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value

@@ -1,0 +1,90 @@
+"""A job as the API shows it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+from typing_extensions import TypeAliasType
+
+from service.api.schemas.common import Links, Problem, Wire
+from service.engine.config import ResolvedConfig
+from service.jobs.job import Status
+from service.jobs.request import JobRequest
+
+JobKind = TypeAliasType("JobKind", Literal["quantize", "validate"])
+Stage = TypeAliasType("Stage", Literal["planning", "quantizing", "validating", "writing", "hashing"])
+
+
+class Progress(Wire):
+    """How far a job has come. `fraction` lies strictly between 0 and 1 and never falls."""
+
+    fraction: float
+    stage: Stage
+    tensors_done: int
+    tensors_total: int
+    bytes_done: int
+    bytes_total: int
+    bytes_per_s: float
+    eta_s: float | None = None
+
+
+class Figures(Wire):
+    """What quantizing did to the weights of one output."""
+
+    bit_width: int | None = Field(default=None, description="Absent where several widths are mixed.")
+    bits_per_weight: float
+    compression_ratio: float = Field(description="Of all bytes of the model.")
+    weights_compression_ratio: float = Field(description="Of the quantized weights alone.")
+    original_bytes: int
+    quantized_bytes: int
+    cosine_similarity: float
+    sqnr_db: float | None = Field(default=None, description="Absent where nothing was lost.")
+    relative_error: float | None = None
+    max_abs_error: float
+    tensors_quantized: int
+    tensors_total: int
+    passed: bool = Field(description="Whether `min_accuracy` is reached, by each tensor and by all together.")
+
+
+class OutputFigures(Figures):
+    """The figures of one output."""
+
+    name: str
+    format: str
+
+
+class Result(Figures):
+    """What a job achieved: the first output's figures, and each output's."""
+
+    modality: str
+    backend: str
+    quantization_time_s: float
+    warnings: list[str]
+    outputs: list[OutputFigures]
+
+
+class Job(Wire):
+    """A job. What is not there yet is left out."""
+
+    id: str
+    kind: JobKind
+    status: Status
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    request: JobRequest
+    config: ResolvedConfig = Field(description="The configuration with nothing left open.")
+    labels: dict[str, str]
+    progress: Progress | None = None
+    result: Result | None = None
+    error: Problem | None = None
+    links: Links
+
+
+class JobPage(Wire):
+    """Some jobs, newest first."""
+
+    data: list[Job]
+    next_cursor: str | None = Field(default=None, description="Give it as `after` for the next page.")

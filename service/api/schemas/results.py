@@ -1,0 +1,143 @@
+"""What a job leaves behind, and what a plan says beforehand."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from service.api.schemas.common import Wire
+from service.api.schemas.jobs import Figures, JobKind
+from service.engine.config import ResolvedConfig
+from service.engine.schemes.base import Granularity
+
+
+class ArtifactInfo(Wire):
+    """A file that a job wrote."""
+
+    path: str = Field(description="Starts with the name of the output.")
+    size_bytes: int
+    sha256: str
+    media_type: str
+
+
+class ArtifactPage(Wire):
+    """Some of a job's files, by path."""
+
+    data: list[ArtifactInfo]
+    next_cursor: str | None = Field(default=None, description="Give it as `after` for the next page.")
+
+
+class ErrorSums(Wire):
+    """Sums from which all figures follow; those of pieces add up to those of the whole."""
+
+    count: int
+    sum_xx: float
+    sum_yy: float
+    sum_xy: float
+    sum_dd: float
+    max_abs: float
+    finite: bool
+
+
+class TensorFigures(Wire):
+    """One tensor in one output. A copied tensor has the scheme `none` and no figures."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    scheme: str
+    rule: str = Field(description="Why it was treated so.")
+    original_bytes: int
+    stored_bytes: int
+    seconds: float
+    method: str | None = None
+    bits: int | None = None
+    symmetric: bool | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    scale_dtype: str | None = None
+    cosine_similarity: float | None = None
+    sqnr_db: float | None = None
+    relative_error: float | None = None
+    max_abs_error: float | None = None
+    bits_per_weight: float | None = None
+    sums: ErrorSums | None = None
+
+
+class ReportedFile(Wire):
+    """A file of an output; its path is relative to the output."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    media_type: str
+
+
+class OutputReport(Figures):
+    """One output in full."""
+
+    name: str
+    format: str
+    min_accuracy: float
+    worst_tensors: list[str] = Field(description="Names, the lowest cosine similarity first.")
+    tensors: list[TensorFigures]
+    files: list[ReportedFile]
+
+
+class Report(Wire):
+    """What a job measured."""
+
+    kind: JobKind
+    modality: str
+    backend: str
+    passed: bool
+    quantization_time_s: float
+    stages: dict[str, float] = Field(description="Seconds by stage.")
+    warnings: list[str]
+    outputs: list[OutputReport]
+
+
+class PlannedTensor(Wire):
+    """What will happen to one tensor. One that is copied has the scheme `none`."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    scheme: str
+    rule: str = Field(description="Why it is treated so.")
+    original_bytes: int
+    predicted_bytes: int
+    method: str | None = None
+    bit_width: int | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale_dtype: str | None = None
+
+
+class PlannedOutput(Wire):
+    """What will happen in one output."""
+
+    name: str
+    format: str
+    predicted_bytes: int
+    config: ResolvedConfig
+    tensors: list[PlannedTensor]
+
+
+class Estimate(Wire):
+    """What the job will need, from rates measured on this machine."""
+
+    seconds: float
+    memory_bytes: int
+
+
+class Plan(Wire):
+    """What a job would do; making it reads headers only."""
+
+    modality: str
+    is_diffusion_model: bool
+    backend: str
+    source_bytes: int
+    predicted: Estimate
+    notes: list[str]
+    outputs: list[PlannedOutput]

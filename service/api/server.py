@@ -1,0 +1,97 @@
+"""Runs the application with uvicorn, so that a signal drains it first."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from service.api.app import create_app
+from service.api.state import ApiState
+from service.errors import InvalidConfig
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: How long answers that are under way may take once the jobs have stopped; then they are cut off.
+GRACE_S = 1
+BACKLOG = 2048
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal comes. Raises InvalidConfig when the address may not or cannot be listened on."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _check_address(settings)
+    listening = _listen(settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        log_config=None,
+        access_log=settings.log_level.lower() == "debug",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+        ws="none",
+    )
+    DrainingServer(config).run([listening])
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains the jobs and ends the event streams at the signal; uvicorn alone would wait for the streams."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, and then says where it listens."""
+        await super().startup(sockets)
+        for listening in sockets or []:
+            log.info("listening on %s", _url(listening))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Exit, at once when asked a second time; not kept to be raised again, so the process ends with 0."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain while calls are still answered, then close the connections."""
+        state: ApiState = self.config.app.state.api  # type: ignore[union-attr]
+        log.info("draining")
+        draining = asyncio.create_task(state.drain())
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait({draining}, timeout=0.1)
+        await super().shutdown(sockets)
+
+
+def _check_address(settings: Settings) -> None:
+    if _is_loopback(settings.host) or settings.allow_unauthenticated:
+        return
+    raise InvalidConfig(
+        f"{settings.host} can be reached from other machines, and calls are not authenticated: listen on 127.0.0.1, "
+        "or set ARROWQUANT_ALLOW_UNAUTHENTICATED=true where something else keeps strangers out"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise InvalidConfig(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    return listening
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
