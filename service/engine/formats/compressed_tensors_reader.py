@@ -109,7 +109,7 @@ class CompressedTensorsReader(ModelReader):
         if len(codes.shape) != 2:
             raise UnsupportedModel(f"{codes.name} has {len(codes.shape)} dimensions; two are read", tensor=codes.name)
         rows, cols = self._shape(module, codes) if packing == "pack-quantized" else codes.shape
-        bits = _bits(module, codes, packing, cols, declared)
+        bits = _bits(codes, packing, cols, declared, stored)
         granularity, group_size = _granularity(scale, rows, cols)
         scheme = build_scheme(
             f"int{bits}",
@@ -211,17 +211,20 @@ def _module_of(name: str, stored: Mapping[str, TensorInfo]) -> str | None:
     return None
 
 
-def _bits(module: str, codes: TensorInfo, packing: Packing, cols: int, declared: Mapping[str, int]) -> int:
-    known = set(declared.values())
+def _bits(
+    codes: TensorInfo, packing: Packing, cols: int, declared: Mapping[str, int], stored: Mapping[str, TensorInfo]
+) -> int:
+    """Bits of a weight: as declared for its name, else for its class, of which the files know nothing."""
+    module = codes.name.rpartition(".")[0]
+    classes = {b for t, b in declared.items() if not {f"{t}.weight", f"{t}.weight_packed"} & stored.keys()}
+    possible = {declared[module]} if module in declared else classes or set(declared.values())
     if packing == "pack-quantized":
-        known = {b for b in known if row_bytes(cols, b) * 8 // WORD_BITS == codes.shape[1]}
-    if declared.get(module) in known:
-        return declared[module]
-    if not known:
-        _corrupt(codes, f"no width in config.json packs {cols} codes into {codes.shape[1]} words")
-    if len(known) > 1 and packing == "pack-quantized":
-        raise UnsupportedModel(f"{codes.name} may have {sorted(known)} bits: its config.json does not say which")
-    return max(known)
+        possible = {b for b in possible if row_bytes(cols, b) * 8 // WORD_BITS == codes.shape[1]}
+    if len(possible) > 1 and packing == "pack-quantized":
+        raise UnsupportedModel(f"{codes.name} may have {sorted(possible)} bits: its config.json does not say which")
+    if not possible:
+        _corrupt(codes, f"no width in config.json packs {cols} codes into {codes.shape[1:]} words")
+    return max(possible)
 
 
 def _granularity(scale: TensorInfo, rows: int, cols: int) -> tuple[str, int | None]:

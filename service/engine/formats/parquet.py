@@ -1,0 +1,57 @@
+"""parquet: ArrowQuant's own layout, which pyarrow, DuckDB and polars read without our code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
+from service.engine.formats.layout import WEIGHTS_SUFFIX, find_placement, weights_folder
+from service.engine.formats.parquet_reader import ParquetReader
+from service.engine.formats.parquet_schema import SUFFIX
+from service.engine.formats.parquet_writer import ParquetWriter
+from service.engine.schemes.base import Scheme
+
+
+class ParquetOptions(FormatOptions):
+    """Choices of the `parquet` format."""
+
+    max_file_bytes: int = Field(default=2 << 30, ge=1, description="A new file begins when one has this many bytes.")
+
+
+class ParquetFormat(Format):
+    """Reads and writes the columns described in docs/parquet.md."""
+
+    id: ClassVar[str] = "parquet"
+    description: ClassVar[str] = "Parquet: a row per tensor, for pyarrow, DuckDB and polars"
+    can_read: ClassVar[bool] = True
+    can_write: ClassVar[bool] = True
+    options: ClassVar[type[FormatOptions]] = ParquetOptions
+    short_groups: ClassVar[bool] = True
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Files by their name; folders that hold such files and no safetensors beside them."""
+        if not path.is_dir():
+            return path.name.endswith(SUFFIX)
+        names = [p.name for p in (path / weights_folder(path)).iterdir()]
+        return any(n.endswith(SUFFIX) for n in names) and not any(n.endswith(WEIGHTS_SUFFIX) for n in names)
+
+    @classmethod
+    def open(cls, path: Path) -> ModelReader:
+        """See `Format.open`."""
+        return ParquetReader(find_placement(path, SUFFIX))
+
+    @classmethod
+    def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
+        """Every scheme has its columns."""
+        del scheme, options
+        return None
+
+    @classmethod
+    def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:
+        """See `Format.writer`."""
+        assert isinstance(context.options, ParquetOptions)
+        return ParquetWriter(folder, context, context.options.max_file_bytes)

@@ -1,0 +1,136 @@
+"""A Parquet file whose bytes come through `SourceFile`, and a cache of the row group in use."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA
+from service.engine.formats.source import SourceFile
+from service.errors import CorruptModel, UnsupportedModel
+
+#: What is needed to know a tensor; metrics and reserved columns are not.
+NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width", "packing", "chunk_index",
+          "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
+          "sha256")  # fmt: skip
+
+
+class ParquetFile:
+    """One file of a model. Threads may share it; they wait for each other."""
+
+    def __init__(self, root: Path, name: PurePosixPath) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._source = SourceFile(root, name)
+        self._verified: set[tuple[int, int]] = set()
+        self._cached: tuple[int, pa.RecordBatch] | None = None
+        try:
+            self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
+            self._check_columns()
+        except pa.ArrowException as error:
+            self._source.close()
+            raise _damaged(name, error) from error
+        except BaseException:
+            self._source.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._source.size
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The cells of every row but the bytes: of these, `<column>_bytes` is the length, None where null.
+
+        `data` itself is not read; `at` is (row group, row in it).
+        """
+        for group in range(self._parquet.num_row_groups):
+            batch = self._read(group, [*NEEDED, "scales", "zero_points"])
+            lengths = {
+                f"{c}_bytes": pc.binary_length(cast(pa.LargeBinaryArray, batch[c])).to_pylist()
+                for c in ("scales", "zero_points")
+            }
+            for i, cells in enumerate(batch.select(NEEDED).to_pylist()):
+                yield cells | {name: values[i] for name, values in lengths.items()} | {"at": (group, i)}
+
+    def cells(self, at: tuple[int, int], sha256: str) -> list[memoryview]:
+        """`data`, `scales` and `zero_points` of a row, empty where null; CorruptModel when the hash is wrong."""
+        group, row = at
+        with self._lock:
+            if self._cached is None or self._cached[0] != group:
+                self._cached = None  # before the next is read, so that there is never more than one
+                self._cached = group, self._read(group, list(BYTE_COLUMNS))
+            batch = self._cached[1]
+        values = [cast(pa.LargeBinaryScalar, batch[column][row]).as_buffer() for column in BYTE_COLUMNS]
+        cells = [memoryview(b"" if value is None else value) for value in values]
+        if at not in self._verified and hashlib.sha256(cells[0]).hexdigest() != sha256:
+            raise CorruptModel(f"row {row} of row group {group} in {self.name} is damaged: its `sha256` is another's")
+        self._verified.add(at)
+        return cells
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._source.close()
+
+    def _read(self, group: int, columns: list[str]) -> pa.RecordBatch:
+        try:
+            table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
+            return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
+        except pa.ArrowException as error:
+            raise _damaged(self.name, error) from error
+
+    def _check_columns(self) -> None:
+        found = self._parquet.schema_arrow
+        for column in (*NEEDED, *BYTE_COLUMNS):
+            expected = SCHEMA.field(column).type
+            if column not in found.names or found.field(column).type != expected:
+                raise UnsupportedModel(f"{self.name} has no column {column!r} of type {expected}")
+
+
+class _Stream(io.RawIOBase):
+    """A SourceFile as Arrow wants to see it."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def size(self) -> int:
+        return self._source.size
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(0, self._source.size - self._position)
+        count = rest if size < 0 else min(size, rest)
+        data = self._source.read(self._position, count)
+        self._position += count
+        return data.data  # type: ignore[return-value]  # any buffer will do, and is not copied
+
+
+def _empty(columns: list[str]) -> pa.RecordBatch:
+    fields = [SCHEMA.field(column) for column in columns]
+    return pa.record_batch([pa.array([], f.type) for f in fields], schema=pa.schema(fields))
+
+
+def _damaged(name: PurePosixPath, error: Exception) -> CorruptModel:
+    return CorruptModel(f"{name} is damaged: {str(error).splitlines()[0]:.200}")
