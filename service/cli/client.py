@@ -116,7 +116,8 @@ class Server:
         with self._reaching(), connect_sse(self._http, "GET", address, headers=headers, timeout=timeout) as source:
             if source.response.status_code != httpx.codes.NO_CONTENT:
                 _check(source.response)
-                yield from source.iter_sse()
+                # What has no data only tells when to reconnect.
+                yield from (event for event in source.iter_sse() if event.data)
 
     def _json(self, method: str, address: str, **options: Any) -> dict[str, Any]:
         with self._reaching():
