@@ -1,0 +1,201 @@
+"""The store: what is written is there after a restart, in order, for one process at a time."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import uuid_utils
+
+from service.errors import DiskFull, StorageFailure
+from service.jobs.events import Event
+from service.jobs.job import Job, Status
+from service.jobs.store import DATABASE, MIGRATIONS, Store
+from tests.jobs.models import quantize_request
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def a_job(**fields: object) -> Job:
+    now = datetime.now(UTC)
+    request = quantize_request(Path("/models/a"), **fields)
+    return Job(f"job_{uuid_utils.uuid7()}", request, {}, Status.QUEUED, now)
+
+
+def event(job: Job, id_: int, type_: str = "tensor.completed", seconds: float = 0.0) -> Event:
+    return Event(id_, type_, job.id, START + timedelta(seconds=seconds), {"name": f"t{id_}"})
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    opened = Store(tmp_path)
+    yield opened
+    opened.close()
+
+
+def test_a_job_and_its_events_are_there_after_reopening(tmp_path: Path) -> None:
+    job = a_job(labels={"model": "minilm"})
+    first = Store(tmp_path)
+    first.add(job, [event(job, 1)])
+    running = job.to(Status.RUNNING)
+    first.write([running], [event(job, 2), event(job, 3)])
+    first.close()
+    second = Store(tmp_path)
+    assert second.get(job.id) == running
+    assert [e.id for e in second.events(job.id)] == [1, 2, 3]
+    assert second.active() == [running]
+    second.close()
+
+
+def test_jobs_come_newest_first_in_pages_that_neither_skip_nor_repeat(store: Store) -> None:
+    jobs = [a_job() for _ in range(25)]
+    for job in jobs:
+        store.add(job, [])
+    found: list[Job] = []
+    cursor: str | None = None
+    for _ in range(3):
+        page, cursor = store.find(limit=10, after=cursor)
+        found += page
+    assert [job.id for job in found] == [job.id for job in reversed(jobs)]
+    assert cursor is None
+
+
+def test_a_job_that_comes_between_two_pages_disturbs_neither(store: Store) -> None:
+    jobs = [a_job() for _ in range(4)]
+    for job in jobs:
+        store.add(job, [])
+    first, cursor = store.find(limit=2)
+    store.add(a_job(), [])
+    second, _ = store.find(limit=2, after=cursor)
+    assert [job.id for job in first + second] == [job.id for job in reversed(jobs)]
+
+
+def test_filters_hold_alone_and_together(store: Store) -> None:
+    plain, labelled, other = a_job(), a_job(labels={"team": "a", "x": "1"}), a_job(labels={"team": "b"})
+    for job in (plain, labelled, other):
+        store.add(job, [])
+    store.write([labelled.to(Status.RUNNING)], [])
+
+    def ids(**filters: object) -> set[str]:
+        return {job.id for job in store.find(**filters)[0]}
+
+    assert ids(label=("team", "a")) == {labelled.id}
+    assert ids(label=("team", "c")) == set()
+    assert ids(status=Status.QUEUED) == {plain.id, other.id}
+    assert ids(status=Status.RUNNING, label=("team", "a"), kind="quantize") == {labelled.id}
+    assert ids(kind="validate") == set()
+    assert ids(created_after=plain.created_at) == {labelled.id, other.id}
+    assert ids(created_after=other.created_at) == set()
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"status": Status.RUNNING},
+        {"kind": "quantize"},
+        {"label": ("a", "b")},
+        {"created_after": START, "label": ("a", "b")},
+    ],
+)
+def test_a_page_is_found_by_an_index_and_sorted_by_it(tmp_path: Path, filters: dict[str, object]) -> None:
+    store = Store(tmp_path)
+    statements: list[str] = []
+    store._db.set_trace_callback(statements.append)
+    store.find(after="job_f", **filters)
+    store.close()
+    with sqlite3.connect(tmp_path / DATABASE) as db:
+        plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statements[0]}"))
+    db.close()
+    assert "SCAN" not in plan
+    assert "TEMP B-TREE" not in plan
+
+
+def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from service.jobs.store import Store; Store(Path(sys.argv[1])).close()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    store = Store(tmp_path)
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "in use by another server (process " in refused.stderr
+    store.close()
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_folder_of_a_newer_version_is_refused_and_let_go_of(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    db = sqlite3.connect(tmp_path / DATABASE)
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    db.close()
+    for _ in range(2):
+        with pytest.raises(StorageFailure, match="newer version"):
+            Store(tmp_path)
+
+
+def test_deleting_a_job_takes_its_events_and_labels_along(store: Store) -> None:
+    job = a_job(labels={"team": "a"})
+    store.add(job, [event(job, 1)])
+    assert store.delete(job.id)
+    assert not store.delete(job.id)
+    assert store.get(job.id) is None
+    assert store.events(job.id) == []
+    assert store.find(label=("team", "a")) == ([], None)
+
+
+def test_a_write_that_fails_leaves_nothing_of_itself(store: Store) -> None:
+    job = a_job()
+    store.add(job, [event(job, 1)])
+    with pytest.raises(StorageFailure):
+        store.write([job.to(Status.RUNNING)], [event(job, 2), event(job, 1)])
+    assert store.get(job.id) == job
+    assert [e.id for e in store.events(job.id)] == [1]
+
+
+def test_a_full_disk_is_named_as_such_and_the_store_works_on_when_there_is_room(store: Store) -> None:
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    big = a_job(labels={f"k{i}": "v" * 100 for i in range(32)})
+    with pytest.raises(DiskFull):
+        store.add(big, [event(big, i) for i in range(1, 500)])
+    assert store.get(big.id) is None
+    store._db.execute("PRAGMA max_page_count = 100000")
+    store.add(big, [])
+    assert store.get(big.id) == big
+
+
+def test_the_time_a_job_has_run_leaves_out_when_no_server_was_up(store: Store) -> None:
+    job = a_job()
+    history = [
+        (1, "job.queued", 0.0),
+        (2, "job.started", 100.0),
+        (3, "tensor.completed", 110.0),
+        (1_000_000, "job.resumed", 5000.0),
+        (1_000_001, "tensor.completed", 5007.0),
+        (2_000_000, "job.resumed", 9000.0),
+    ]
+    store.add(job, [event(job, id_, type_, seconds) for id_, type_, seconds in history])
+    assert store.seconds_run(job.id) == pytest.approx(17.0)
+
+
+def test_threads_may_share_it(store: Store) -> None:
+    jobs = [[a_job() for _ in range(20)] for _ in range(4)]
+
+    def work(mine: list[Job]) -> None:
+        for job in mine:
+            store.add(job, [event(job, 1)])
+            store.write([job.to(Status.RUNNING)], [event(job, 2)])
+            assert [e.id for e in store.events(job.id)] == [1, 2]
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.active()) == 80

@@ -1,0 +1,81 @@
+"""Settings: arguments before variables before defaults, and errors that name what was set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.engine.config import Profile, QuantizationConfig, resolve
+from service.errors import InvalidConfig
+from service.settings import Settings, config_from, load_settings, scalar_fields
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ARROWQUANT_")]:
+        monkeypatch.delenv(name)
+
+
+def test_the_defaults_listen_on_this_machine_only_and_allow_no_folder() -> None:
+    settings = load_settings()
+    assert settings.host == "127.0.0.1"
+    assert settings.model_roots == ()
+    assert settings.block_bytes == 64 << 20
+    assert settings.config_defaults == QuantizationConfig()
+
+
+def test_an_argument_wins_over_a_variable_and_a_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWQUANT_PORT", "9000")
+    monkeypatch.setenv("ARROWQUANT_MODEL_ROOTS", "/a:/b")
+    assert load_settings(port=None).port == 9000
+    assert load_settings(port=9001).port == 9001
+    assert load_settings().model_roots == (Path("/a"), Path("/b"))
+    assert load_settings(model_roots=(Path("/c"),)).model_roots == (Path("/c"),)
+
+
+def test_every_scalar_field_of_a_configuration_can_be_set_by_a_variable() -> None:
+    values = {
+        "ARROWQUANT_BIT_WIDTH": "8",
+        "ARROWQUANT_GROUP_SIZE": "64",
+        "ARROWQUANT_SYMMETRIC": "True",
+        "ARROWQUANT_METHOD": "minmax",
+        "ARROWQUANT_MIN_ACCURACY": "0.9",
+        "ARROWQUANT_ON_FAILURE": "warn",
+    }
+    config = config_from(values)
+    assert (config.bit_width, config.group_size, config.symmetric) == (8, 64, True)
+    assert (config.method, config.min_accuracy, config.on_failure) == ("minmax", 0.9, "warn")
+    assert set(QuantizationConfig.model_fields) - set(scalar_fields()) == {"skip", "layers"}
+
+
+def test_a_variable_stands_between_profile_and_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWQUANT_BIT_WIDTH", "8")
+    defaults = load_settings().config_defaults
+    assert resolve(Profile.EDGE, [defaults, None]).bit_width == 8
+    assert resolve(Profile.EDGE, [defaults, QuantizationConfig(bit_width=3)]).bit_width == 3
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWQUANT_BIT_WIDTH", "")
+    assert load_settings().config_defaults == QuantizationConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("BIT_WIDTH", "9"), ("GROUP_SIZE", "17"), ("METHOD", "magic"), ("PORT", "x"), ("THREADS", "0")],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"ARROWQUANT_{name}", value)
+    with pytest.raises(InvalidConfig, match=f"ARROWQUANT_{name}"):
+        load_settings()
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
