@@ -7,17 +7,41 @@ from collections.abc import Callable
 from llvmlite import ir
 from numba.core import types
 
-from service.engine.backends.cpu_kernels.vector import F32, F64, I8, I32, I64, LANES, Memory, State, Vec, emitted, loop
+from service.engine.backends.cpu_kernels.vector import (
+    F32,
+    F64,
+    I8,
+    I32,
+    I64,
+    LANES,
+    Memory,
+    State,
+    Vec,
+    emitted,
+    loop,
+    zeros,
+)
 from service.engine.schemes.codebook import NF4_MIDPOINTS, NF4_TABLE
 
 #: float64 sums in a row, each of LANES parts: x², y², xy, d², largest |d|.
 SUMS = 5
 
 
+#: Smallest scale at which the squares of a group's float32 are sure not to vanish, and the largest
+#: sum of them that is sure not to have overflowed; else the group is summed up in float64 throughout.
+SMALLEST_SCALE, LARGEST_SUM = 2.0**-23, 2.0**120
+#: Columns of which squares are summed up in float32, sixteen to a lane, before they go to float64.
+BLOCK = 256
+
+# Adding and subtracting it rounds a float32 below 2**22 half to even; larger ones end at the clamp anyway.
+_ROUNDER = 1.5 * 2.0**23
+
+
 class Sums:
     """The running sums of a tile, in memory between two groups and in registers within one."""
 
     def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
+        self.builder = builder
         self.memory = Memory(builder, address, F64)
 
     def load(self) -> State:
@@ -42,11 +66,24 @@ class Sums:
             d.abs().max(state[4]),
         ]
 
+    @staticmethod
+    def add_block(part: State, x: Vec, y: Vec) -> State:
+        """x², y², d² and |d| of a block, in float32; the difference of close numbers is exact in it."""
+        d = x - y
+        return [x.fma(x, part[0]), y.fma(y, part[1]), d.fma(d, part[2]), d.abs().max(part[3])]
+
+    def store_block(self, part: State) -> None:
+        """A block's sums added to the tile's; xy follows from the others."""
+        xx, yy, xy, dd, largest = self.load()
+        x, y, d, most = (p.widen(F64) for p in part)
+        self.store([xx + x, yy + y, (x + y - d).fma(x.const(0.5), xy), dd + d, most.max(largest)])
+
 
 def _encode(
     builder: ir.IRBuilder,
     source: ir.Value,
     count: ir.Value,
+    scale: ir.Value,
     codes: ir.Value,
     sums: ir.Value,
     rule: Callable[[Vec], tuple[Vec, Vec]],
@@ -54,18 +91,42 @@ def _encode(
     """Write the codes that `rule` gives with their values, and add to the sums."""
     inputs, outputs, running = Memory(builder, source, F32), Memory(builder, codes, I8), Sums(builder, sums)
 
-    def step(i: ir.Value, state: State) -> State:
+    def quick(i: ir.Value, part: State) -> State:
         x = inputs.load(i)
         code, value = rule(x)
         outputs.store(i, code.narrow(I8))
-        return running.add(state, x, value)
+        return running.add_block(part, x, value)
 
-    running.store(loop(builder, count, LANES, running.load(), step))
+    def exact(i: ir.Value, state: State) -> State:
+        x = inputs.load(i)
+        return running.add(state, x, rule(x)[1])
+
+    part = loop(builder, count, LANES, [zeros(builder) for _ in range(4)], quick)
+    in_range = (part[0] < part[0].const(LARGEST_SUM)).all()
+    large_enough = builder.fcmp_ordered(">=", scale, ir.Constant(F32, SMALLEST_SCALE))
+    with builder.if_else(builder.and_(in_range.value, large_enough), likely=True) as (usual, rare):
+        with usual:
+            running.store_block(part)
+        with rare:
+            running.store(loop(builder, count, LANES, running.load(), exact))
 
 
-def integer_level(x: Vec, inverse: Vec, lowest: Vec, highest: Vec) -> Vec:
-    """clamp(rint(x * (1/s)) + z) - z: the clamp's ends moved by z instead of the number."""
-    return (x * inverse).rint().max(lowest).min(highest)
+def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec) -> tuple[Vec, Vec]:
+    """clamp(rint(x * (1/s)) + z) - z, as integers modulo 2**22 and as float32.
+
+    The clamp's ends are moved by z instead of the number.
+    """
+    rounder = x.const(_ROUNDER)
+    shifted = (x * inverse + rounder).max(lowest + rounder).min(highest + rounder)
+    return shifted.cast(I32), shifted - rounder
+
+
+def nf4_index(t: Vec) -> Vec:
+    """Number of midpoints below t: a guess that is right or one short, and a comparison."""
+    near = t.max(t.const(-1.0)).min(t.const(1.0))
+    guess = (near * (t.const(12.9) - near.abs() * t.const(5.5)) + t.const(7.25)).to_int(I32)
+    midpoints = Vec(t.builder, ir.Constant(t.type, [*NF4_MIDPOINTS.tolist(), float("inf")]))
+    return (t > guess.look_up(midpoints)).select(guess.plus(guess.const(1)), guess)
 
 
 _F = types.float32
@@ -75,23 +136,16 @@ _P = types.intp
 @emitted(types.none, _P, _P, _F, _F, _F, _F, _P, _P)
 def encode_integer(builder, source, count, inverse, scale, zero, top, codes, sums):
     """Codes of `count` float32 (whole vectors) on an integer grid."""
-    inverses, scales, zeros, tops = (Vec(builder, v).splat() for v in (inverse, scale, zero, top))
+    inverses, scales, offsets, tops = (Vec(builder, v).splat() for v in (inverse, scale, zero, top))
 
-    lowest, highest = zeros.const(0.0) - zeros, tops - zeros
+    lowest, highest = offsets.const(0.0) - offsets, tops - offsets
+    offset = offsets.to_int(I32)
 
     def rule(x: Vec) -> tuple[Vec, Vec]:
-        level = integer_level(x, inverses, lowest, highest)
-        return (level + zeros).to_int(I32), level * scales
+        steps, level = integer_steps(x, inverses, lowest, highest)
+        return steps.plus(offset), level * scales
 
-    _encode(builder, source, count, codes, sums, rule)
-
-
-def nf4_index(t: Vec) -> Vec:
-    """Number of midpoints below t."""
-    index = t.const(0.0)
-    for midpoint in NF4_MIDPOINTS.tolist():
-        index = index + (t > t.const(midpoint)).select(t.const(1.0), t.const(0.0))
-    return index.to_int(I32)
+    _encode(builder, source, count, scale, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _F, _F, _P, _P)
@@ -104,7 +158,7 @@ def encode_nf4(builder, source, count, inverse, scale, codes, sums):
         index = nf4_index(x * inverses)
         return index, index.look_up(table) * scales
 
-    _encode(builder, source, count, codes, sums, rule)
+    _encode(builder, source, count, scale, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _P, _P)
@@ -144,8 +198,8 @@ def _decode(
 @emitted(types.none, _P, _P, _F, _F, _P)
 def decode_integer(builder, codes, count, scale, zero, target):
     """What `count` codes (whole vectors) stand for on an integer grid."""
-    scales, zeros = (Vec(builder, v).splat() for v in (scale, zero))
-    _decode(builder, codes, count, target, lambda code: (code.to_float(F32) - zeros) * scales)
+    scales, offsets = (Vec(builder, v).splat() for v in (scale, zero))
+    _decode(builder, codes, count, target, lambda code: (code.to_float(F32) - offsets) * scales)
 
 
 @emitted(types.none, _P, _P, _F, _P)

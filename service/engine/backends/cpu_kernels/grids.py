@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import types
 
+from service.engine.backends.cpu_kernels.spans import AHEAD
 from service.engine.backends.cpu_kernels.vector import F32, I32, I64, LANES, Memory, State, Vec, emitted, loop, zeros
 from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS
 
@@ -107,6 +108,7 @@ def group_range(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -> tup
     x = Memory(builder, source, F32)
 
     def step(i: ir.Value, state: State) -> State:
+        x.prefetch(i, AHEAD)
         value = x.load(i)
         return [value.min(state[0]), value.max(state[1])]
 

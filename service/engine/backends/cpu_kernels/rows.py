@@ -11,6 +11,7 @@ from numba import njit
 
 from service.engine.backends.cpu_kernels.bitpack import pack_span, unpack_span
 from service.engine.backends.cpu_kernels.codes import (
+    BLOCK,
     SUMS,
     add_sums,
     copy_floats,
@@ -22,7 +23,7 @@ from service.engine.backends.cpu_kernels.codes import (
     sum_of,
 )
 from service.engine.backends.cpu_kernels.grids import group_range, make_grids, scale_bits
-from service.engine.backends.cpu_kernels.spans import SPAN, as_f32
+from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32
 from service.engine.backends.cpu_kernels.vector import LANES
 
 _ONE = np.float32(1.0)
@@ -63,7 +64,7 @@ def _grids_of_span(span, count, group, form, grids, scale, zero, ranges):
 
 @njit(nogil=True)
 def _store_grids(ranges, room, groups, form, grids, scale, zero):
-    base = ranges.ctypes.data
+    base = address_of(ranges)
     for g in range(0, groups, LANES):
         low = base + 4 * g
         make_grids(low, low + 4 * room, low + 8 * room, low + 12 * room, *form)
@@ -87,7 +88,7 @@ def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale
 
 @njit(nogil=True)
 def _finish_sums(buffer, sums):
-    address = buffer.ctypes.data
+    address = address_of(buffer)
     for i in range(SUMS - 1):
         sums[i] = sum_of(address, i)
     sums[SUMS - 1] = largest_of(address)
@@ -105,7 +106,7 @@ def quantize_rows(
     they are taken from there. `row_groups` is 0 where one grid serves all rows; `stored_scale` and
     `stored_zero` may be empty.
     """
-    scratch, codes, running = span_buffer.ctypes.data, code_buffer.ctypes.data, sum_buffer.ctypes.data
+    scratch, codes, running = address_of(span_buffer), address_of(code_buffer), address_of(sum_buffer)
     wide = group > SPAN
     for row in range(first_row, last_row):
         if (row - first_row) % tile_rows == 0:
@@ -120,11 +121,21 @@ def quantize_rows(
             if find and not wide:
                 _grids_of_span(span, count, group, form, g, scale, zero, range_buffer)
             _encode_span(
-                span, count, min(group, SPAN), g, min(row_groups, 1), codebook, form[1], scale, zero, codes, running
+                span,
+                count,
+                min(group, BLOCK),
+                g,
+                1 if row_groups > 1 else 0,
+                codebook,
+                form[1],
+                scale,
+                zero,
+                codes,
+                running,
             )
             out = start // 8 * bits
             nbytes = row_bytes - out if start + count == cols else count // 8 * bits
-            pack_span(codes, count, bits, packed.ctypes.data + row * row_bytes + out, nbytes)
+            pack_span(codes, count, bits, address_of(packed) + row * row_bytes + out, nbytes)
         if stored_scale.size:
             for g in range(grids, grids + row_groups):
                 stored_scale[g] = scale_bits(scale[g], form[4])
@@ -141,7 +152,7 @@ def dequantize_rows(
     span_buffer, code_buffer,
 ):  # fmt: skip
     """Write what rows [first_row, last_row) stand for to `out`."""
-    scratch, codes = span_buffer.ctypes.data, code_buffer.ctypes.data
+    scratch, codes = address_of(span_buffer), address_of(code_buffer)
     for row in range(first_row, last_row):
         for start in range(0, cols, SPAN):
             count = min(SPAN, cols - start)
@@ -151,7 +162,7 @@ def dequantize_rows(
             for at in range(0, count, step):
                 n = min(step, count - at)
                 g = row * row_groups + ((start + at) // group if row_groups else 0)
-                target = out.ctypes.data + 4 * (row * cols + start + at)
+                target = address_of(out) + 4 * (row * cols + start + at)
                 ragged = n % LANES != 0
                 place, vectors = (scratch, whole_vectors(n)) if ragged else (target, n)
                 if codebook:
@@ -170,7 +181,7 @@ def compare_elements(x, x_kind, y, y_kind, first, last, tile, sums, x_buffer, y_
         end = min(start + tile, last)
         for at in range(start, end, SPAN):
             count = min(SPAN, end - at)
-            a = as_f32(x, x_kind, at, count, x_buffer.ctypes.data)
-            b = as_f32(y, y_kind, at, count, y_buffer.ctypes.data)
-            add_sums(a, b, whole_vectors(count), sum_buffer.ctypes.data)
+            a = as_f32(x, x_kind, at, count, address_of(x_buffer))
+            b = as_f32(y, y_kind, at, count, address_of(y_buffer))
+            add_sums(a, b, whole_vectors(count), address_of(sum_buffer))
         _finish_sums(sum_buffer, sums[start // tile])

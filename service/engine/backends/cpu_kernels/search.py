@@ -10,9 +10,9 @@ from llvmlite import ir
 from numba import njit
 from numba.core import types
 
-from service.engine.backends.cpu_kernels.codes import integer_level, nf4_index
+from service.engine.backends.cpu_kernels.codes import integer_steps, nf4_index
 from service.engine.backends.cpu_kernels.grids import FORM, Form
-from service.engine.backends.cpu_kernels.spans import SPAN, as_f32
+from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32
 from service.engine.backends.cpu_kernels.vector import F32, I64, LANES, Memory, State, Vec, emitted, loop, zeros
 from service.engine.schemes.codebook import NF4_TABLE
 
@@ -62,7 +62,11 @@ def _measure(
             a_block = builder.block
         with on_grid:
             b = loop(
-                builder, count, 1, start, lambda i, s: step(lambda v: integer_level(v, inverse, lowest, highest), i, s)
+                builder,
+                count,
+                1,
+                start,
+                lambda i, s: step(lambda v: integer_steps(v, inverse, lowest, highest)[1], i, s),
             )
             b_block = builder.block
     merged = []
@@ -178,7 +182,7 @@ def search_grids(
     A row has `row_groups` groups, each `group` columns after the one before; these have `size`
     elements. `transposed` holds size * LANES float32.
     """
-    source, scratch, lanes = transposed.ctypes.data, span_buffer.ctypes.data, lane_state.ctypes.data
+    source, scratch, lanes = address_of(transposed), address_of(span_buffer), address_of(lane_state)
     in_row = last_group - first_group
     total = (last_row - first_row) * in_row
     for lot in range(0, total, LANES):

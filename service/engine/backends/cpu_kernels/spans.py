@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from llvmlite import ir
 from numba import njit
 from numba.core import types
@@ -10,6 +13,9 @@ from service.engine.backends.cpu_kernels.vector import F16, F32, I16, I32, I64, 
 
 #: Elements of a span; with its codes it fits the first-level cache. A multiple of every group size.
 SPAN = 4096
+
+#: Bytes that are fetched before they are needed.
+AHEAD = 2048
 
 #: How the input's elements are stored.
 KIND_F32, KIND_F16, KIND_BF16 = 0, 1, 2
@@ -28,6 +34,7 @@ def _widen(builder: ir.IRBuilder, source: ir.Value, count: ir.Value, target: ir.
         return (raw.widen(I32) << 16).cast(F32)
 
     def whole(i: ir.Value, state: list[Vec]) -> list[Vec]:
+        inputs.prefetch(i, AHEAD)
         outputs.store(i, convert(inputs.load(i)))
         return state
 
@@ -60,6 +67,12 @@ def widen_f16(builder, source, count, target):
 def widen_bf16(builder, source, count, target):
     """The same from bfloat16."""
     _widen(builder, source, count, target, KIND_BF16)
+
+
+@njit(nogil=True)
+def address_of(array: Any) -> Any:
+    """Address of the first element; signed, as Numba adds a signed and an unsigned integer as floats."""
+    return np.intp(array.ctypes.data)
 
 
 @njit(nogil=True)

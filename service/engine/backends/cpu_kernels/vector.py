@@ -138,6 +138,11 @@ class Vec:
         """Every unsigned integer lane as a float."""
         return self._new(self.builder.uitofp(self.value, ir.VectorType(element, self.type.count)))
 
+    def all(self) -> Vec:
+        """Whether every lane of a comparison is true."""
+        bits = ir.IntType(self.type.count)
+        return self._new(self.builder.icmp_signed("==", self.builder.bitcast(self.value, bits), ir.Constant(bits, -1)))
+
     def reduce(self, combine: Callable[[Vec, Vec], Vec]) -> Vec:
         """All lanes folded into one by halves."""
         part = self
@@ -204,6 +209,16 @@ class Memory:
         """`lanes` elements from `index` on; a scalar for one."""
         kind = ir.VectorType(self.element, lanes) if lanes > 1 else self.element
         return Vec(self.builder, self.builder.load(self._pointer(index, kind), align=1, typ=kind))
+
+    def prefetch(self, index: ir.Value, ahead: int) -> None:
+        """Have the cache fetch the line `ahead` bytes after an element; harmless past the end."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        module = self.builder.module
+        function = module.globals.get("llvm.prefetch.p0") or ir.Function(module, kind, "llvm.prefetch.p0")
+        where = self.builder.gep(self._pointer(index, I8), [ir.Constant(I64, ahead)], source_etype=I8)
+        read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+        self.builder.call(function, [where, read, keep, data])
 
     def store(self, index: ir.Value, value: Vec) -> None:
         """Write a vector or scalar from `index` on."""
