@@ -19,8 +19,8 @@ ABOUT = f"""
 A fresh process quantizes a BF16 safetensors file to 4 bits in groups of 128, both outputs ({" and ".join(FORMATS)}) at
 once, with blocks of {BLOCK_BYTES // MIB} MiB. Its `RssAnon` (memory of its own; pages of files are the kernel's to take
 back) is read every 2 ms. *Before* is that memory with everything imported and compiled and no model opened; *peak* the
-largest value seen, and *above* the difference: what the run itself takes. `VmHWM` is the kernel's own mark, without gaps
-between samples, and counts mapped libraries as well.
+largest value seen, and *above* the difference: what the run itself takes. `VmHWM` is the kernel's own mark, without
+gaps between samples; it counts mapped libraries as well.
 """
 
 
