@@ -58,10 +58,7 @@ def describe(plan: Plan, backend: Backend, block_bytes: int) -> dict[str, Any]:
                 "format": output.format.id,
                 "predicted_bytes": plan.predicted_bytes(index),
                 "config": output.config.model_dump(mode="json", exclude_none=True),
-                "tensors": [
-                    _row(t.info, t.decisions[index].scheme, t.decisions[index].method, t.decisions[index].rule)
-                    for t in plan.tensors
-                ],
+                "tensors": [_row(t.info, t.decisions[index]) for t in plan.tensors],
             }
             for index, output in enumerate(plan.outputs)
         ],

@@ -25,6 +25,7 @@ from service.engine.progress import Cancelled, Notice, Report, Stage, TensorComp
 from service.engine.publish import Advance, copy_companions, seal, stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import TensorRun, Tools
+from service.storage.durable import remove
 from service.storage.faults import storage_faults
 
 JOURNAL = "checkpoint.jsonl"
@@ -47,6 +48,7 @@ def quantize(
     or removed.
     """
     with storage_faults("writing the outputs"):
+        work.mkdir(parents=True, exist_ok=True)
         run = _Run(plan, reader, work, Tools(backend, block_bytes, report, cancelled))
         try:
             return run.execute()
@@ -65,7 +67,7 @@ class _Run:
         self._warnings: list[str] = []
         self._seconds_before = 0.0
         self._started = time.monotonic()
-        self._writers = [self._writer(output) for output in plan.outputs]
+        self._writers: list[ModelWriter] = []
 
     def execute(self) -> RunReport:
         """Tensors, then the files as wholes."""
@@ -109,6 +111,10 @@ class _Run:
 
     def _resume(self) -> int:
         entries = self._journal.resume()
+        if not entries:
+            for output in self._plan.outputs:  # what lies there is of no run that can be gone on from
+                remove(self._work / output.name)
+        self._writers = [self._writer(output) for output in self._plan.outputs]
         for index, writer in enumerate(self._writers):
             writer.restore([entry.states[index] for entry in entries])
         for entry in entries:

@@ -18,6 +18,7 @@ from service.errors import Cancelled, TargetInUse
 from service.storage.durable import copy_folder, sync
 
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"
 CHUNK_BYTES = 4 << 20
 MEDIA_TYPES = {".parquet": "application/vnd.apache.parquet", ".safetensors": "application/octet-stream"}
 
@@ -29,19 +30,22 @@ def copy_companions(layout: ModelLayout, folder: Path, advance: Advance) -> None
     """Copy the files that go along, except those that the writer made anew."""
     for relative in layout.companions:
         target = folder / relative
-        if not target.exists():
+        if relative.name != MANIFEST and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with (layout.root / relative).open("rb") as source, target.open("wb") as sink:
+            # Under its own name only when it is whole: a killed run is gone on from.
+            beside = target.with_name(target.name + PARTIAL)
+            with (layout.root / relative).open("rb") as source, beside.open("wb") as sink:
                 for chunk in _chunks(source.read):
                     sink.write(chunk)
                     advance(len(chunk))
+            beside.replace(target)
 
 
 def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEntry, ...]:
     """Sync and hash every file, and write the manifest: `about` and the list of files."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = [_entry(folder, path, advance) for path in paths]
     manifest = folder / MANIFEST
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != manifest)
+    entries = [_entry(folder, path, advance) for path in paths]
     listed = [asdict(e) | {"path": str(e.path)} for e in entries]
     manifest.write_text(json.dumps(about | {"files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     entries.append(_entry(folder, manifest, advance))

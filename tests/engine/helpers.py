@@ -42,7 +42,7 @@ def save_folder(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping
 
 def specs(*formats: str, options: dict[str, Any] | None = None, **config: Any) -> list[OutputSpec]:
     """One output per format, all with the same configuration on top of the profile `local`."""
-    resolved = resolve(Profile.LOCAL, [QuantizationConfig(**config)])
+    resolved = resolve(Profile.LOCAL, [QuantizationConfig(**({"method": "minmax"} | config))])
     return [OutputSpec(f, f, resolved, options or {}) for f in formats]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -136,10 +135,28 @@ def test_a_journal_of_another_configuration_is_not_gone_on_from(model: Path, tmp
     run(model, tmp_path / "fresh", specs(*BOTH, bit_width=8))
     run(model, tmp_path / "work", specs(*BOTH, bit_width=3))
     run(model, tmp_path / "work", specs(*BOTH, bit_width=8))
-    shutil.rmtree(tmp_path / "fresh" / "never", ignore_errors=True)
     for folder in ("fresh", "work"):
         (tmp_path / folder / "checkpoint.jsonl").unlink()
     assert files_of(tmp_path / "fresh") == files_of(tmp_path / "work")
+
+
+@pytest.mark.parametrize("stop_after", range(0, 60, 3))
+def test_a_run_stopped_while_it_finishes_the_files_goes_on_as_well(
+    model: Path, tmp_path: Path, stop_after: int
+) -> None:
+    run(model, tmp_path / "undisturbed", specs(*BOTH))
+    seen: list[Happening] = []
+
+    def stop() -> bool:
+        return sum(isinstance(h, Progress) and h.stage in ("writing", "hashing") for h in seen) > stop_after
+
+    try:
+        run(model, tmp_path / "work", specs(*BOTH), happenings=seen, cancelled=stop)
+    except Cancelled:
+        run(model, tmp_path / "work", specs(*BOTH))
+    for folder in ("undisturbed", "work"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "work")
 
 
 def _spiky(rows: int, cols: int) -> np.ndarray:

@@ -96,7 +96,7 @@ class ParquetReader(ModelReader):
                 _corrupt(
                     info, f"`data` has {data.nbytes} bytes for {chunk.stop - chunk.start} elements of {info.dtype}"
                 )
-            pieces.append(data[max(0, start - base) : stop - base])
+            pieces.append(data[max(0, start - base) : stop - base].cast("B"))
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def close(self) -> None:
