@@ -121,7 +121,7 @@ class TensorRun:
     def _write_rows(self, attempt: _Attempt, x: Array) -> None:
         scheme, method = attempt.decision.scheme, attempt.decision.method
         if scheme is None or method is None:
-            raw = memoryview(np.ascontiguousarray(x).view(np.uint8).reshape(-1))
+            raw = np.ascontiguousarray(x).view(np.uint8).reshape(-1).data
             for output in attempt.outputs:
                 self._writers[output].write_raw(raw)
             return

@@ -250,7 +250,7 @@ def test_cancelling_between_any_two_blocks_stops_the_run(model: Path, tmp_path: 
         return False
 
     run(model, tmp_path / "all", specs(*BOTH), block_bytes=1, cancelled=count)
-    for stop_at in range(0, calls, max(1, calls // 12)):
+    for stop_at in range(0, calls, max(1, calls // 6)):
         left = iter([False] * stop_at)
         with pytest.raises(Cancelled):
             run(
