@@ -10,7 +10,7 @@ from service.api import problems
 from service.api.schemas import common
 from service.api.schemas import events as wire_events
 from service.api.schemas import jobs as wire
-from service.jobs.events import Event
+from service.jobs.events import PROGRESS, Event
 from service.jobs.job import Job
 
 _EVENT: TypeAdapter[wire_events.Event] = TypeAdapter(wire_events.Event)
@@ -54,4 +54,5 @@ def event(record: Event) -> wire_events.Event:
     """An event; a terminal one with the whole job."""
     shown = job(record.job) if record.job else None
     fields = {"id": record.id, "type": record.type, "job_id": record.job_id, "at": record.at, "job": shown}
-    return _EVENT.validate_python({k: v for k, v in (record.data | fields).items() if v is not None})
+    data = {"progress": record.data} if record.type == PROGRESS else record.data
+    return _EVENT.validate_python({k: v for k, v in (data | fields).items() if v is not None})
