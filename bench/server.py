@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Server:
 
 @contextmanager
 def started(folder: Path, model_root: Path) -> Iterator[Server]:
-    """A server with the settings it has by default, warm; stopped and its data removed afterwards."""
+    """A server with the settings it has by default; stopped and its data removed afterwards."""
     port, data_dir = _free_port(), folder / "data"
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--data-dir", str(data_dir)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ARROWQUANT_")}
@@ -41,8 +41,11 @@ def started(folder: Path, model_root: Path) -> Iterator[Server]:
         process = subprocess.Popen([*command, "--model-root", str(model_root)], stdout=log, stderr=log, env=environment)
         try:
             server = Server(f"http://127.0.0.1:{port}", process.pid, data_dir)
-            _wait_until_warm(server, process, folder / "server.log")
+            _wait_until_ready(server, process, folder / "server.log")
             yield server
+        except BaseException as error:
+            error.add_note(f"The server's log ends so:\n{(folder / 'server.log').read_text()[-3000:]}")
+            raise
         finally:
             process.terminate()
             try:
@@ -103,13 +106,13 @@ class Client:
     async def under_way(self, job_id: str) -> None:
         """Wait until the job computes: until it reports that some of its bytes are done."""
         async for event in self.events(job_id):
-            if event.event == "job.progress" and event.json()["bytes_done"] > 0:
+            if event.event == "job.progress" and event.json()["progress"]["bytes_done"] > 0:
                 return
             if event.event.removeprefix("job.") in TERMINAL:
                 raise RuntimeError(f"job {job_id} ended before it could be watched: {event.data}")
 
     async def longest_stall_s(self) -> float:
-        """How long the server's event loop was held up at worst since its start."""
+        """How long the server's event loop was held up at worst, in the last minute."""
         return float((await self.http.get("/readyz")).raise_for_status().json()["longest_stall_s"])
 
 
@@ -123,17 +126,14 @@ def body(source: Path, **config: Any) -> dict[str, Any]:
     }
 
 
-def _wait_until_warm(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
-        try:
-            answer = httpx.get(f"{server.url}/readyz", timeout=5)
-            if answer.status_code == 200 and answer.json()["is_warm"]:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.1)
     raise RuntimeError(f"the server was not ready after {START_TIMEOUT_S:.0f} s:\n{log.read_text()[-2000:]}")
 
