@@ -62,11 +62,15 @@ class Journal:
             await self._wake.wait()
             self._wake.clear()
             while self._entries:
-                batch = [self._entries.popleft() for _ in range(min(BATCH, len(self._entries)))]
-                await self._store(batch)
-                for entry in batch:
-                    entry.show()
+                await self._settle_batch()
                 await asyncio.sleep(0)
+
+    async def _settle_batch(self) -> None:
+        # A function of its own, so that no variable holds on to the last jobs.
+        batch = [self._entries.popleft() for _ in range(min(BATCH, len(self._entries)))]
+        await self._store(batch)
+        for entry in batch:
+            entry.show()
 
     async def _store(self, batch: Sequence[Entry]) -> None:
         jobs = [entry.job for entry in batch if entry.job is not None]

@@ -31,7 +31,7 @@ def make_slow_model(path: Path) -> Path:
 
 def make_long_model(path: Path) -> Path:
     """Many tensors that together take `method: mse` of the reference backend seconds."""
-    return make_model(path, tensors=40, rows=256, cols=512)
+    return make_model(path, tensors=40, rows=64, cols=512)
 
 
 def quantize_request(source: Path | dict[str, Any], **fields: Any) -> QuantizeRequest:

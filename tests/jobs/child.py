@@ -1,0 +1,51 @@
+"""A process with a manager, there to be killed.
+
+`python -m tests.jobs.child DATA ROOT BLOCK_BYTES REQUESTS [cancel]` prints a line per event of the first job. With `cancel` it cancels that job at its first progress
+and then kills itself, in the moment when the job is known to be cancelling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from service.engine.config import QuantizationConfig
+from service.jobs.events import PROGRESS, Event
+from service.jobs.job import Status
+from service.jobs.manager import JobManager
+from service.jobs.request import JobRequest
+
+_REQUESTS: TypeAdapter[list[JobRequest]] = TypeAdapter(list[JobRequest])
+
+
+async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, cancel: bool) -> None:
+    manager = JobManager(
+        data_dir=Path(data_dir),
+        model_roots=[Path(root)],
+        config_defaults=QuantizationConfig(backend="reference", method="minmax"),
+        block_bytes=int(block_bytes),
+        max_running_jobs=1,
+    )
+    await manager.start()
+    for request in _REQUESTS.validate_json(requests):
+        await manager.submit(request)
+    jobs, _ = await manager.find()
+    first = jobs[-1].id
+    print(first, flush=True)
+    async for item in manager.follow(first):
+        if isinstance(item, Event):
+            print(item.type, flush=True)
+            if cancel and item.type == PROGRESS:
+                job = await manager.cancel(first)
+                assert job.status is Status.CANCELLING
+                os.kill(os.getpid(), signal.SIGKILL)
+    await manager.drain(10)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:5], cancel=sys.argv[5:] == ["cancel"]))

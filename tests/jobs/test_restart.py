@@ -1,0 +1,271 @@
+"""A server killed at any moment: what the next one makes of it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from service.jobs.events import TENSOR_COMPLETED, Event
+from service.jobs.job import Job, Status
+from service.jobs.request import QuantizeRequest
+from service.jobs.store import DATABASE, Store
+from tests.jobs.conftest import MakeManager
+from tests.jobs.models import (
+    digests,
+    files_below,
+    make_long_model,
+    make_model,
+    make_slow_model,
+    quantize_request,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCK = 1 << 18
+FORMAT = {"format": "compressed-tensors"}
+
+
+@contextmanager
+def child(
+    tmp_path: Path, root: Path, requests: list[QuantizeRequest], *more: str, block_bytes: int = BLOCK
+) -> Iterator[subprocess.Popen[str]]:
+    """A manager in another process; killed at the latest when the block ends."""
+    body = json.dumps([request.model_dump(mode="json", exclude_unset=True) for request in requests])
+    arguments = [str(tmp_path / "data"), str(root), str(block_bytes), body, *more]
+    command = [sys.executable, "-m", "tests.jobs.child", *arguments]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def until(process: subprocess.Popen[str], type_: str, times: int = 1) -> None:
+    """Read events of the first job until one type has come so often."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        times -= line.strip() == type_
+        if not times:
+            return
+    raise AssertionError("the process ended before")
+
+
+async def test_a_job_killed_in_the_middle_goes_on_and_gives_the_bytes_of_an_undisturbed_one(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    model = make_long_model(root / "long.safetensors")
+    outputs = [FORMAT, {"format": "parquet"}]
+    request = quantize_request(model, outputs=outputs, config={"method": "mse"})
+    with child(tmp_path, root, [request, quantize_request(make_model(root / "m.safetensors"))]) as process:
+        killed = first_line(process)
+        until(process, TENSOR_COMPLETED, times=20)
+        process.kill()
+    with child(tmp_path, root, []) as process:  # and once more, in the middle of going on
+        assert first_line(process) == killed
+        until(process, "job.resumed")
+        until(process, TENSOR_COMPLETED, times=10)
+        process.kill()
+
+    manager = await make_manager()
+    done = await manager.wait(killed, 120)
+    assert done.status is Status.SUCCEEDED, done.error
+    assert done.started_at is not None
+    events = await manager.events(killed, limit=1000)
+    types = [event.type for event in events]
+    assert types.count("job.started") == 1
+    assert types.count("job.resumed") == 2
+    # Those told but not yet stored when the process died are not told again.
+    assert 60 <= types.count(TENSOR_COMPLETED) <= 80
+    assert [event.id for event in events] == sorted({event.id for event in events if event.id})
+    queued = next(job for job in (await manager.find())[0] if job.id != killed)
+    assert (await manager.wait(queued.id, 60)).status is Status.SUCCEEDED
+
+    undisturbed = await manager.wait((await manager.submit(request)).id, 120)
+    artifacts = tmp_path / "data" / "artifacts"
+    for output in ("compressed-tensors", "parquet"):
+        assert digests(artifacts / killed / output) == digests(artifacts / undisturbed.id / output)
+    assert [(a.path, a.sha256) for a in done.artifacts] == [(a.path, a.sha256) for a in undisturbed.artifacts]
+    assert files_below(tmp_path / "data" / "work") == []
+
+
+async def test_a_job_killed_while_cancelling_ends_cancelled_and_leaves_nothing(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    model = make_slow_model(root / "slow.safetensors")
+    outputs = [FORMAT, FORMAT | {"name": "b", "uri": (root / "out").as_uri()}]
+    request = quantize_request(model, outputs=outputs, config={"method": "mse"})
+    # One block for the whole tensor: the process is dead before the job could have noticed.
+    with child(tmp_path, root, [request], "cancel", block_bytes=1 << 30) as process:
+        job_id = first_line(process)
+        assert process.wait(timeout=60) < 0
+    assert files_below(tmp_path / "data" / "work") != []
+    manager = await make_manager()
+    done = await manager.wait(job_id, 10)
+    assert done.status is Status.CANCELLED
+    assert [event.type for event in await manager.events(job_id)][-1] == "job.cancelled"
+    assert files_below(tmp_path / "data" / "work") + files_below(tmp_path / "data" / "artifacts") == []
+    assert files_below(root) == ["slow.safetensors"]
+
+
+async def test_a_job_killed_between_publishing_and_its_last_state_is_finished_and_not_done_again(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    request = quantize_request(make_long_model(root / "long.safetensors"))
+    with child(tmp_path, root, [request]) as process:
+        job_id = first_line(process)
+        until(process, "job.started")
+        # A writer that holds the database keeps the job's last state from being stored.
+        database = sqlite3.connect(tmp_path / "data" / DATABASE, isolation_level=None)
+        database.execute("BEGIN IMMEDIATE")
+        report = tmp_path / "data" / "artifacts" / job_id / "report.json"
+        deadline = time.monotonic() + 60
+        while not report.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # noqa: ASYNC251
+        process.kill()
+    database.close()
+    before = {path: path.stat().st_mtime_ns for path in report.parent.rglob("*")}
+    manager = await make_manager()
+    done = await manager.wait(job_id, 60)
+    assert done.status is Status.SUCCEEDED, done.error
+    assert len(done.artifacts) == 3
+    assert {path: path.stat().st_mtime_ns for path in report.parent.rglob("*")} == before
+
+
+def set_back(data: Path, job: Job, status: Status) -> None:
+    """The store as a crash would have left it: the job's end was never written."""
+    store = Store(data)
+    store.write([replace(job, status=status, finished_at=None, result=None, artifacts=())], [])
+    store._db.execute("DELETE FROM events WHERE type = 'job.succeeded'")
+    store.close()
+
+
+@pytest.mark.parametrize("status", [Status.RUNNING, Status.CANCELLING])
+@pytest.mark.parametrize("step", ["committed", "first published", "all published", "report published"])
+async def test_a_crash_at_any_step_of_publishing_is_gone_on_from(
+    make_manager: MakeManager, tmp_path: Path, root: Path, step: str, status: Status
+) -> None:
+    data, target = tmp_path / "data", root / "out"
+    outputs = [FORMAT | {"name": "a", "uri": target.as_uri()}, FORMAT | {"name": "b"}]
+    first = await make_manager()
+    job = await first.submit(quantize_request(make_model(root / "m.safetensors"), outputs=outputs))
+    job = await first.wait(job.id, 60)
+    await first.drain(10)
+    artifacts, work = data / "artifacts" / job.id, data / "work" / job.id
+    expected = digests(target)
+    work.mkdir()
+    if step == "committed":
+        target.rename(work / "a")
+    if step in ("committed", "first published"):
+        (artifacts / "b").rename(work / "b")
+    if step != "report published":
+        (artifacts / "report.json").rename(work / "report.json")
+    set_back(data, job, status)
+
+    second = await make_manager()
+    done = await second.wait(job.id, 60)
+    assert files_below(data / "work") == []
+    if status is Status.CANCELLING:
+        assert done.status is Status.CANCELLED
+        assert files_below(data / "artifacts") == []
+        assert files_below(root) == ["m.safetensors"]
+    else:
+        assert done.status is Status.SUCCEEDED, done.error
+        assert digests(target) == digests(artifacts / "b") == expected
+        assert done.artifacts == job.artifacts
+
+
+async def test_a_target_that_someone_emptied_after_publishing_fails_the_job_and_not_silently(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    data, target = tmp_path / "data", root / "out"
+    first = await make_manager()
+    request = quantize_request(make_model(root / "m.safetensors"), outputs=[FORMAT | {"uri": target.as_uri()}])
+    job = await first.wait((await first.submit(request)).id, 60)
+    await first.drain(10)
+    target.rename(root / "moved")
+    (data / "work" / job.id).mkdir()
+    (data / "artifacts" / job.id / "report.json").rename(data / "work" / job.id / "report.json")
+    set_back(data, job, Status.RUNNING)
+    done = await (await make_manager()).wait(job.id, 60)
+    assert done.error is not None
+    assert done.error.code == "storage_failure"
+    assert files_below(data / "work") + files_below(data / "artifacts") == []
+
+
+async def test_files_that_belong_to_no_job_are_removed_at_the_start_and_others_kept(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    first = await make_manager()
+    job = await first.submit(quantize_request(make_model(root / "m.safetensors")))
+    await first.wait(job.id, 60)
+    await first.drain(10)
+    data = tmp_path / "data"
+    kept = digests(data / "artifacts")
+    for orphan in (data / "work" / "job_x", data / "work" / job.id, data / "artifacts" / "job_y"):
+        (orphan / "deep").mkdir(parents=True)
+        (orphan / "deep" / "file").write_bytes(b"x")
+    await make_manager()
+    assert files_below(data / "work") == []
+    assert digests(data / "artifacts") == kept
+
+
+async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_server_was_up(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    store = Store(tmp_path / "data")
+    now = datetime.now(UTC)
+    model = make_slow_model(root / "slow.safetensors")
+    jobs = {}
+    for name, ran_s in (("nearly", 59.9), ("fresh", 1.0)):
+        request = quantize_request(model, timeout_s=60, config={"method": "mse"})
+        started = now - timedelta(days=1)
+        config = {"profile": "local", "bit_width": 4, "method": "mse", "backend": "reference", "group_size": 128}
+        job = Job(f"job_{name}", request, config, Status.RUNNING, started, started_at=started)
+        moments = [("job.queued", 0.0), ("job.started", 0.0), (TENSOR_COMPLETED, ran_s)]
+        events = [
+            Event(id_, type_, job.id, started + timedelta(seconds=seconds), {})
+            for id_, (type_, seconds) in enumerate(moments, start=1)
+        ]
+        store.add(job, events)
+        jobs[name] = job
+    store.close()
+    manager = await make_manager()
+    late = await manager.wait("job_nearly", 60)
+    assert late.error is not None
+    assert late.error.code == "job_timeout"
+    assert (await manager.get("job_fresh")).status is Status.RUNNING
+    await manager.cancel("job_fresh")
+
+
+async def test_jobs_that_ran_before_a_restart_go_before_those_that_waited(
+    make_manager: MakeManager, tmp_path: Path, root: Path
+) -> None:
+    slow = quantize_request(make_long_model(root / "long.safetensors"), config={"method": "mse"})
+    eager = quantize_request(make_model(root / "m.safetensors"), priority=100)
+    with child(tmp_path, root, [slow, eager]) as process:
+        running = first_line(process)
+        until(process, TENSOR_COMPLETED)
+        process.kill()
+    manager = await make_manager(max_running_jobs=1)
+    assert (await manager.get(running)).status is Status.RUNNING
+    waiting = next(job for job in (await manager.find())[0] if job.id != running)
+    first, second = await manager.wait(running, 60), await manager.wait(waiting.id, 60)
+    assert first.finished_at is not None
+    assert second.started_at is not None
+    assert first.finished_at <= second.started_at
