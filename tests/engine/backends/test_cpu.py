@@ -1,0 +1,217 @@
+"""The cpu backend against the reference: equal bytes for `minmax`, equal errors for `mse`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from service.engine.backends.base import Grid
+from service.engine.backends.cpu import INLINE_ELEMENTS, CpuBackend
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.methods.base import Method
+from service.engine.methods.minmax import MinMax
+from service.engine.methods.mse import Mse
+from service.engine.metrics import ErrorSums
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.codebook import NF4_MIDPOINTS, CodebookScheme
+from service.engine.schemes.integer import IntegerScheme
+from service.engine.tensors import QuantizedRows
+
+DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)]
+CPU, REFERENCE = CpuBackend(2), ReferenceBackend()
+
+COLUMNS = st.one_of(st.integers(1, 300), st.sampled_from([1023, 4096, 4097, 5000, 8209]))
+KINDS = st.sampled_from(["normal", "sparse", "equal", "positive", "tiny", "subnormal", "huge", "outlier", "zeros"])
+SHAPED = settings(max_examples=150, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> Scheme:
+    """Any scheme that has a kernel, per group or channel."""
+    granularity = draw(st.sampled_from(["group", "channel"]))
+    common = {
+        "granularity": granularity,
+        "group_size": draw(st.sampled_from([16, 32, 64, 128, 256])) if granularity == "group" else None,
+        "scale_dtype": draw(st.sampled_from(["F32", "F16", "BF16"])),
+    }
+    if draw(st.integers(0, 6)) == 0:
+        return CodebookScheme(**common)
+    return IntegerScheme(bits=draw(st.sampled_from([2, 3, 4, 5, 6, 8])), is_symmetric=draw(st.booleans()), **common)
+
+
+def values(kind: str, seed: int, rows: int, cols: int, dtype: np.dtype) -> np.ndarray:
+    """Weights that are hard in one way or another, all finite."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, cols))
+    if kind == "sparse":
+        x[rng.random(x.shape) < 0.9] = -0.0
+    elif kind == "equal":
+        x = np.round(x * 2) / 2
+    elif kind == "positive":
+        x = np.abs(x) + 3
+    elif kind == "outlier":
+        x[rng.random(x.shape) < 0.01] *= 1e4
+    elif kind == "zeros":
+        x = np.where(rng.random((rows, 1)) < 0.5, x, 0.0)
+    limits = ml_dtypes.finfo(dtype if dtype.itemsize < 4 else np.dtype(np.float32))
+    x *= {"tiny": float(limits.smallest_normal) * 8, "subnormal": float(limits.smallest_subnormal) * 5}.get(kind, 1.0)
+    if kind == "huge":
+        x *= float(limits.max) / 16
+    bound = float(limits.max)
+    return np.clip(x, -bound, bound).astype(dtype)
+
+
+def assert_same(mine: QuantizedRows, theirs: QuantizedRows) -> None:
+    """Equal to the bit, and as far from the original."""
+    assert np.array_equal(mine.packed, theirs.packed)
+    assert mine.scale.dtype == theirs.scale.dtype
+    assert mine.scale.shape == theirs.scale.shape
+    assert mine.scale.tobytes() == theirs.scale.tobytes()
+    assert (mine.zero_point is None) == (theirs.zero_point is None)
+    if mine.zero_point is not None and theirs.zero_point is not None:
+        assert np.array_equal(mine.zero_point, theirs.zero_point)
+    assert_close(mine.errors, theirs.errors)
+
+
+def assert_close(mine: ErrorSums, theirs: ErrorSums, tolerance: float = 1e-6) -> None:
+    """The same sums but for rounding."""
+    assert (mine.count, mine.finite) == (theirs.count, theirs.finite)
+    for name in ("sum_xx", "sum_yy", "sum_dd"):
+        assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=tolerance, abs=1e-15 * theirs.sum_xx)
+    assert mine.sum_xy == pytest.approx(theirs.sum_xy, rel=tolerance, abs=tolerance * theirs.sum_xx)
+    assert mine.max_abs == pytest.approx(theirs.max_abs, rel=tolerance)
+
+
+@SHAPED
+@given(schemes(), st.sampled_from(DTYPES), KINDS, st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
+def test_minmax_gives_the_bytes_of_the_reference(scheme, dtype, kind, rows, cols, seed) -> None:
+    x = values(kind, seed, rows, cols, dtype)
+    assert_same(CPU.quantize(x, scheme, MinMax()), REFERENCE.quantize(x, scheme, MinMax()))
+
+
+@SHAPED
+@given(schemes(), st.sampled_from(DTYPES), st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
+@example(IntegerScheme(bits=3, group_size=16), DTYPES[0], 1, 8209, 1)
+def test_what_is_dequantized_is_what_the_reference_dequantizes(scheme, dtype, rows, cols, seed) -> None:
+    q = REFERENCE.quantize(values("normal", seed, rows, cols, dtype), scheme, MinMax())
+    mine, theirs = CPU.dequantize(q), REFERENCE.dequantize(q)
+    assert mine.dtype == np.float32
+    assert np.array_equal(mine, theirs)
+
+
+@settings(SHAPED, max_examples=40)
+@given(
+    schemes(), st.sampled_from(DTYPES), st.sampled_from(["normal", "sparse", "positive", "outlier", "zeros"]),
+    st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_mse_finds_grids_as_good_as_the_reference(scheme, dtype, kind, rows, cols, seed) -> None:
+    x = values(kind, seed, rows, cols, dtype)
+    mine, theirs = CPU.quantize(x, scheme, Mse()).errors, REFERENCE.quantize(x, scheme, Mse()).errors
+    # Two descents that part at a rounding can end apart, so a single group may differ by more; 1e-3 holds for a tensor.
+    tolerance = 1e-3 if rows * cols >= 4096 else 3e-2
+    assert mine.sum_dd == pytest.approx(theirs.sum_dd, rel=tolerance, abs=1e-9 * theirs.sum_xx)
+
+
+@settings(SHAPED, max_examples=40)
+@given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), KINDS, st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
+def test_compare_gives_the_sums_of_the_reference(x_dtype, y_dtype, kind, rows, cols, seed) -> None:
+    x, y = values(kind, seed, rows, cols, x_dtype), values("normal", seed + 1, rows, cols, y_dtype)
+    assert_close(CPU.compare(x, y), REFERENCE.compare(x, y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", [IntegerScheme(granularity="tensor", bits=5), CodebookScheme(granularity="tensor")])
+def test_one_grid_for_a_tensor_gives_the_bytes_of_the_reference(scheme: Scheme, dtype: np.dtype, rng) -> None:
+    x = rng.standard_normal((70, 777)).astype(dtype)
+    grid = CPU.tensor_grid(CPU.observe(x), scheme, MinMax())
+    assert_same(CPU.quantize(x, scheme, MinMax(), grid), REFERENCE.quantize(x, scheme, MinMax(), grid))
+    assert_same(CPU.quantize(x, scheme, Mse(), grid), REFERENCE.quantize(x, scheme, Mse(), grid))
+
+
+def test_values_beside_the_midpoints_of_nf4_go_where_the_reference_sends_them() -> None:
+    near = np.concatenate([np.nextafter(NF4_MIDPOINTS, d, dtype=np.float32) for d in (-2, 2)])
+    x = np.concatenate([[1.0], near, NF4_MIDPOINTS, np.linspace(-1, 1, 10001)]).astype(np.float32)[None]
+    grid = Grid(np.float32(1.0), np.float32(0.0))
+    scheme = CodebookScheme(granularity="tensor")
+    assert_same(CPU.quantize(x, scheme, MinMax(), grid), REFERENCE.quantize(x, scheme, MinMax(), grid))
+
+
+@pytest.mark.parametrize("method", [MinMax(), Mse()], ids=lambda m: m.id)
+@pytest.mark.parametrize("scheme", [IntegerScheme(bits=3), CodebookScheme(granularity="channel")], ids=lambda s: s.id)
+def test_the_number_of_threads_changes_no_bit_of_the_result(scheme: Scheme, method: Method, rng) -> None:
+    x = rng.standard_normal((INLINE_ELEMENTS // 500 + 37, 1001)).astype(np.float32)
+    results = [CpuBackend(threads).quantize(x, scheme, method) for threads in (1, 2, 5)]
+    for other in results[1:]:
+        assert np.array_equal(other.packed, results[0].packed)
+        assert np.array_equal(other.scale, results[0].scale)
+        assert other.errors == results[0].errors
+    decoded = CPU.dequantize(results[0])
+    assert CpuBackend(1).compare(x, decoded) == CpuBackend(3).compare(x, decoded)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(rng) -> None:
+    inputs = [rng.standard_normal((300, 800 + i)).astype(np.float32) for i in range(8)]
+    alone = [CPU.quantize(x, IntegerScheme(), MinMax()) for x in inputs]
+    with ThreadPoolExecutor(8) as callers:
+        together = list(callers.map(lambda x: CPU.quantize(x, IntegerScheme(), MinMax()), inputs * 3))
+    for mine, theirs in zip(together, alone * 3, strict=True):
+        assert np.array_equal(mine.packed, theirs.packed)
+        assert mine.errors == theirs.errors
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", [MinMax(), Mse()], ids=lambda m: m.id)
+def test_a_value_that_is_not_finite_is_noticed_wherever_it_is(bad: float, dtype: np.dtype, method: Method, rng) -> None:
+    for at in (0, 4999, 5000, 20005):
+        x = rng.standard_normal((3, 6669)).astype(dtype)
+        x.reshape(-1)[at] = bad
+        for scheme in (IntegerScheme(), IntegerScheme(is_symmetric=True, granularity="channel"), CodebookScheme()):
+            assert not CPU.quantize(x, scheme, method).errors.finite
+        assert not CPU.compare(x, np.zeros_like(x)).finite
+
+
+def test_mapped_and_unaligned_and_read_only_input_is_read_as_it_is(rng) -> None:
+    x = rng.standard_normal((33, 300)).astype(np.float32)
+    unaligned = np.frombuffer(b"\0" + x.tobytes(), np.float32, offset=1).reshape(x.shape)
+    assert not unaligned.flags.aligned
+    assert not unaligned.flags.writeable
+    expected = REFERENCE.quantize(x, IntegerScheme(), MinMax())
+    assert_same(CPU.quantize(unaligned, IntegerScheme(), MinMax()), expected)
+    assert_same(CPU.quantize(np.asfortranarray(x), IntegerScheme(), MinMax()), expected)
+
+
+class Median(MinMax):
+    """A method of which the kernels know nothing."""
+
+    id: ClassVar[str] = "median"
+
+    def find(self, xp, x, scheme, weights=None):
+        """The grid of half the range."""
+        scale, zero = super().find(xp, x, scheme, weights)
+        return scheme.store_scale(xp, scale / xp.float32(2)), zero
+
+
+class Coarse(IntegerScheme):
+    """A scheme of which the kernels know nothing."""
+
+    def grid(self, xp, lo, hi):
+        """Twice the range."""
+        return super().grid(xp, lo * xp.float32(2), hi * xp.float32(2))
+
+
+def test_a_method_or_scheme_without_a_kernel_runs_as_the_reference_runs_it(rng) -> None:
+    x = rng.standard_normal((40, 200)).astype(np.float32)
+    for scheme, method in ((IntegerScheme(), Median()), (Coarse(), MinMax()), (Coarse(), Mse())):
+        assert_same(CPU.quantize(x, scheme, method), REFERENCE.quantize(x, scheme, method))
+
+
+def test_no_rows_are_no_work() -> None:
+    x = np.zeros((0, 128), np.float32)
+    assert CPU.compare(x, x) == ErrorSums()
