@@ -62,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestId)
     for router in ROUTERS:
         app.include_router(router)
+    app.state.routes = [route for router in ROUTERS for route in router.routes]
     openapi.install(app)
     return app
 

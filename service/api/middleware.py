@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,6 +17,8 @@ from service.api.http_errors import BodyTooLarge
 from service.api.problems import respond
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+#: How long the rest of a body that was refused may go on coming.
+LINGER_S = 5.0
 #: Nothing served here is meant to run or to be framed in a browser.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -65,24 +69,40 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         limit = next(limit for prefix, limit in self.limits.items() if scope["path"].startswith(prefix))
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > limit:
-            error = BodyTooLarge(f"the body has {declared} bytes; this call takes at most {limit}")
-            # What is still on its way is not read, so the connection cannot serve another call.
-            await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send)
-            return
-        received = 0
+        received, refused = 0, False
 
         async def receive_counted() -> Message:
-            nonlocal received
+            nonlocal received, refused
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
+                refused = True
                 # An HTTPException, because the framework turns any other into "400".
                 raise HTTPException(413, headers={"Connection": "close"})
             return message
 
-        await self.app(scope, receive_counted, send)
+        async def send_and_linger(message: Message) -> None:
+            if refused and message["type"] == "http.response.body":
+                await send({**message, "more_body": True})
+                await _discard(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            refused = True
+            error = BodyTooLarge(f"the body has {declared} bytes; this call takes at most {limit}")
+            await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send_and_linger)
+            return
+        await self.app(scope, receive_counted, send_and_linger)
+
+
+async def _discard(receive: Receive) -> None:
+    # Closing a connection on bytes that were not read resets it, and the client might never see the answer.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 class Head:

@@ -160,7 +160,17 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 async def _on_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     cls, detail = _FRAMEWORK.get(error.status_code, (http_errors.InvalidRequest, str(error.detail)))
-    return respond(cls(detail.format(method=request.method)), request, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
+    return respond(cls(detail.format(method=request.method)), request, headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    # The framework names the methods of the first route that matches the path; each method has a route of its own.
+    matching = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    methods = {method for route in matching for method in route.methods}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:

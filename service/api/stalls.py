@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 
 #: Between two looks at the clock; a stall is what a look comes late by.
 INTERVAL_S = 0.02
+#: What lies further back is forgotten.
+WINDOW_S = 60.0
 
 
 class StallMonitor:
-    """Measures the longest stall of the event loop it is started on."""
+    """Measures how late the event loop is on which it is started."""
 
     def __init__(self) -> None:
-        self.longest_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        # When and how long; each longer than all that came after it, so the first is the longest.
+        self._stalls: deque[tuple[float, float]] = deque()
+
+    @property
+    def longest_s(self) -> float:
+        """The longest of the last minute."""
+        while self._stalls and self._stalls[0][0] < time.monotonic() - WINDOW_S:
+            self._stalls.popleft()
+        return self._stalls[0][1] if self._stalls else 0.0
 
     def start(self) -> None:
         """Begin; called on the loop."""
@@ -27,5 +39,8 @@ class StallMonitor:
             self._timer.cancel()
 
     def _look(self, due: float) -> None:
-        self.longest_s = max(self.longest_s, asyncio.get_running_loop().time() - due)
+        stall = asyncio.get_running_loop().time() - due
+        while self._stalls and self._stalls[-1][1] <= stall:
+            self._stalls.pop()
+        self._stalls.append((time.monotonic(), stall))
         self.start()

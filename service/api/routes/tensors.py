@@ -70,6 +70,7 @@ _OPERATION: dict[str, Any] = {
         errors.InvalidTable,
         errors.NonFiniteWeights,
         errors.QueueFull,
+        errors.Draining,
     ),
     "openapi_extra": {"requestBody": {"required": True, "content": _BINARY}},
 }
@@ -105,12 +106,17 @@ async def _answer(request: Request, state: ApiState, backend: str, work: Work) -
     chunks = [chunk async for chunk in request.stream()]
     stopped = threading.Event()
 
+    def is_over() -> bool:
+        return stopped.is_set() or state.closing.is_set()
+
     def compute() -> memoryview:
-        tools = Tools(state.manager.backends.get(backend), state.settings.block_bytes, stopped.is_set)
+        tools = Tools(state.manager.backends.get(backend), state.settings.block_bytes, is_over)
         return write_table(work(read_table(b"".join(chunks)), tools))
 
     try:
         content = await run_sync(compute, abandon_on_cancel=True, limiter=state.tables)
+    except errors.Cancelled as error:
+        raise errors.Draining("the server is shutting down: try again when it is back") from error
     finally:
         # When this call is cancelled the thread stops at its next block.
         stopped.set()

@@ -111,4 +111,4 @@ class Readiness(Wire):
     backend: str
     queued_jobs: int
     running_jobs: int
-    longest_stall_s: float = Field(description="Longest time for which the event loop was held up since the start.")
+    longest_stall_s: float = Field(description="Longest time for which the event loop was held up in the last minute.")

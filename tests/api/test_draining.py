@@ -1,0 +1,68 @@
+"""SIGTERM: streams are told, waiting calls answered, jobs kept, and the process is gone."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.api.test_jobs import large_model
+from tests.conftest import StartServer
+from tests.server import body
+
+
+def test_streams_end_with_a_word_and_the_job_goes_on_later(start_server: StartServer, model_root: Path) -> None:
+    server = start_server()
+    job = server.submit(body(large_model(model_root), "parquet"))
+    seen: list[dict[str, Any]] = []
+    with server.stream(job["id"]) as events:
+        for event in events:
+            seen.append(event)
+            if event["type"] == "job.progress" and server.is_running:
+                server.process.send_signal(signal.SIGTERM)
+    assert seen[-1]["type"] == "server.draining"
+    assert "id" not in seen[-1]
+    assert server.process.wait(30) == 0
+
+    server.start()
+    rest = server.follow(job["id"], seen[-2]["id"])
+    assert "job.resumed" in [e["type"] for e in rest]
+    assert all(e["id"] > seen[-2]["id"] for e in rest)
+    assert rest[-1]["type"] == "job.succeeded"
+
+
+def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
+    start_server: StartServer, model_root: Path
+) -> None:
+    server = start_server(max_running_jobs=1)
+    running, queued = (server.submit(body(large_model(model_root), "parquet")) for _ in range(2))
+    server.wait_for(running["id"], "job.started")
+    url = httpx.URL(server.base_url)
+    answers: list[httpx.Response] = []
+
+    def wait() -> None:
+        address = f"{server.base_url}/v1/jobs/{queued['id']}"
+        answers.append(httpx.get(address, headers={"Prefer": "wait=60"}, timeout=90))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    # Readers that take nothing: one of a stream, one of a half-sent request.
+    silent = [socket.create_connection((url.host, url.port or 80)) for _ in range(2)]
+    silent[0].sendall(f"GET /v1/jobs/{queued['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    silent[1].sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+    with server.stream(queued["id"]) as events:
+        assert next(events)["type"] == "job.queued"
+        time.sleep(0.2)
+        seconds = server.stop()
+    waiting.join(30)
+    for connection in silent:
+        connection.close()
+    # The contract's limit; what hangs would take the grace of uvicorn or for ever.
+    assert seconds < 2.0
+    assert [a.status_code for a in answers] == [200]
+    assert answers[0].json()["status"] == "queued"

@@ -1,0 +1,48 @@
+"""Liveness and readiness, and where a server may listen."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from service import __version__
+from service.api.server import serve
+from service.errors import InvalidConfig
+from service.settings import Settings
+from tests.conftest import StartServer
+from tests.server import Server
+
+
+def test_a_living_server_says_so(server: Server) -> None:
+    assert server.client.get("/healthz").json() == {"status": "ok", "version": __version__}
+
+
+def test_a_ready_server_says_what_it_computes_with(server: Server) -> None:
+    ready = server.client.get("/readyz").json()
+    assert ready["status"] == "ready"
+    assert ready["backend"] in ("cpu", "cuda")
+    assert ready["longest_stall_s"] >= 0
+
+
+def test_a_server_that_cannot_write_is_not_ready(start_server: StartServer) -> None:
+    server = start_server()
+    shutil.rmtree(server.data_dir)
+    response = server.client.get("/readyz")
+    assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+    assert int(response.headers["retry-after"]) > 0
+    assert "data folder" in response.json()["detail"]
+    assert server.client.get("/healthz").status_code == 200
+    server.kill()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_a_server_without_keys_listens_on_loopback_only(host: str) -> None:
+    with pytest.raises(InvalidConfig, match="ALLOW_UNAUTHENTICATED"):
+        serve(Settings(host=host, port=0))
+
+
+def test_a_port_that_is_taken_is_said_plainly(server: Server) -> None:
+    port = int(server.base_url.rsplit(":", 1)[1])
+    with pytest.raises(InvalidConfig, match="cannot listen"):
+        serve(Settings(port=port))

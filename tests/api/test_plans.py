@@ -1,0 +1,33 @@
+"""Plans: what a job would do, said beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.api.schemas.results import Plan
+from tests.server import Server, body
+
+
+def test_a_plan_says_what_becomes_of_each_tensor_and_writes_nothing(server: Server, model: Path) -> None:
+    before = sorted(p for p in server.data_dir.rglob("*") if p.is_dir())
+    asked = body(model, "parquet", "compressed-tensors", layers=[{"match": "blocks.0.*", "bit_width": 8}])
+    response = server.client.post("/v1/plans", json=asked)
+    assert response.status_code == 200, response.text
+    plan = Plan.model_validate_json(response.content)
+    assert [o.name for o in plan.outputs] == ["parquet", "compressed-tensors"]
+    schemes = {t.name: t.scheme for t in plan.outputs[0].tensors}
+    assert schemes == {f"blocks.{i}.weight": "int8" if i == 0 else "int4" for i in range(6)}
+    assert plan.predicted.seconds > 0
+    assert plan.outputs[0].predicted_bytes < plan.source_bytes
+    assert sorted(p for p in server.data_dir.rglob("*") if p.is_dir()) == before
+
+
+def test_a_plan_is_refused_as_the_job_would_be(server: Server, model: Path, model_root: Path) -> None:
+    def code(asked: object) -> tuple[int, str]:
+        response = server.client.post("/v1/plans", json=asked)
+        return response.status_code, response.json()["code"]
+
+    assert code(body(model_root / "none", "parquet")) == (404, "model_not_found")
+    assert code(body(Path("/etc"), "parquet")) == (403, "path_forbidden")
+    assert code(body(model, "vhs"))[0] == 422
+    assert code({"kind": "validate"}) == (422, "invalid_request")
