@@ -82,7 +82,7 @@ def quantization_config(modules: Mapping[str, Group], untouched: Iterable[str]) 
     ignore = list(untouched)
     if "lm_head" not in modules and "lm_head" not in ignore:
         ignore.append("lm_head")  # tied to the embedding, it has no tensor of its own, but is a Linear
-    return {
+    described = {
         "quant_method": "compressed-tensors",
         "format": packings.pop() if len(packings) == 1 else "mixed-precision",
         "quantization_status": "compressed",
@@ -91,6 +91,15 @@ def quantization_config(modules: Mapping[str, Group], untouched: Iterable[str]) 
         "ignore": ignore,
         "config_groups": groups,
     }
+    # transformers expects packed zero points unpacked unless it is told to dequantize at once, which
+    # in turn it does for a single group only. vLLM ignores the key.
+    if len(found) == 1 and _packs_zeros(found[0][0]):
+        described["dequantize"] = True
+    return described
+
+
+def _packs_zeros(group: Group) -> bool:
+    return group.packing == "pack-quantized" and not group.symmetric and group.strategy != "tensor"
 
 
 def _part(name: str, dtype: str, shape: tuple[int, ...]) -> Part:

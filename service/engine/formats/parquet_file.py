@@ -21,6 +21,8 @@ from service.errors import CorruptModel, UnsupportedModel
 NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width", "packing", "chunk_index",
           "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
           "sha256")  # fmt: skip
+#: What Arrow raises for strange content. What the system reports has become another error below it.
+DAMAGE = (pa.ArrowException, OSError)
 
 
 class ParquetFile:
@@ -35,7 +37,7 @@ class ParquetFile:
         try:
             self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
             self._check_columns()
-        except pa.ArrowException as error:
+        except DAMAGE as error:
             self._source.close()
             raise _damaged(name, error) from error
         except BaseException:
@@ -84,7 +86,7 @@ class ParquetFile:
         try:
             table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
-        except pa.ArrowException as error:
+        except DAMAGE as error:
             raise _damaged(self.name, error) from error
 
     def _check_columns(self) -> None:

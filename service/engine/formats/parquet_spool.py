@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -105,7 +106,10 @@ class Spool:
                 if number > self._file or number in done:
                     path.unlink()
             for column, size in enumerate(self._sizes if self._file not in done else ()):
-                os.ftruncate(self._descriptor(self._file, column), size)
+                file = self._descriptor(self._file, column)
+                if os.fstat(file).st_size < size:
+                    raise OSError(errno.EIO, "a spool file is shorter than what was written to it")
+                os.ftruncate(file, size)
 
     def read(self, file: int, column: int, start: int, stop: int) -> bytes:
         """Bytes of a spool file."""
@@ -113,7 +117,7 @@ class Spool:
         while start < stop:
             piece = os.pread(descriptor, stop - start, start)
             if not piece:
-                raise OSError(5, "a spool file is too short")
+                raise OSError(errno.EIO, "a spool file is too short")
             pieces.append(piece)
             start += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

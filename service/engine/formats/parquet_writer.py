@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_flat, unpack_rows
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import DTYPE_BITS, CodeArray, QuantizedRows, TensorInfo
+from service.storage.durable import sync
 from service.storage.faults import storage_faults
 
 ROW_GROUP_BYTES = 64 << 20
@@ -151,21 +151,23 @@ class ParquetWriter(ModelWriter):
     def _write_file(self, file: int, cancelled: Cancelled) -> bool:
         path, beside = self._path(file), self._path(file).with_suffix(".spool")
         rows = [row for row in self._rows if row.chunk.file == file]
-        with beside.open("wb") as sink:
-            with pq.ParquetWriter(
+        # A file of Arrow's: one of Python's would get every page as a copy, made while all other threads wait.
+        with (
+            pa.OSFile(str(beside), "wb") as sink,
+            pq.ParquetWriter(
                 sink,
                 SCHEMA.with_metadata(self._file_metadata()),
                 compression="none",
                 use_dictionary=False,
                 write_statistics=STATISTICS,
                 version="2.6",
-            ) as writer:
-                for group in _row_groups(rows):
-                    if cancelled():
-                        return False
-                    writer.write_batch(self._batch(group), row_group_size=len(group))
-            sink.flush()
-            os.fsync(sink.fileno())
+            ) as writer,
+        ):
+            for group in _row_groups(rows):
+                if cancelled():
+                    return False
+                writer.write_batch(self._batch(group), row_group_size=len(group))
+        sync(beside)
         beside.replace(path)
         return True
 

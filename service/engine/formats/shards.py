@@ -8,6 +8,7 @@ others to one of three tails, by what divides their size; tails are appended in 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -190,7 +191,10 @@ class ShardWriter:
             if path.exists():
                 os.truncate(path, shard.sizes[part])
         if shard.regions:
-            os.truncate(body, self._reserve + shard.sizes[BODY])
+            file = self._open(body)  # made here if all that was written lies in tails
+            if shard.sizes[BODY] and os.fstat(file).st_size < self._reserve + shard.sizes[BODY]:
+                raise OSError(errno.EIO, "a file is shorter than what was written to it")
+            os.ftruncate(file, self._reserve + shard.sizes[BODY])
         else:
             self._remove(shard)
             body.unlink(missing_ok=True)
@@ -262,6 +266,6 @@ def _copy(source: int, start: int, target: int, offset: int, count: int) -> None
     while count:
         chunk = os.pread(source, min(count, COPY_BYTES), start)
         if not chunk:
-            raise OSError(5, "file is too short")
+            raise OSError(errno.EIO, "file is too short")
         _pwrite(target, memoryview(chunk), offset)
         start, offset, count = start + len(chunk), offset + len(chunk), count - len(chunk)

@@ -1,0 +1,230 @@
+"""Parquet written, read back, abandoned, and gone on with after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from service.engine.formats import parquet_spool
+from service.engine.formats.registry import open_model
+from service.engine.metrics import Quality
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.registry import build_scheme
+from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
+from tests.engine.formats.outputs import Item, Output, all_integer_schemes, contents, label, normal
+from tests.engine.formats.resuming import check_every_interruption
+from tests.engine.formats.test_compressed_tensors import check, mixed_items
+
+FORMAT = "parquet"
+#: Rows that end within a word and within a group among them.
+SHAPES = ((64, 96), (1, 65), (70, 128), (33, 161), (40, 3, 5))
+INT4 = build_scheme("int4", symmetric=False, group_size=32)
+NF4 = [
+    build_scheme("nf4", symmetric=True),
+    build_scheme("nf4", symmetric=True, granularity="channel", group_size=None),
+    build_scheme("nf4", symmetric=True, granularity="tensor", group_size=None),
+]
+MakeOutput = Callable[..., Output]
+
+
+@pytest.mark.parametrize("scheme", [*all_integer_schemes(), *NF4], ids=label)
+def test_what_is_written_reads_back_with_the_same_errors(output: MakeOutput, scheme: Scheme) -> None:
+    items = [Item(f"a{i}.weight", normal(*shape, seed=i), scheme) for i, shape in enumerate(SHAPES)]
+    made = output(FORMAT, [*items, Item("b", normal(7))])
+    check(made, made.run())
+    assert [t.name for t in open_model(made.folder).tensors] == [item.name for item in made.items]
+
+
+@pytest.mark.parametrize("max_file_bytes", [1, 5000, 10**9])
+def test_files_are_rolled_and_read_as_one_model(output: MakeOutput, max_file_bytes: int) -> None:
+    made = output(FORMAT, mixed_items(), options={"max_file_bytes": max_file_bytes})
+    check(made, made.run())
+    names = sorted(contents(made.folder))
+    assert names == ["metadata.json", *(f"model-{i:05d}.parquet" for i in range(len(names) - 1))]
+
+
+@pytest.mark.parametrize("chunk_bytes", [24, 240, 4800])
+def test_large_tensors_are_cut_into_chunks_of_whole_rows(
+    output: MakeOutput, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(parquet_spool, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("service.engine.formats.parquet_writer.CHUNK_BYTES", chunk_bytes)
+    made = output(
+        FORMAT, [*mixed_items(), Item("long", normal(1000, dtype=np.float64))], options={"max_file_bytes": 2000}
+    )
+    check(made, made.run())
+    tables = [pq.read_table(p) for p in sorted(made.folder.glob("*.parquet"))]
+    rows = pa.concat_tables(tables).to_pylist()
+    for name in {row["layer_name"] for row in rows}:
+        chunks = [row for row in rows if row["layer_name"] == name]
+        assert [row["chunk_index"] for row in chunks] == list(range(len(chunks)))
+    assert max(row["chunk_index"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
+def test_a_run_killed_anywhere_ends_in_the_same_bytes(output: MakeOutput, max_file_bytes: int) -> None:
+    check_every_interruption(
+        lambda folder: output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
+    )
+
+
+@pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
+def test_an_abandoned_tensor_leaves_no_trace(output: MakeOutput, max_file_bytes: int) -> None:
+    options = {"max_file_bytes": max_file_bytes}
+    plain, other = (output(FORMAT, mixed_items(), folder, options=options) for folder in ("plain", "other"))
+    plain.run()
+    writer = other.writer()
+    for item in other.items:
+        if item.scheme is not None:
+            other.write(writer, item, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
+            writer.abandon()
+        other.add(writer, item)
+    writer.close(lambda: False)
+    assert contents(plain.folder) == contents(other.folder)
+
+
+def test_the_columns_say_what_a_reader_has_to_know(output: MakeOutput) -> None:
+    made = output(FORMAT, [Item("a.weight", normal(64, 96), INT4), Item("b", normal(3, dtype=np.float16))])
+    writer = made.writer()
+    sums = made.write(writer, made.items[0])
+    quality = Quality.of(sums, 100)
+    writer.commit(quality)
+    made.add(writer, made.items[1])
+    writer.close(lambda: False)
+    table = pq.read_table(made.folder / "model-00000.parquet")
+    first, second = table.to_pylist()
+    data = first.pop("data")
+    assert len(data) == 64 * 96 // 2
+    assert len(first.pop("scales")) == 2 * len(first.pop("zero_points")) == 64 * 3 * 2
+    assert first == {
+        "layer_name": "a.weight", "shape": [64, 96], "dtype": "F32", "num_params": 6144, "quant_type": "int4",
+        "bit_width": 4, "packing": "little_endian_bit_stream", "chunk_index": 0, "chunk_offset": 0,
+        "scale_dtype": "F16", "quant_axis": 0, "group_size": 32, "input_scale": None, "is_diffusion_model": False,
+        "modality": "text", "time_group_bounds": None, "activation_scale": None, "activation_zero_point": None,
+        "cosine_similarity": quality.cosine_similarity, "sqnr_db": quality.sqnr_db,
+        "relative_error": quality.relative_error, "max_abs_error": quality.max_abs_error,
+        "bits_per_weight": quality.bits_per_weight, "sha256": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+    assert (second["quant_type"], second["dtype"], second["data"]) == ("none", "F16", made.items[1].data.tobytes())
+    assert {k for k, v in second.items() if v is None} >= {"bit_width", "scales", "zero_points", "cosine_similarity"}
+    metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    assert metadata["arrowquant.format_version"] == "2"
+    assert json.loads(metadata["arrowquant.config"]) == {"bit_width": 4}
+    assert metadata["arrowquant.source_fingerprint"] == "0" * 64
+    assert metadata["arrowquant.service_version"] == "1.2.3"
+    assert json.loads((made.folder / "metadata.json").read_text())["modality"] == "text"
+
+
+def test_bits_per_weight_count_every_part(output: MakeOutput) -> None:
+    made = output(FORMAT, [Item("a.weight", normal(64, 64), INT4)])
+    writer = made.writer()
+    made.write(writer, made.items[0])
+    written = writer.commit(None)
+    writer.close(lambda: False)
+    (info,) = open_model(made.folder).tensors
+    assert info.nbytes == written == 64 * 32 + 64 * 2 * 2 + 64 * 2
+
+
+def test_a_single_file_reads_without_its_folder(output: MakeOutput) -> None:
+    made = output(FORMAT, [Item("a.weight", normal(64, 64), INT4)])
+    made.run()
+    reader = open_model(made.folder / "model-00000.parquet")
+    assert (reader.layout.modality, len(reader.tensors)) == ("text", 1)
+
+
+def test_a_cancelled_close_returns_early(output: MakeOutput) -> None:
+    made = output(FORMAT, mixed_items())
+    writer = made.writer()
+    for item in made.items:
+        made.add(writer, item)
+    writer.close(lambda: True)
+    writer.discard()
+    assert not list(made.folder.glob("*.parquet"))
+
+
+def read_first(folder: Path) -> None:
+    reader = open_model(folder)
+    reader.rows(reader.tensors[0], 0, 64)
+
+
+def first_row(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: row | changes
+
+
+def byte(row: dict[str, Any]) -> dict[str, Any]:
+    data = bytearray(row["data"])
+    data[5] ^= 1
+    return row | {"data": bytes(data)}
+
+
+def shorter(row: dict[str, Any]) -> dict[str, Any]:
+    data = row["data"][:-1]
+    return row | {"data": data, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (first_row(shape=[64, 10**12]), CorruptModel, "num_params"),
+        (first_row(shape=None), CorruptModel, "no `shape`"),
+        (first_row(layer_name=None), CorruptModel, "no `layer_name`"),
+        (first_row(dtype="F1"), UnknownDtype, "F1"),
+        (first_row(quant_type="int7"), UnsupportedModel, "int7"),
+        (first_row(packing="big_endian"), UnsupportedModel, "big_endian"),
+        (first_row(scale_dtype="I8"), UnsupportedModel, "I8"),
+        (first_row(bit_width=5), CorruptModel, "bit_width"),
+        (first_row(group_size=33), UnsupportedModel, "groups of 33"),
+        (first_row(group_size=64), CorruptModel, "scales"),
+        (first_row(scales=b"123"), CorruptModel, "scales"),
+        (first_row(scales=None), CorruptModel, "scales"),
+        (first_row(zero_points=b"123"), CorruptModel, "zero_points"),
+        (first_row(chunk_index=1), CorruptModel, "chunk"),
+        (first_row(chunk_offset=64), CorruptModel, "chunk"),
+        (first_row(layer_name="b"), CorruptModel, "two tensors"),
+        (byte, CorruptModel, "sha256"),
+        (shorter, CorruptModel, "bytes for"),
+    ],
+)
+def test_cells_that_contradict_each_other_are_refused(
+    output: MakeOutput, change: Callable[[dict[str, Any]], dict[str, Any]], error: type[ArrowQuantError], text: str
+) -> None:
+    made = output(FORMAT, [Item("a.weight", normal(64, 64), INT4), Item("b", normal(8))])
+    made.run()
+    path = made.folder / "model-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist([change(rows[0]), rows[1]], schema=table.schema), path)
+    with pytest.raises(error, match=text) as caught:
+        read_first(made.folder)
+    assert str(made.folder) not in caught.value.detail
+
+
+def test_another_table_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UnsupportedModel, match="no column 'layer_name'"):
+        open_model(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", os.urandom(1000)])
+def test_what_is_no_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(CorruptModel, match=r"a\.parquet is damaged"):
+        open_model(tmp_path / "a.parquet")
+
+
+def test_a_source_that_changes_is_an_error(output: MakeOutput) -> None:
+    made = output(FORMAT, [Item("a.weight", normal(64, 64), INT4)])
+    made.run()
+    reader = open_model(made.folder)
+    os.truncate(made.folder / "model-00000.parquet", 100)
+    with pytest.raises(SourceChanged):
+        reader.rows(reader.tensors[0], 0, 64)
