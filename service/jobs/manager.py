@@ -99,9 +99,8 @@ class JobManager:
         Queued jobs wait again, running ones go on from their checkpoint, cancelled ones are cleared
         away. Raises StorageFailure when another server holds the folder.
         """
-        self._store = await self._in_store_thread(lambda: Store(self._data_dir))
+        self._store, leftovers = await self._in_store_thread(self._open)
         self._journal = Journal(self._write)
-        leftovers = await self._in_store_thread(lambda: recover(self._opened_store, self._folders, self._publisher))
         for leftover in leftovers:
             self._readopt(leftover)
         self._warming = asyncio.create_task(self._warm_up())
@@ -296,6 +295,14 @@ class JobManager:
         return self._backends
 
     # --- inside ---
+
+    def _open(self) -> tuple[Store, list[Leftover]]:
+        store = Store(self._data_dir)
+        try:
+            return store, recover(store, self._folders, self._publisher)
+        except BaseException:
+            store.close()
+            raise
 
     async def _submit(self, request: JobRequest) -> Job:
         try:

@@ -19,6 +19,7 @@ from service.errors import DiskFull, StorageFailure
 from service.jobs.events import RESUMED, Event
 from service.jobs.job import Job, Status
 from service.jobs.record import from_record, to_record
+from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
 LOCK = "arrowquant.lock"
@@ -64,9 +65,10 @@ class Store:
 
     def __init__(self, data_dir: Path) -> None:
         """Open or create the database; raises StorageFailure when another process holds it."""
-        data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
-        self._held = _hold(data_dir / LOCK)
+        with storage_faults("opening the data folder"):
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._held = _hold(data_dir / LOCK)
         try:
             with _database_faults():
                 self._db = _open(data_dir / DATABASE)
@@ -198,7 +200,7 @@ def _hold(path: Path) -> Any:
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         owner = file.read(32).strip() or "unknown"
         file.close()

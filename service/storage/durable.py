@@ -10,6 +10,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+#: Copied between two looks at whether to stop.
+COPY_BYTES = 8 << 20
+
 
 def write_file(path: Path, data: bytes) -> None:
     """Put data at path in one step that survives a crash; raises OSError."""
@@ -35,15 +38,21 @@ def copy_folder(source: Path, target: Path, stopped: Callable[[], bool]) -> bool
     """Copy a folder into a new one, synced; False when `stopped` said so on the way. Raises OSError."""
     target.mkdir()
     for entry in sorted(source.iterdir()):
-        if stopped():
+        copy = copy_folder if entry.is_dir() else _copy_file
+        if not copy(entry, target / entry.name, stopped):
             return False
-        if entry.is_dir():
-            if not copy_folder(entry, target / entry.name, stopped):
-                return False
-            continue
-        shutil.copyfile(entry, target / entry.name)
-        sync(target / entry.name)
     sync(target)
+    return True
+
+
+def _copy_file(source: Path, target: Path, stopped: Callable[[], bool]) -> bool:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(COPY_BYTES):
+            if stopped():
+                return False
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
     return True
 
 

@@ -1,7 +1,8 @@
 """A process with a manager, there to be killed.
 
-`python -m tests.jobs.child DATA ROOT BLOCK_BYTES REQUESTS [cancel]` prints a line per event of the first job. With `cancel` it cancels that job at its first progress
-and then kills itself, in the moment when the job is known to be cancelling.
+`python -m tests.jobs.child DATA ROOT BLOCK_BYTES REQUESTS [cancel]` prints a line per event of the
+first job. With `cancel` it cancels that job at its first progress and then kills itself, in the
+moment when the job is known to be cancelling.
 """
 
 from __future__ import annotations
