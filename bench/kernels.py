@@ -1,0 +1,136 @@
+"""Kernels in GB/s of input, beside a copy of memory, the reference and what others do: `python -m bench.kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
+from bench.peers import PEERS, Array, prepared
+from service.engine.backends.base import Backend
+from service.engine.backends.cpu import CpuBackend
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.methods.base import Method
+from service.engine.methods.minmax import MinMax
+from service.engine.methods.mse import Mse
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.codebook import CodebookScheme
+from service.engine.schemes.integer import IntegerScheme
+
+#: More than the last-level cache of most machines.
+LARGE, BLOCK, SMALL = 512 * MIB, 64 * MIB, 8 * MIB
+COLUMNS = 4096
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+INT4, INT8, NF4 = IntegerScheme(), IntegerScheme(bits=8), CodebookScheme()
+
+ABOUT = f"""
+Weights drawn from a normal distribution, {COLUMNS} columns; GB/s is bytes of input by the median time (of `dequantize`:
+bytes of its F32 output; of `compare`: bytes of both sides), *of copy* the share of `np.copyto` into pages already in
+use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. The
+size is what one call gets; slow ones get less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64;
+scales are F16. Ours packs, measures all errors and checks for finite values in the same pass; others only pack.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row of the table; `samples` is None for what is absent."""
+
+    name: str
+    dtype: str
+    nbytes: int
+    samples: Samples | None
+
+    def cells(self, copy_rate: float) -> list[str]:
+        """As text, beside the copy of this run."""
+        if self.samples is None:
+            return [self.name, self.dtype, "", "absent", "", ""]
+        rate = self.nbytes / self.samples.median / GB
+        share = rate / copy_rate
+        return [
+            self.name, self.dtype, f"{self.nbytes / MIB:.0f} MiB", f"{rate:.3g}", f"{share:.3f}",
+            f"{self.samples.spread:.2f}",
+        ]  # fmt: skip
+
+
+def weights(dtype: str, nbytes: int) -> Array:
+    """Random weights of so many bytes; a few MiB of them, repeated."""
+    some = np.random.default_rng(0).standard_normal((1024, COLUMNS)).astype(DTYPES[dtype])
+    return np.tile(some, (-(-nbytes // some.nbytes), 1))[: nbytes // (COLUMNS * some.itemsize)]
+
+
+def copy(x: Array, threads: int) -> Samples:
+    """Memory to memory, each thread its share."""
+    target = np.ones_like(x)
+    shares = [slice(len(x) * i // threads, len(x) * (i + 1) // threads) for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return measure(lambda: list(pool.map(lambda s: np.copyto(target[s], x[s]), shares)), repeats=9, warm_up=2)
+
+
+def quantize_line(
+    backend: Backend, what: str, dtype: str, nbytes: int, scheme: Scheme, method: Method, repeats: int
+) -> Line:
+    """One scheme and method on one backend."""
+    x = weights(dtype, nbytes)
+    return Line(what, dtype, x.nbytes, measure(lambda: backend.quantize(x, scheme, method), repeats=repeats))
+
+
+def ours(cpu: Backend) -> Iterator[Line]:
+    """The cpu backend on tensors larger than the cache."""
+    for dtype in DTYPES:
+        for name, scheme in (("int4", INT4), ("int8", INT8), ("nf4", NF4)):
+            yield quantize_line(cpu, f"**cpu**: {name} minmax", dtype, LARGE, scheme, MinMax(), 5)
+        yield quantize_line(cpu, "**cpu**: int4 mse, 16 starts", dtype, BLOCK, INT4, Mse(), 3)
+        x = weights(dtype, LARGE // 2)
+        q = cpu.quantize(x, INT4, MinMax())
+        yield Line("**cpu**: int4 dequantize", dtype, 4 * x.size, measure(lambda q=q: cpu.dequantize(q), repeats=5))
+        y = x.copy()
+        yield Line("**cpu**: compare", dtype, 2 * x.nbytes, measure(lambda x=x, y=y: cpu.compare(x, y), repeats=5))
+
+
+def reference() -> Iterator[Line]:
+    """What the kernels are held to."""
+    backend = ReferenceBackend()
+    for dtype in DTYPES:
+        yield quantize_line(backend, "reference: int4 minmax", dtype, SMALL, INT4, MinMax(), 3)
+        yield quantize_line(backend, "reference: int4 mse, 16 starts", dtype, SMALL // 4, INT4, Mse(), 1)
+
+
+def others() -> Iterator[Line]:
+    """Peers, on less."""
+    for dtype in DTYPES:
+        x = weights(dtype, BLOCK)
+        for peer, call in prepared(x):
+            yield Line(peer.name, dtype, x.nbytes, _measured(call))
+
+
+def _measured(call: Callable[[], object] | None) -> Samples | None:
+    return None if call is None else measure(call, repeats=3)
+
+
+def main() -> None:
+    """Measure all and write `results/kernels.md`."""
+    threads = cores()
+    cpu = CpuBackend(threads)
+    cpu.warm_up()
+    lines = []
+    note("copy of memory")
+    copied = Line("copy of memory", "any", LARGE, copy(weights("F32", LARGE), threads))
+    for part in (ours(cpu), reference(), others()):
+        for line in part:
+            note(f"{line.name}, {line.dtype}")
+            lines.append(line)
+    assert copied.samples is not None
+    rate = LARGE / copied.samples.median / GB
+    head = ["what", "input", "size", "GB/s", "of copy", "spread"]
+    cells = [line.cells(rate) for line in [copied, *lines]]
+    packages = ["numpy", "numba", "llvmlite", *sorted({p.package for p in PEERS} - {"numpy"})]
+    write_result("kernels", f"Kernels, {threads} threads", ABOUT, table(head, cells), packages=packages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What others do with the same weights: the obvious NumPy, and the libraries that can be imported here.
+
+Each quantizer takes float weights (rows, cols), packs what it makes, and measures no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+GROUP = 128
+
+Array = np.ndarray[Any, Any]
+#: Prepares the weights in the library's own form, and returns what is to be timed.
+Prepare = Callable[[Array], Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Something to compare with; `prepare` raises ImportError where its library is absent."""
+
+    name: str
+    package: str
+    prepare: Prepare
+
+
+def naive_int4(x: Array) -> Array:
+    """The quantizer that anybody would write first: int4, groups of 128, with zero points."""
+    groups = x.astype(np.float32).reshape(-1, GROUP)
+    lo, hi = np.minimum(groups.min(1), 0)[:, None], np.maximum(groups.max(1), 0)[:, None]
+    scale = np.where(hi > lo, (hi - lo) / 15, 1)
+    codes = np.clip(np.rint(groups / scale) + np.rint(-lo / scale), 0, 15).astype(np.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _numpy(x: Array) -> Callable[[], object]:
+    return lambda: naive_int4(x)
+
+
+def _torch_tensor(x: Array) -> Any:
+    import torch
+
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _torch(x: Array) -> Callable[[], object]:
+    import torch
+
+    weights = _torch_tensor(x)
+
+    def run() -> Any:
+        groups = weights.float().reshape(-1, GROUP)
+        lo, hi = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+        scale = ((hi - lo) / 15).clamp(min=1e-8)
+        codes = (torch.round(groups / scale) + torch.round(-lo / scale)).clamp(0, 15).to(torch.uint8)
+        return codes[:, ::2] | codes[:, 1::2] << 4
+
+    return run
+
+
+def _compressed_tensors(x: Array) -> Callable[[], object]:
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights = _torch_tensor(x)
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy=QuantizationStrategy.GROUP, group_size=GROUP)
+
+    def run() -> Any:
+        groups = weights.reshape(weights.shape[0], -1, GROUP)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        return pack_to_int32(quantize(weights, scale, zero, args, dtype=torch.int8), 4)
+
+    return run
+
+
+def _gguf(kind: str) -> Prepare:
+    def prepare(x: Array) -> Callable[[], object]:
+        from gguf import GGMLQuantizationType, quants
+
+        chosen = GGMLQuantizationType[kind]
+        return lambda: quants.quantize(x.astype(np.float32, copy=False), chosen)
+
+    return prepare
+
+
+PEERS = (
+    Peer("NumPy, the obvious six lines: int4", "numpy", _numpy),
+    Peer("torch eager, then nibbles packed: int4", "torch", _torch),
+    Peer("compressed-tensors, quantize and pack: int4", "compressed-tensors", _compressed_tensors),
+    Peer("gguf (Python): Q4_0", "gguf", _gguf("Q4_0")),
+    Peer("gguf (Python): Q8_0", "gguf", _gguf("Q8_0")),
+)
+
+
+def prepared(x: Array) -> Iterator[tuple[Peer, Callable[[], object] | None]]:
+    """Every peer with its call on x, or None where its library is absent."""
+    for peer in PEERS:
+        try:
+            yield peer, peer.prepare(x)
+        except ImportError:
+            yield peer, None
