@@ -82,7 +82,7 @@ def quantization_config(modules: Mapping[str, Group], untouched: Iterable[str]) 
     ignore = list(untouched)
     if "lm_head" not in modules and "lm_head" not in ignore:
         ignore.append("lm_head")  # tied to the embedding, it has no tensor of its own, but is a Linear
-    described = {
+    described: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": packings.pop() if len(packings) == 1 else "mixed-precision",
         "quantization_status": "compressed",

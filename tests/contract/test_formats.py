@@ -1,0 +1,89 @@
+"""What holds for every format, looked up as a user does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.engine.formats import base
+from service.engine.formats.base import Format, FormatOptions
+from service.engine.formats.registry import find_format, formats, open_model
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.registry import build_scheme, schemes
+from service.errors import UnsupportedByFormat, UnsupportedModel
+from tests.engine.formats.outputs import BACKEND, Item, Output, contents, label, normal
+
+WRITABLE = [id_ for id_, cls in formats().items() if cls.can_write]
+
+
+def all_schemes() -> Iterator[Scheme]:
+    """Every scheme id with every symmetry and granularity that it has."""
+    for id_ in schemes():
+        for symmetric in (True, False):
+            for granularity, size in (("tensor", None), ("channel", None), ("group", 32)):
+                try:
+                    yield build_scheme(id_, symmetric=symmetric, granularity=granularity, group_size=size)
+                except ValueError:
+                    continue
+
+
+@pytest.mark.parametrize("format_id", WRITABLE)
+@pytest.mark.parametrize("scheme", list(all_schemes()), ids=label)
+def test_a_writable_format_round_trips_every_scheme_it_does_not_refuse(
+    tmp_path: Path, format_id: str, scheme: Scheme
+) -> None:
+    cls = find_format(format_id)
+    if cls.refuses_scheme(scheme, cls.options()):
+        pytest.skip(f"{format_id} says that it cannot hold {scheme.id}")
+    item = Item("layer.weight", normal(70, 96), scheme)
+    assert cls.refuses_tensor(item.info, scheme) is None
+    made = Output(tmp_path, cls, [item, Item("layer.bias", normal(3))])
+    sums = made.run()
+    reader = open_model(tmp_path)
+    assert reader.format_id == format_id
+    assert [t.name for t in reader.tensors] == ["layer.weight", "layer.bias"]
+    info = reader.tensors[0]
+    assert (info.shape, info.stored_as, info.is_float) == ((70, 96), scheme.id, True)
+    read = np.concatenate([reader.rows(info, start, min(start + 9, 70)) for start in range(0, 70, 9)])
+    assert BACKEND.compare(item.data, read).sum_dd == pytest.approx(sums["layer.weight"].sum_dd, rel=1e-9)
+    reader.close()
+
+
+@pytest.mark.parametrize("format_id", WRITABLE)
+def test_the_same_calls_write_the_same_bytes_whatever_the_folder(tmp_path: Path, format_id: str) -> None:
+    scheme = build_scheme("int4", symmetric=True, group_size=32)
+    for name in ("one", "two"):
+        Output(tmp_path / name, find_format(format_id), [Item("a.weight", normal(40, 64), scheme)]).run()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("cls", formats().values(), ids=lambda c: c.id)
+def test_a_format_says_what_it_can_do(cls: type[Format], tmp_path: Path) -> None:
+    assert cls.can_read or cls.can_write
+    assert cls.description
+    assert inspect.getmodule(cls).__name__.endswith(cls.id.replace("-", "_"))  # type: ignore[union-attr]
+    assert issubclass(cls.options, FormatOptions)
+    assert cls.recognizes(tmp_path) is False
+    assert cls.recognizes(tmp_path / "nothing") is False
+
+
+@pytest.mark.parametrize("cls", [c for c in formats().values() if not c.can_write], ids=lambda c: c.id)
+def test_a_format_that_is_only_read_refuses_to_write(cls: type[Format], tmp_path: Path) -> None:
+    scheme = build_scheme("int4", symmetric=True)
+    assert "not written" in str(cls.refuses_scheme(scheme, cls.options()))
+    context = Output(tmp_path, find_format(WRITABLE[0]), []).writer().context
+    with pytest.raises(UnsupportedByFormat, match=cls.id):
+        cls.writer(tmp_path, context)
+
+
+def test_a_format_that_is_only_written_refuses_to_read(tmp_path: Path) -> None:
+    class Written(Format):
+        id = "written"
+
+    assert base.Format.recognizes(tmp_path) is False
+    with pytest.raises(UnsupportedModel, match="written"):
+        Written.open(tmp_path)
