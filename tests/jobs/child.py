@@ -1,8 +1,8 @@
 """A process with a manager, there to be killed.
 
 `python -m tests.jobs.child DATA ROOT BLOCK_BYTES REQUESTS [cancel]` prints a line per event of the
-first job. With `cancel` it cancels that job at its first progress and then kills itself, in the
-moment when the job is known to be cancelling.
+first job, then how each job ended and what files are left. With `cancel` it cancels the first job
+at its first progress and then kills itself, in the moment when the job is known to be cancelling.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from service.jobs.events import PROGRESS, Event
 from service.jobs.job import Status
 from service.jobs.manager import JobManager
 from service.jobs.request import JobRequest
+from tests.jobs.models import files_below
 
 _REQUESTS: TypeAdapter[list[JobRequest]] = TypeAdapter(list[JobRequest])
 
@@ -45,6 +46,11 @@ async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, can
                 job = await manager.cancel(first)
                 assert job.status is Status.CANCELLING
                 os.kill(os.getpid(), signal.SIGKILL)
+    for job in reversed((await manager.find())[0]):
+        done = await manager.wait(job.id, 60)
+        print("ended", done.status, done.error.code if done.error else "", flush=True)
+    print("work", *files_below(Path(data_dir) / "work"), flush=True)
+    print("artifacts", *(path.name for path in (Path(data_dir) / "artifacts").iterdir()), flush=True)
     await manager.drain(10)
 
 
