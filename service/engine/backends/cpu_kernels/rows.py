@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from service.engine.backends.cpu_kernels.bitpack import pack_span, unpack_span
+from service.engine.backends.cpu_kernels.caching import kernel
 from service.engine.backends.cpu_kernels.codes import (
     BLOCK,
     SUMS,
@@ -94,7 +95,7 @@ def _finish_sums(buffer, sums):
     sums[SUMS - 1] = largest_of(address)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def quantize_rows(
     x, kind, cols, first_row, last_row, tile_rows, group, row_groups, bits, codebook, form, find,
     scale, zero, stored_scale, stored_zero, packed, row_bytes, sums,
@@ -146,7 +147,7 @@ def quantize_rows(
             _finish_sums(sum_buffer, sums[row // tile_rows])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def dequantize_rows(
     packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, codebook, scale, zero, out,
     span_buffer, code_buffer,
@@ -173,7 +174,7 @@ def dequantize_rows(
                     copy_floats(scratch, n, target)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def compare_elements(x, x_kind, y, y_kind, first, last, tile, sums, x_buffer, y_buffer, sum_buffer):
     """Sum up the differences of elements [first, last), tile by tile."""
     for start in range(first, last, tile):

@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import types
 
+from service.engine.backends.cpu_kernels.caching import kernel
 from service.engine.backends.cpu_kernels.codes import integer_steps, nf4_index
 from service.engine.backends.cpu_kernels.grids import FORM, Form
 from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32
@@ -172,7 +173,7 @@ def _search(source, count, lanes, clips, iterations, codebook, form):
         keep_best(lanes)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def search_grids(
     x, kind, cols, first_row, last_row, row_groups, group, first_group, last_group, size,
     clips, iterations, codebook, form, scale, zero, transposed, span_buffer, lane_state,
