@@ -49,10 +49,9 @@ def main() -> None:
     look_inside()
     console.print("[bold]5. What came of it[/]")
     show(job["result"], report)
-    console.print(
-        f"The server has stopped; the files are in [bold]{OUT}/[/]. Next: [bold]make serve[/] here and the README's"
-    )
-    console.print("curl session in another terminal; or, without HTTP, [bold].venv/bin/arrowquant quantize --help[/]")
+    console.print(f"The server has stopped; the files are in [bold]{OUT}/[/]. What next:")
+    console.print("   [bold]make serve[/], and the README's curl session in another terminal")
+    console.print("   [bold].venv/bin/arrowquant quantize --help[/], which needs no server")
 
 
 @contextmanager
@@ -130,7 +129,13 @@ def fetch(client: httpx.Client, job_id: str) -> None:
                 file.write(chunk)
         if digest.hexdigest() != artifact["sha256"]:
             sys.exit(f"{artifact['path']} arrived damaged")
-        console.print(f"   {artifact['size_bytes']:>11,} bytes, as announced: {artifact['path']}", highlight=False)
+    largest = sorted(listed, key=lambda artifact: artifact["size_bytes"])[:-3:-1]
+    total = sum(artifact["size_bytes"] for artifact in listed)
+    console.print(
+        f"   {len(listed)} files, {total / 1e6:.1f} MB, each with the SHA-256 that was announced; the largest:"
+    )
+    for artifact in largest:
+        console.print(f"   {OUT / artifact['path']}, {artifact['size_bytes'] / 1e6:.1f} MB", highlight=False)
 
 
 def dequantize(row: dict[str, Any]) -> np.ndarray:
@@ -146,11 +151,12 @@ def dequantize(row: dict[str, Any]) -> np.ndarray:
 
 def look_inside() -> None:
     """Dequantize one tensor and compare it with the original."""
-    [row] = pq.read_table(OUT / "parquet", filters=[("layer_name", "=", TENSOR)]).to_pylist()
+    files = sorted((OUT / "parquet").glob("*.parquet"))
+    [row] = pq.read_table(files, filters=[("layer_name", "=", TENSOR)]).to_pylist()
     before, after = original(TENSOR).ravel(), dequantize(row).ravel()
     cosine = before @ after / np.linalg.norm(before) / np.linalg.norm(after)
     kind = f"{row['quant_type']}, groups of {row['group_size']}, scales in {row['scale_dtype']}"
-    console.print(f"   {TENSOR} {row['shape']}: {kind}", highlight=False)
+    console.print(f"   {TENSOR} {row['shape']}:\n   {kind}", highlight=False)
     console.print(
         f"   cosine similarity with the original {cosine:.5f}; the service had said {row['cosine_similarity']:.5f}"
     )
@@ -183,13 +189,13 @@ def show(result: dict[str, Any], report: dict[str, Any]) -> None:
         table.add_row(label, *(figure(output) for output in result["outputs"]))
     console.print(table)
     console.print(f"Both outputs came from one read of the model, in {result['quantization_time_s']:.2f} s.")
-    worst = Table("the five worst tensors", "cosine similarity", "SQNR", "bits per weight")
+    worst = Table("the five worst tensors", "cosine", "SQNR", "bits")
     output = report["outputs"][0]
     by_name = {tensor["name"]: tensor for tensor in output["tensors"]}
     for name in output["worst_tensors"][:5]:
         tensor = by_name[name]
         cosine, sqnr = f"{tensor['cosine_similarity']:.5f}", f"{tensor['sqnr_db']:.1f} dB"
-        worst.add_row(name, cosine, sqnr, f"{tensor['bits_per_weight']:.3f}")
+        worst.add_row(name, cosine, sqnr, f"{tensor['bits_per_weight']:.2f}")
     console.print(worst)
 
 

@@ -8,9 +8,10 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.serving import Served, free_port, serving
+from tests.server import Server
 
 ARROWQUANT = (sys.executable, "-m", "service")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -26,19 +27,13 @@ SLOW = ("--backend", "reference", "--method", "mse", "--block-bytes", "65536")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model and a large one."""
-    root = tmp_path_factory.mktemp("models")
+def models(model_root: Path) -> Path:
+    """A folder with a small model and a large one, where the shared server may read."""
+    root = model_root / "cli"
+    root.mkdir()
     make_model(root / "small", tensors=8, rows=256)
-    make_model(root / "large", tensors=4, rows=16384)
+    make_model(root / "large", tensors=64, rows=1024)
     return root
-
-
-@pytest.fixture(scope="module")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that may read these models."""
-    with serving(tmp_path_factory.mktemp("server") / "data", models) as served:
-        yield served
 
 
 def make_model(folder: Path, *, tensors: int, rows: int) -> None:
@@ -138,21 +133,21 @@ def test_json_is_one_document_on_stdout(models: Path, tmp_path: Path) -> None:
     assert document["out"] == str(tmp_path / "out")
 
 
-def test_a_server_writes_the_same_bytes_as_this_process(models: Path, server: Served, tmp_path: Path) -> None:
+def test_a_server_writes_the_same_bytes_as_this_process(models: Path, server: Server, tmp_path: Path) -> None:
     wish = ("quantize", models / "small", "--bits", "3", "--group-size", "64", "--symmetric", "--format", "parquet")
     here = run(*wish, "--out", tmp_path / "here")
-    there = run(*wish, "--out", tmp_path / "there", "--server", server.url)
+    there = run(*wish, "--out", tmp_path / "there", "--server", server.base_url)
     assert here.returncode == 0, here.stderr
     assert there.returncode == 0, there.stderr
     assert not CONTROL.search(there.stdout + there.stderr)
     assert hashes(tmp_path / "here" / "parquet") == hashes(tmp_path / "there" / "parquet")
 
 
-def test_validate_measures_what_quantize_reported(models: Path, server: Served) -> None:
+def test_validate_measures_what_quantize_reported(models: Path, server: Server) -> None:
     out = models / "quantized"
     quantized = json.loads(run("quantize", models / "small", "--out", out, "--json").stdout)
     similarity = quantized["result"]["cosine_similarity"]
-    for where in ((), ("--server", server.url)):
+    for where in ((), ("--server", server.base_url)):
         done = run("validate", models / "small", out / "compressed-tensors", *where, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["result"]["cosine_similarity"] == pytest.approx(similarity, abs=1e-6)
@@ -167,9 +162,9 @@ def test_validate_fails_below_the_accuracy_asked_for(models: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_a_value_out_of_range_is_a_usage_error_in_one_line(
-    where: str, models: Path, server: Served, tmp_path: Path
+    where: str, models: Path, server: Server, tmp_path: Path
 ) -> None:
-    remote = ("--server", server.url) if where == "there" else ()
+    remote = ("--server", server.base_url) if where == "there" else ()
     done = run("quantize", models / "small", "--bits", "7", "--out", tmp_path / "out", *remote)
     assert done.returncode == 2
     assert "bit_width" in done.stderr
@@ -182,8 +177,8 @@ def test_an_unknown_option_is_a_usage_error() -> None:
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-def test_a_missing_model_is_named(where: str, models: Path, server: Served, tmp_path: Path) -> None:
-    remote = ("--server", server.url) if where == "there" else ()
+def test_a_missing_model_is_named(where: str, models: Path, server: Server, tmp_path: Path) -> None:
+    remote = ("--server", server.base_url) if where == "there" else ()
     done = run("quantize", models / "nowhere", "--out", tmp_path / "out", "--json", *remote)
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["code"] == "model_not_found"
@@ -191,9 +186,9 @@ def test_a_missing_model_is_named(where: str, models: Path, server: Served, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_that_fails_ends_with_status_1_and_its_reason(models: Path, server: Served, tmp_path: Path) -> None:
+def test_a_job_that_fails_ends_with_status_1_and_its_reason(models: Path, server: Server, tmp_path: Path) -> None:
     wish = ("quantize", models / "small", "--bits", "2", "--min-accuracy", "0.999", "--on-failure", "fail")
-    for where in ((), ("--server", server.url)):
+    for where in ((), ("--server", server.base_url)):
         done = run(*wish, "--out", tmp_path / "out", *where)
         assert done.returncode == 1
         assert "blocks.0.weight" in done.stderr
@@ -201,9 +196,9 @@ def test_a_job_that_fails_ends_with_status_1_and_its_reason(models: Path, server
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_files_is_left_alone(models: Path, server: Served, tmp_path: Path) -> None:
+def test_a_folder_that_holds_files_is_left_alone(models: Path, server: Server, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for where in ((), ("--server", server.url)):
+    for where in ((), ("--server", server.base_url)):
         done = run("quantize", models / "small", "--out", tmp_path, *where)
         assert done.returncode == 1
         assert "[target_in_use]" in done.stderr
@@ -221,8 +216,8 @@ def test_ctrl_c_in_the_process_leaves_nothing_behind(models: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_cancels_the_job_on_the_server(models: Path, server: Served, tmp_path: Path) -> None:
-    process = start("quantize", models / "large", "--out", tmp_path / "out", "--server", server.url, *SLOW[:4])
+def test_ctrl_c_cancels_the_job_on_the_server(models: Path, server: Server, tmp_path: Path) -> None:
+    process = start("quantize", models / "large", "--out", tmp_path / "out", "--server", server.base_url, *SLOW[:4])
     begun = read_until(process, "quantizing")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
@@ -230,64 +225,70 @@ def test_ctrl_c_cancels_the_job_on_the_server(models: Path, server: Served, tmp_
     assert "is cancelled" in stderr
     job_id = re.search(r"job_\S+", begun)
     assert job_id is not None
-    assert httpx.get(f"{server.url}/v1/jobs/{job_id[0]}").json()["status"] == "cancelled"
+    assert httpx.get(f"{server.base_url}/v1/jobs/{job_id[0]}").json()["status"] == "cancelled"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_restarts_does_not_end_the_command(models: Path, tmp_path: Path) -> None:
-    port = free_port()
-    with serving(tmp_path / "data", models, port=port) as first:
-        wish = ("quantize", models / "large", "--backend", "reference", "--format", "parquet")
-        process = start(*wish, "--out", tmp_path / "out", "--server", first.url)
-        read_until(process, r"[1-9] of 4 tensors")
-    with serving(tmp_path / "data", models, port=port):
-        _, stderr = process.communicate()
+def test_a_server_that_restarts_does_not_end_the_command(
+    models: Path, start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start_server(data_dir=tmp_path / "data")
+    port = str(server.client.base_url.port)
+    wish = ("quantize", models / "large", "--backend", "reference", "--method", "minmax", "--format", "parquet")
+    process = start(*wish, "--out", tmp_path / "out", "--server", server.base_url)
+    read_until(process, r" [1-9]\d* of 64 tensors")
+    server.stop()
+    again = start("serve", "--port", port, "--data-dir", tmp_path / "data", "--model-root", models)
+    _, stderr = process.communicate()
+    again.terminate()
+    again.communicate()
     assert process.returncode == 0, stderr
     assert (tmp_path / "out" / "parquet" / "manifest.json").exists()
 
 
-def test_watch_tells_a_finished_job_again(models: Path, server: Served) -> None:
+def test_watch_tells_a_finished_job_again(models: Path, server: Server) -> None:
     body = {
         "kind": "quantize",
         "source": {"type": "uri", "uri": (models / "small").as_uri()},
         "outputs": [{"format": "parquet"}],
     }
-    job = httpx.post(f"{server.url}/v1/jobs", json=body, headers={"Prefer": "wait=60"}, timeout=90).json()
-    done = run("watch", job["id"], "--server", server.url, "--json")
+    job = httpx.post(f"{server.base_url}/v1/jobs", json=body, headers={"Prefer": "wait=60"}, timeout=90).json()
+    done = run("watch", job["id"], "--server", server.base_url, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["id"] == job["id"]
-    assert "parquet, cosine similarity" in run("watch", job["id"], "--server", server.url).stdout
+    assert "parquet, cosine similarity" in run("watch", job["id"], "--server", server.base_url).stdout
 
 
-def test_jobs_lists_and_cancel_cancels(models: Path, server: Served) -> None:
+def test_jobs_lists_and_cancel_cancels(models: Path, server: Server) -> None:
     body = {
         "kind": "quantize",
         "source": {"type": "uri", "uri": (models / "large").as_uri()},
         "config": {"backend": "reference", "method": "mse"},
         "outputs": [{"format": "parquet"}],
     }
-    job_id = httpx.post(f"{server.url}/v1/jobs", json=body).json()["id"]
-    watcher = start("watch", job_id, "--server", server.url)
-    assert job_id in run("jobs", "--server", server.url).stdout
-    cancelled = run("cancel", job_id, "--server", server.url)
+    job_id = httpx.post(f"{server.base_url}/v1/jobs", json=body).json()["id"]
+    watcher = start("watch", job_id, "--server", server.base_url)
+    assert job_id in run("jobs", "--server", server.base_url).stdout
+    cancelled = run("cancel", job_id, "--server", server.base_url)
     assert (cancelled.returncode, cancelled.stdout) == (0, f"{job_id} cancelled\n")
-    assert run("cancel", job_id, "--server", server.url).returncode == 0, "cancelling again is harmless"
+    assert run("cancel", job_id, "--server", server.base_url).returncode == 0, "cancelling again is harmless"
     watcher.communicate()
     assert watcher.returncode == 1, "the job that was watched did not succeed"
-    listed = json.loads(run("jobs", "--status", "cancelled", "--server", server.url, "--json").stdout)
+    listed = json.loads(run("jobs", "--status", "cancelled", "--server", server.base_url, "--json").stdout)
     assert job_id in [job["id"] for job in listed]
 
 
-def test_an_unknown_job_is_one_clear_line(server: Served) -> None:
+def test_an_unknown_job_is_one_clear_line(server: Server) -> None:
     for command in ("watch", "cancel"):
-        done = run(command, "job_none", "--server", server.url)
+        done = run(command, "job_none", "--server", server.base_url)
         assert done.returncode == 1
         assert "[not_found]" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
 def test_no_server_is_one_clear_line() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     done = run("jobs", "--server", url)
     assert done.returncode == 1
     assert done.stderr.startswith(f"arrowquant: no answer from {url}")

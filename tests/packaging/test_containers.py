@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ import pytest
 import yaml
 
 from tests.packaging.dockerfile import Image, steps
-from tests.serving import free_port
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -54,7 +54,7 @@ def test_no_image_runs_as_root(name: str) -> None:
 def test_the_steps_of_the_cpu_image_give_a_healthy_server(tmp_path: Path) -> None:
     image = build(tmp_path, target="cpu")
     assert len(image.skipped) == 1
-    image.environment |= COMPOSE["services"]["cpu"]["environment"] | {"ARROWQUANT_PORT": str(free_port())}
+    image.environment |= COMPOSE["services"]["cpu"]["environment"] | {"ARROWQUANT_PORT": free_port()}
     address = f"http://127.0.0.1:{image.environment['ARROWQUANT_PORT']}/healthz"
     with subprocess.Popen(image.command, cwd=image.workdir, env=image.environment) as process:
         try:
@@ -77,6 +77,12 @@ def build(root: Path, *, target: str) -> Image:
     image.command[0] = str(root / "python" / "bin" / image.command[0])
     image.healthcheck[0] = str(root / "python" / "bin" / image.healthcheck[0])
     return image
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
 
 
 def answer(address: str, process: subprocess.Popen[bytes]) -> int:
