@@ -11,7 +11,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from service.engine.checkpoint import Entry, Journal
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
-from service.engine.progress import Cancelled, Notice, Report, Stage, TensorCompleted
+from service.engine.progress import Cancelled, Notice, Report, Stage
 from service.engine.publish import Advance, copy_companions, seal, stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import TensorRun, Tools
@@ -142,21 +141,7 @@ class _Run:
 
     def _tell(self, reports: Iterable[TensorReport]) -> None:
         for output, report in zip(self._plan.outputs, reports, strict=True):
-            quality = report.quality
-            self._tools.report(
-                TensorCompleted(
-                    output=output.name,
-                    name=report.name,
-                    shape=report.shape,
-                    scheme=report.scheme,
-                    bits=quality.bits_per_weight if quality else 8.0 * report.stored_bytes / max(1, prod(report.shape)),
-                    cosine_similarity=quality.cosine_similarity if quality else None,
-                    sqnr_db=quality.sqnr_db if quality else None,
-                    bytes_in=report.original_bytes,
-                    bytes_out=report.stored_bytes,
-                    seconds=report.seconds,
-                )
-            )
+            self._tools.report(report.completed(output.name))
 
     def _finish(self, index: int, output: OutputPlan) -> OutputReport:
         cancelled = self._tools.cancelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from service.engine.formats.base import FileEntry
 from service.engine.metrics import ErrorSums, Quality
+from service.engine.progress import TensorCompleted
 from service.errors import NotFound
 
 WORST = 10
@@ -39,6 +41,22 @@ class TensorReport:
     def quality(self) -> Quality | None:
         """The figures that follow from the sums."""
         return Quality.of(self.sums, self.stored_bytes) if self.sums else None
+
+    def completed(self, output: str) -> TensorCompleted:
+        """What is told of it when it is finished in this output."""
+        quality = self.quality
+        return TensorCompleted(
+            output=output,
+            name=self.name,
+            shape=self.shape,
+            scheme=self.scheme,
+            bits=8.0 * self.stored_bytes / max(1, prod(self.shape)),
+            cosine_similarity=quality.cosine_similarity if quality else None,
+            sqnr_db=quality.sqnr_db if quality else None,
+            bytes_in=self.original_bytes,
+            bytes_out=self.stored_bytes,
+            seconds=self.seconds,
+        )
 
     def row(self) -> dict[str, Any]:
         """As a flat row, sums replaced by the figures."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from math import prod
 
 from service.engine.backends.base import Backend
 from service.engine.formats.base import ModelReader
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums
-from service.engine.progress import Cancelled, Notice, Report, TensorCompleted
+from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import row_blocks
@@ -44,7 +43,7 @@ def validate(
         sums = _compare(original, quantized, info, other, backend, block_bytes, cancelled, meter)
         reports.append(_report(info, other, sums, time.monotonic() - begun))
         meter.tensor_done(info.nbytes)
-        report(_completed(reports[-1], quantized.format_id))
+        report(reports[-1].completed(quantized.format_id))
         if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled):
             notice = Notice("copy_differs", f"{info.dtype} is not compared as numbers, and its bytes differ", info.name)
             warnings.append(f"{info.name}: {notice.text}")
@@ -145,20 +144,4 @@ def _report(info: TensorInfo, other: TensorInfo, sums: ErrorSums | None, seconds
         seconds=seconds,
         # Equal floats are copies; floats that differ count like codes do.
         sums=sums if sums and (other.stored_as or sums.sum_dd) else None,
-    )
-
-
-def _completed(report: TensorReport, output: str) -> TensorCompleted:
-    quality = report.quality
-    return TensorCompleted(
-        output=output,
-        name=report.name,
-        shape=report.shape,
-        scheme=report.scheme,
-        bits=8.0 * report.stored_bytes / max(1, prod(report.shape)),
-        cosine_similarity=quality.cosine_similarity if quality else None,
-        sqnr_db=quality.sqnr_db if quality else None,
-        bytes_in=report.original_bytes,
-        bytes_out=report.stored_bytes,
-        seconds=report.seconds,
     )
