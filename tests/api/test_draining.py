@@ -29,6 +29,7 @@ def test_streams_end_with_a_word_and_the_job_goes_on_later(start_server: StartSe
     assert "id" not in seen[-1]
     assert server.process.wait(30) == 0
 
+    server.client.close()
     server.start()
     rest = server.follow(job["id"], seen[-2]["id"])
     assert "job.resumed" in [e["type"] for e in rest]
