@@ -29,6 +29,7 @@ class LiveJob:
         self.stop = StopSignal()
         self.targets = targets
         self.ended = asyncio.Event()
+        self.is_resumed = False
         self._job = job
         self._shown = job
         self._journal = journal
@@ -59,6 +60,7 @@ class LiveJob:
 
     def resume(self) -> None:
         """Emit that a running job goes on in this process."""
+        self.is_resumed = True
         self._put(RESUMED, {"status": self._job.status.value}, None)
 
     def happened(self, happening: Happening) -> None:

@@ -21,8 +21,9 @@ from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
 from service.engine.formats.registry import open_model
 from service.engine.plan import Plan, make_plan
+from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
-from service.errors import Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
+from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
 from service.jobs.admission import Admission, Admitted, check_free, output_specs
 from service.jobs.backend_pool import BackendPool
 from service.jobs.events import (
@@ -370,11 +371,31 @@ class JobManager:
         job, stop, mailbox = live.job, live.stop, Mailbox(live.happened)
         outcome = await run_in_thread(lambda: self._runner.run(job, stop, mailbox.put), name=job.id)
         await mailbox.flush()
+        if live.is_resumed and isinstance(outcome, Finished):
+            await self._tell_what_was_lost(live)
         if live.status is Status.CANCELLING and not isinstance(outcome, Discarded):
             # The cancel came when there was nothing left to stop.
             outcome = await run_in_thread(lambda: self._runner.discard(job), name=job.id)
         self._conclude(live, outcome)
         self._scheduler.lane_freed()
+
+    async def _tell_what_was_lost(self, live: LiveJob) -> None:
+        """Complete the log of a job that was killed: a tensor may be in its checkpoint and not yet in the store."""
+        await self._journal.settled()
+        job_id = live.job.id
+
+        def untold() -> list[TensorCompleted]:
+            told = self._opened_store.tensors_told(job_id)
+            with storage_faults("reading the report"):
+                outputs = load_report(self._folders.report(job_id)).outputs
+            finished = (tensor.completed(output.name) for output in outputs for tensor in output.tensors)
+            return [tensor for tensor in finished if (tensor.output, tensor.name) not in told]
+
+        try:
+            for tensor in await self._in_store_thread(untold):
+                live.happened(tensor)
+        except ArrowQuantError as error:
+            logger.warning("job %s: its log may lack tensors: %s", job_id, error.detail)
 
     def _conclude(self, live: LiveJob, outcome: Outcome) -> None:
         match outcome:

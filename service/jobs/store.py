@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs.events import RESUMED, Event
+from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.job import Job, Status
 from service.jobs.record import from_record, to_record
 from service.storage.faults import storage_faults
@@ -155,6 +155,11 @@ class Store:
             last = events[-1]
             events[-1] = Event(last.id, last.type, job_id, last.at, last.data, self.get(job_id))
         return events
+
+    def tensors_told(self, job_id: str) -> set[tuple[str, str]]:
+        """Output and name of every tensor whose completion is stored."""
+        rows = self._rows("SELECT data FROM events WHERE job_id = ? AND type = ?", (job_id, TENSOR_COMPLETED))
+        return {(data["output"], data["name"]) for data in (json.loads(row[0]) for row in rows)}
 
     def last_event_id(self, job_id: str) -> int:
         """The largest id stored for a job; 0 when there is none."""

@@ -43,6 +43,7 @@ async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, can
         if isinstance(item, Event):
             print(item.type, flush=True)
             if cancel and item.type == PROGRESS:
+                await asyncio.sleep(1)  # until it is in the middle of its only block
                 job = await manager.cancel(first)
                 assert job.status is Status.CANCELLING
                 os.kill(os.getpid(), signal.SIGKILL)
