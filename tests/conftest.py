@@ -53,9 +53,10 @@ def start_server(tmp_path: Path, model_root: Path) -> Iterator[StartServer]:
     numbers = count()
 
     def start(**settings: object) -> Server:
-        data_dir = settings.pop("data_dir", None) or tmp_path / f"data-{next(numbers)}"
+        name = f"data-{next(numbers)}"
+        data_dir = settings.pop("data_dir", None) or tmp_path / name
         assert isinstance(data_dir, Path)
-        started.append(Server(data_dir, [model_root], **settings))
+        started.append(Server(data_dir, [model_root], log_path=tmp_path / f"{name}.log", **settings))
         return started[-1].start()
 
     yield start

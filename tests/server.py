@@ -59,9 +59,11 @@ class Server:
     `settings` become the server's environment: `max_running_jobs=1` is ARROWQUANT_MAX_RUNNING_JOBS.
     """
 
-    def __init__(self, data_dir: Path, roots: Sequence[Path], **settings: object) -> None:
+    def __init__(
+        self, data_dir: Path, roots: Sequence[Path], *, log_path: Path | None = None, **settings: object
+    ) -> None:
         self.data_dir = data_dir
-        self.log_path = data_dir.with_name(f"{data_dir.name}.log")
+        self.log_path = log_path or data_dir.with_name(f"{data_dir.name}.log")
         self._roots = roots
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None

@@ -127,9 +127,7 @@ def test_no_more_jobs_run_than_there_are_lanes_and_the_most_urgent_goes_first(
     assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False)), "one lane, one job at a time"
 
 
-def test_two_jobs_cannot_write_to_the_same_address(
-    start_server: StartServer, new_model: NewModel, place: Path
-) -> None:
+def test_two_jobs_cannot_write_to_the_same_address(start_server: StartServer, new_model: NewModel, place: Path) -> None:
     server = start_server(max_running_jobs=1, threads=1)
     output = {"format": "parquet", "uri": (place / "target").as_uri()}
     one = server.submit(body(new_model(layers=12), output, backend="reference"))["id"]
