@@ -27,9 +27,9 @@ from service.engine.schemes.codebook import NF4_MIDPOINTS, NF4_TABLE
 SUMS = 5
 
 
-#: Smallest scale at which the squares of a group's float32 are sure not to vanish, and the largest
-#: sum of them that is sure not to have overflowed; else the group is summed up in float64 throughout.
-SMALLEST_SCALE, LARGEST_SUM = 2.0**-23, 2.0**120
+#: Between these a lane's sum of squares in float32 has neither overflowed nor lost anything that counts; a block
+#: in which a lane is above, or all are below, is summed up in float64 throughout.
+SMALLEST_SUM, LARGEST_SUM = 2.0**-60, 2.0**120
 #: Columns of which squares are summed up in float32, sixteen to a lane, before they go to float64.
 BLOCK = 256
 
@@ -83,7 +83,6 @@ def _encode(
     builder: ir.IRBuilder,
     source: ir.Value,
     count: ir.Value,
-    scale: ir.Value,
     codes: ir.Value,
     sums: ir.Value,
     rule: Callable[[Vec], tuple[Vec, Vec]],
@@ -102,9 +101,10 @@ def _encode(
         return running.add(state, x, rule(x)[1])
 
     part = loop(builder, count, LANES, [zeros(builder) for _ in range(4)], quick)
-    in_range = (part[0] < part[0].const(LARGEST_SUM)).all()
-    large_enough = builder.fcmp_ordered(">=", scale, ir.Constant(F32, SMALLEST_SCALE))
-    with builder.if_else(builder.and_(in_range.value, large_enough), likely=True) as (usual, rare):
+    in_range = builder.and_(
+        (part[0] < part[0].const(LARGEST_SUM)).all().value, (part[0] > part[0].const(SMALLEST_SUM)).any().value
+    )
+    with builder.if_else(in_range, likely=True) as (usual, rare):
         with usual:
             running.store_block(part)
         with rare:
@@ -145,7 +145,7 @@ def encode_integer(builder, source, count, inverse, scale, zero, top, codes, sum
         steps, level = integer_steps(x, inverses, lowest, highest)
         return steps.plus(offset), level * scales
 
-    _encode(builder, source, count, scale, codes, sums, rule)
+    _encode(builder, source, count, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _F, _F, _P, _P)
@@ -158,7 +158,7 @@ def encode_nf4(builder, source, count, inverse, scale, codes, sums):
         index = nf4_index(x * inverses)
         return index, index.look_up(table) * scales
 
-    _encode(builder, source, count, scale, codes, sums, rule)
+    _encode(builder, source, count, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _P, _P)

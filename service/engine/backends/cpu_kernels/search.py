@@ -46,14 +46,14 @@ def _measure(
     builder: ir.IRBuilder, x: Memory, count: ir.Value, scale: Vec, zero: Vec, form: Form, codebook: ir.Value
 ) -> State:
     """Error, Σ level, Σ level², Σ x·level of each lane's group on its grid."""
-    inverse = scale.const(1.0) / scale
+    inverse, minus_scale = scale.const(1.0) / scale, scale.const(0.0) - scale
     lowest, highest = scale.const(0.0) - zero, form.top - zero
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
 
     def step(level_of, i: ir.Value, state: State) -> State:
         value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
         level = level_of(value)
-        d = value - level * scale
+        d = level.fma(minus_scale, value)
         return [d.fma(d, state[0]), state[1] + level, level.fma(level, state[2]), value.fma(level, state[3])]
 
     start = [zeros(builder) for _ in range(4)]
@@ -115,8 +115,7 @@ def descend(builder, source, count, lanes, size, codebook, divisor, top, implied
     better = sums[0] < state[ERROR]
     names = (SCALE, ZERO, ERROR, LEVELS, SQUARES, PRODUCTS)
     state.replace(better, dict(zip(names, [scale, zero, *sums], strict=True)))
-    as_bits = builder.bitcast(better.value, ir.IntType(LANES))
-    return Vec(builder, builder.icmp_unsigned("!=", as_bits, ir.Constant(ir.IntType(LANES), 0)))
+    return better.any()
 
 
 def _refit(state: Lanes, form: Form, size: Vec) -> tuple[Vec, Vec]:

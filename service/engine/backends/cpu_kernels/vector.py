@@ -3,7 +3,7 @@
 Loops that Numba compiles from plain Python vectorise by luck: a minimum, a rounding or a packing
 step often stays scalar, at a fifth of the speed. Here a kernel's inner loop is written as vectors
 of LANES values, which LLVM maps to whatever the processor has. Nothing is fused or reordered
-except where `fma` and `sum` say so, so codes come out as NumPy's do.
+except where `fma` and `reduce` say so, so codes come out as NumPy's do.
 """
 
 from __future__ import annotations
@@ -138,10 +138,18 @@ class Vec:
         """Every unsigned integer lane as a float."""
         return self._new(self.builder.uitofp(self.value, ir.VectorType(element, self.type.count)))
 
+    def _bits(self, comparison: str, bound: int) -> Vec:
+        kind = ir.IntType(self.type.count)
+        bits = self.builder.bitcast(self.value, kind)
+        return self._new(self.builder.icmp_signed(comparison, bits, ir.Constant(kind, bound)))
+
     def all(self) -> Vec:
         """Whether every lane of a comparison is true."""
-        bits = ir.IntType(self.type.count)
-        return self._new(self.builder.icmp_signed("==", self.builder.bitcast(self.value, bits), ir.Constant(bits, -1)))
+        return self._bits("==", -1)
+
+    def any(self) -> Vec:
+        """Whether some lane of a comparison is true."""
+        return self._bits("!=", 0)
 
     def reduce(self, combine: Callable[[Vec, Vec], Vec]) -> Vec:
         """All lanes folded into one by halves."""
