@@ -32,13 +32,13 @@ from service.engine.table_io import (
 from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, QuantizedRows
 from service.errors import InvalidTable, NonFiniteWeights
 
-_FIGURES: list[tuple[str, pa.DataType]] = [
+_FIGURES: list[tuple[str, Any]] = [
     ("cosine_similarity", pa.float64()),
     ("sqnr_db", pa.float64()),
     ("relative_error", pa.float64()),
     ("max_abs_error", pa.float64()),
 ]
-_PARTS: list[tuple[str, pa.DataType]] = [
+_PARTS: list[tuple[str, Any]] = [
     ("layer_name", pa.string()),
     ("shape", pa.list_(pa.int64())),
     ("quant_type", pa.string()),

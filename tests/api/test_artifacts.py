@@ -55,9 +55,7 @@ def test_the_entity_tag_is_the_hash(server: Server, address: str) -> None:
     ("asked", "start", "stop"),
     [("bytes=0-9", 0, 10), ("bytes=100-", 100, None), ("bytes=-7", -7, None), ("bytes=5-99999999999", 5, None)],
 )
-def test_a_range_is_part_of_the_file(
-    server: Server, address: str, asked: str, start: int, stop: int | None
-) -> None:
+def test_a_range_is_part_of_the_file(server: Server, address: str, asked: str, start: int, stop: int | None) -> None:
     whole = server.client.get(address).content
     response = server.client.get(address, headers={"Range": asked})
     part = whole[start:stop]
@@ -89,7 +87,8 @@ def test_a_range_of_another_version_is_not_sent(server: Server, address: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["../../arrowquant.sqlite3", "%2e%2e/%2e%2e/arrowquant.sqlite3", "/etc/passwd", "%2Fetc%2Fpasswd", "report.json"]
+    "path",
+    ["../../arrowquant.sqlite3", "%2e%2e/%2e%2e/arrowquant.sqlite3", "/etc/passwd", "%2Fetc%2Fpasswd", "report.json"],
 )
 def test_only_listed_files_are_served(server: Server, finished: dict[str, Any], path: str) -> None:
     response = server.client.get(f"{finished['links']['artifacts']}/{path}")

@@ -30,7 +30,9 @@ def test_every_registered_thing_is_listed(server: Server) -> None:
     assert listed(server, "backends").keys() == backends().keys()
 
 
-@pytest.mark.parametrize(("kind", "field"), [("schemes", "parameters"), ("methods", "parameters"), ("formats", "options")])
+@pytest.mark.parametrize(
+    ("kind", "field"), [("schemes", "parameters"), ("methods", "parameters"), ("formats", "options")]
+)
 def test_parameters_are_told_as_json_schema(server: Server, kind: str, field: str) -> None:
     for item in listed(server, kind).values():
         Draft202012Validator.check_schema(item[field])

@@ -55,7 +55,9 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
     # Readers that take nothing: one of a stream, one of a half-sent request.
     silent = [socket.create_connection((url.host, url.port or 80)) for _ in range(2)]
     silent[0].sendall(f"GET /v1/jobs/{queued['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    silent[1].sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+    silent[1].sendall(
+        b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    )
     with server.stream(queued["id"]) as events:
         assert next(events)["type"] == "job.queued"
         time.sleep(0.2)

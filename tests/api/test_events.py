@@ -66,9 +66,7 @@ def test_a_resumed_stream_goes_on_behind_the_last_event(server: Server, finished
 
 def test_the_header_goes_before_the_parameter(server: Server, finished: dict[str, Any]) -> None:
     last = server.follow(finished["id"])[-1]["id"]
-    response = server.client.get(
-        finished["links"]["events"], params={"after": 0}, headers={"Last-Event-ID": str(last)}
-    )
+    response = server.client.get(finished["links"]["events"], params={"after": 0}, headers={"Last-Event-ID": str(last)})
     assert response.status_code == 204
 
 

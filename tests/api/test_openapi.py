@@ -116,7 +116,9 @@ def test_unions_have_a_required_literal_tag(document: dict[str, Any]) -> None:
 
 
 def test_nothing_is_null(document: dict[str, Any]) -> None:
-    assert not [place for place, node in nodes(document) if node.get("type") == "null" or node.get("default", 0) is None]
+    assert not [
+        place for place, node in nodes(document) if node.get("type") == "null" or node.get("default", 0) is None
+    ]
 
 
 def test_every_call_says_what_a_problem_looks_like(document: dict[str, Any]) -> None:

@@ -51,7 +51,9 @@ def test_a_body_that_is_not_json_is_a_problem(server: Server) -> None:
     assert "character" in problem["detail"]
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"kind": "quantize", "priority": ' + "9" * 5000 + "}", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"kind": "quantize", "priority": ' + "9" * 5000 + "}", b"\xff\xfe\x00"]
+)
 def test_json_that_is_meant_to_break_the_parser_is_a_problem(server: Server, content: str | bytes) -> None:
     response = post(server, content)
     assert response.status_code in (400, 422)
@@ -93,9 +95,7 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server: Server) -> Non
         ({"outputs": [{"format": "parquet", "options": {"speed": 3}}]}, "/outputs/0/options/speed"),
     ],
 )
-def test_a_wrong_field_is_named_by_a_pointer(
-    server: Server, model: Path, change: dict[str, Any], pointer: str
-) -> None:
+def test_a_wrong_field_is_named_by_a_pointer(server: Server, model: Path, change: dict[str, Any], pointer: str) -> None:
     asked = {k: v for k, v in (body(model, "parquet") | change).items() if v is not None}
     response = server.client.post("/v1/jobs", json=asked)
     assert response.status_code == 422, response.text
@@ -167,7 +167,9 @@ def test_nothing_is_answered_that_a_browser_might_run(server: Server) -> None:
 def test_a_client_that_hangs_up_in_the_middle_leaves_no_trace_in_the_log(server: Server) -> None:
     url = httpx.URL(server.base_url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
-        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        connection.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
     assert server.client.get("/healthz").status_code == 200
     assert "Traceback" not in server.log
 

@@ -64,9 +64,7 @@ def test_each_form_has_its_own_entity_tag(server: Server, finished: dict[str, An
         (f"{ARROW};q=0, */*;q=0.1", "application/json"),
     ],
 )
-def test_the_client_chooses_by_quality(
-    server: Server, finished: dict[str, Any], accept: str, answered: str
-) -> None:
+def test_the_client_chooses_by_quality(server: Server, finished: dict[str, Any], accept: str, answered: str) -> None:
     response = server.client.get(finished["links"]["report"], headers={"Accept": accept})
     assert response.headers["content-type"] == answered
 
