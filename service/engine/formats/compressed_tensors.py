@@ -22,7 +22,8 @@ class CompressedTensorsOptions(FormatOptions):
 
     layout: Literal["auto", "pack-quantized", "int-quantized"] = Field(
         default="auto",
-        description="How codes lie: bit-packed, or a byte each; `auto` packs all but what W8A8 kernels multiply.",
+        description="`pack-quantized`: bit-packed weights. `int-quantized`: a byte each; with 8 bits, symmetric and"
+        " not in groups, loaders round activations to 8 bits as well (W8A8). `auto`: the latter where it means W8A8.",
     )
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1, description="Bytes of weights in one file, at most.")
 

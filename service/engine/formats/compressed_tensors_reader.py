@@ -108,6 +108,8 @@ class CompressedTensorsReader(ModelReader):
         packing: Packing = "pack-quantized" if codes.name.endswith("_packed") else "int-quantized"
         if len(codes.shape) != 2:
             raise UnsupportedModel(f"{codes.name} has {len(codes.shape)} dimensions; two are read", tensor=codes.name)
+        if codes.size == 0:
+            _corrupt(codes, f"it has no elements, but a {SCALE}")
         rows, cols = self._shape(module, codes) if packing == "pack-quantized" else codes.shape
         bits = _bits(codes, packing, cols, declared, stored)
         granularity, group_size = _granularity(scale, rows, cols)

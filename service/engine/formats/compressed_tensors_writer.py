@@ -40,7 +40,9 @@ class CompressedTensorsWriter(ModelWriter):
         self._names: set[str] = set()
         self._modules: dict[str, Group] = {}
         self._untouched: list[str] = []
-        self._told = (0, 0)
+        # What `state` has not told yet: a model may have very many tensors, so nothing is looked through again.
+        self._new_modules: list[list[Any]] = []
+        self._new_untouched: list[str] = []
         self._tensor: _Copy | _Weight | None = None
 
     def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
@@ -73,9 +75,11 @@ class CompressedTensorsWriter(ModelWriter):
         tensor.check_whole()
         module = tensor.info.name.removesuffix(WEIGHT)
         if isinstance(tensor, _Weight):
-            self._modules[module] = Group.of(tensor.scheme, tensor.packing)
+            group = self._modules[module] = Group.of(tensor.scheme, tensor.packing)
+            self._new_modules.append([module, *_group_json(group)])
         elif tensor.info.name.endswith(WEIGHT) and len(tensor.info.shape) == 2:
             self._untouched.append(module)
+            self._new_untouched.append(module)
         self._names.update(tensor.names)
         self._tensor = None
         return self._shards.commit()
@@ -87,17 +91,16 @@ class CompressedTensorsWriter(ModelWriter):
 
     def state(self) -> dict[str, Any]:
         """See `ModelWriter.state`."""
-        modules, untouched = self._told
-        self._told = len(self._modules), len(self._untouched)
-        new = [[name, *_group_json(group)] for name, group in list(self._modules.items())[modules:]]
-        return self._shards.state() | {"modules": new, "untouched": self._untouched[untouched:]}
+        new = {"modules": self._new_modules, "untouched": self._new_untouched}
+        self._new_modules, self._new_untouched = [], []
+        return self._shards.state() | new
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """See `ModelWriter.restore`."""
         self._shards.restore(states)
         self._modules = {name: Group(*group) for state in states for name, *group in state["modules"]}
         self._untouched = [name for state in states for name in state["untouched"]]
-        self._told = len(self._modules), len(self._untouched)
+        self._new_modules, self._new_untouched = [], []
         self._names = {region.name for shard in self._shards.shards for region in shard.regions}
         self._tensor = None
 

@@ -6,9 +6,11 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,7 +24,7 @@ NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width
           "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
           "sha256")  # fmt: skip
 #: What Arrow raises for strange content. What the system reports has become another error below it.
-DAMAGE = (pa.ArrowException, OSError)
+DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 class ParquetFile:
@@ -35,11 +37,9 @@ class ParquetFile:
         self._verified: set[tuple[int, int]] = set()
         self._cached: tuple[int, pa.RecordBatch] | None = None
         try:
-            self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
-            self._check_columns()
-        except DAMAGE as error:
-            self._source.close()
-            raise _damaged(name, error) from error
+            with _damage_in(name):
+                self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
+                self._check_columns()
         except BaseException:
             self._source.close()
             raise
@@ -56,12 +56,13 @@ class ParquetFile:
         """
         for group in range(self._parquet.num_row_groups):
             batch = self._read(group, [*NEEDED, "scales", "zero_points"])
-            lengths = {
-                f"{c}_bytes": pc.binary_length(cast(pa.LargeBinaryArray, batch[c])).to_pylist()
-                for c in ("scales", "zero_points")
-            }
-            for i, cells in enumerate(batch.select(NEEDED).to_pylist()):
-                yield cells | {name: values[i] for name, values in lengths.items()} | {"at": (group, i)}
+            with _damage_in(self.name):
+                cells = batch.select(NEEDED).to_pylist()
+                for column in ("scales", "zero_points"):
+                    lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
+                    for row, length in zip(cells, lengths, strict=True):
+                        row[f"{column}_bytes"] = length
+            yield from (row | {"at": (group, i)} for i, row in enumerate(cells))
 
     def cells(self, at: tuple[int, int], sha256: str) -> list[memoryview]:
         """`data`, `scales` and `zero_points` of a row, empty where null; CorruptModel when the hash is wrong."""
@@ -71,8 +72,7 @@ class ParquetFile:
                 self._cached = None  # before the next is read, so that there is never more than one
                 self._cached = group, self._read(group, list(BYTE_COLUMNS))
             batch = self._cached[1]
-        values = [cast(pa.LargeBinaryScalar, batch[column][row]).as_buffer() for column in BYTE_COLUMNS]
-        cells = [memoryview(b"" if value is None else value) for value in values]
+        cells = [_cell(cast(pa.LargeBinaryArray, batch[column]), row) for column in BYTE_COLUMNS]
         if at not in self._verified and hashlib.sha256(cells[0]).hexdigest() != sha256:
             raise CorruptModel(f"row {row} of row group {group} in {self.name} is damaged: its `sha256` is another's")
         self._verified.add(at)
@@ -83,11 +83,9 @@ class ParquetFile:
         self._source.close()
 
     def _read(self, group: int, columns: list[str]) -> pa.RecordBatch:
-        try:
+        with _damage_in(self.name):
             table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
-        except DAMAGE as error:
-            raise _damaged(self.name, error) from error
 
     def _check_columns(self) -> None:
         found = self._parquet.schema_arrow
@@ -129,10 +127,25 @@ class _Stream(io.RawIOBase):
         return data.data  # type: ignore[return-value]  # any buffer will do, and is not copied
 
 
+def _cell(column: pa.LargeBinaryArray, row: int) -> memoryview:
+    """The bytes of a cell where they are: a scalar of Arrow's would be a copy."""
+    _, offsets, values = column.buffers()
+    if offsets is None or values is None:
+        return memoryview(b"")
+    start, stop = np.frombuffer(memoryview(offsets), np.int64)[column.offset + row :][:2]
+    return memoryview(values)[start:stop]
+
+
 def _empty(columns: list[str]) -> pa.RecordBatch:
     fields = [SCHEMA.field(column) for column in columns]
     return pa.record_batch([pa.array([], f.type) for f in fields], schema=pa.schema(fields))
 
 
-def _damaged(name: PurePosixPath, error: Exception) -> CorruptModel:
-    return CorruptModel(f"{name} is damaged: {str(error).splitlines()[0]:.200}")
+@contextmanager
+def _damage_in(name: PurePosixPath) -> Iterator[None]:
+    """Raise CorruptModel where Arrow trips over the content."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptModel(f"{name} is damaged: {reason:.200}") from error

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Chunk:
 
     def as_json(self) -> list[Any]:
         """For `of`."""
-        return list(astuple(self))
+        return [self.file, self.offset, self.starts, self.ends, self.sha256]
 
     @classmethod
     def of(cls, value: list[Any]) -> Chunk:

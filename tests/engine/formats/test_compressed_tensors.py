@@ -218,6 +218,7 @@ def put(name: str, value: np.ndarray) -> Callable[[Parts], object]:
         (put("a.weight_shape", np.array([64])), CorruptModel, "two I64"),
         (put("a.weight_packed", np.zeros((64, 9), np.int32)), CorruptModel, "no width"),
         (put("a.weight_packed", np.zeros((64, 8), np.uint8)), CorruptModel, "is not I32"),
+        (put("a.weight_packed", np.zeros((0, 8), np.int32)), CorruptModel, "no elements"),
         (put("a.weight_packed", np.zeros((2, 64, 8), np.int32)), UnsupportedModel, "3 dimensions"),
         (put("a.weight_scale", np.zeros((63, 2), np.float16)), CorruptModel, "does not fit"),
         (put("a.weight_scale", np.zeros((64, 0), np.float16)), CorruptModel, "does not fit"),
