@@ -241,7 +241,9 @@ TABLE_SCHEMA = pa.schema(
 
 def tensor_to_json(report: TensorReport) -> dict[str, Any]:
     """For a checkpoint: just the fields."""
-    return asdict(report)
+    # Not `asdict` of the whole, which copies deeply: this is done for every tensor.
+    fields = {name: getattr(report, name) for name in TensorReport.__dataclass_fields__}
+    return fields | {"sums": asdict(report.sums) if report.sums else None}
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
