@@ -15,6 +15,8 @@ from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
 from tests.server import body
 
+HALF_A_CALL = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+
 
 def test_streams_end_with_a_word_and_the_job_goes_on_later(start_server: StartServer, model_root: Path) -> None:
     server = start_server()
@@ -38,9 +40,11 @@ def test_streams_end_with_a_word_and_the_job_goes_on_later(start_server: StartSe
 
 
 def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
-    start_server: StartServer, model_root: Path
+    start_server: StartServer, model: Path, model_root: Path
 ) -> None:
     server = start_server(max_running_jobs=1)
+    # What has to be compiled is compiled: a compiler cannot be stopped half-way.
+    server.run(body(model, "parquet"))
     running, queued = (server.submit(body(large_model(model_root), "parquet")) for _ in range(2))
     server.wait_for(running["id"], "job.started")
     url = httpx.URL(server.base_url)
@@ -55,9 +59,7 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
     # Readers that take nothing: one of a stream, one of a half-sent request.
     silent = [socket.create_connection((url.host, url.port or 80)) for _ in range(2)]
     silent[0].sendall(f"GET /v1/jobs/{queued['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    silent[1].sendall(
-        b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-    )
+    silent[1].sendall(HALF_A_CALL)
     with server.stream(queued["id"]) as events:
         assert next(events)["type"] == "job.queued"
         time.sleep(0.2)

@@ -17,6 +17,8 @@ from service.api.problems import STATUS, status_of
 from service.settings import Settings
 from tests.server import Server, body
 
+HALF_A_CALL = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+
 
 def problem_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     """The problem object, its form checked."""
@@ -167,9 +169,7 @@ def test_nothing_is_answered_that_a_browser_might_run(server: Server) -> None:
 def test_a_client_that_hangs_up_in_the_middle_leaves_no_trace_in_the_log(server: Server) -> None:
     url = httpx.URL(server.base_url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
-        connection.sendall(
-            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
+        connection.sendall(HALF_A_CALL)
     assert server.client.get("/healthz").status_code == 200
     assert "Traceback" not in server.log
 
