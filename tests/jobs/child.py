@@ -1,23 +1,19 @@
 """A process with a manager, there to be killed.
 
-`python -m tests.jobs.child DATA ROOT BLOCK_BYTES REQUESTS [cancel]` prints a line per event of the
-first job, then how each job ended and what files are left. With `cancel` it cancels the first job
-at its first progress and then kills itself, in the moment when the job is known to be cancelling.
+`python -m tests.jobs.child DATA ROOT REQUESTS` prints a line per event of the first job, then how
+each job ended and what files are left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import sys
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from service.engine.config import QuantizationConfig
-from service.jobs.events import PROGRESS, Event
-from service.jobs.job import Status
+from service.jobs.events import Event
 from service.jobs.manager import JobManager
 from service.jobs.request import JobRequest
 from tests.jobs.models import files_below
@@ -25,12 +21,12 @@ from tests.jobs.models import files_below
 _REQUESTS: TypeAdapter[list[JobRequest]] = TypeAdapter(list[JobRequest])
 
 
-async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, cancel: bool) -> None:
+async def main(data_dir: str, root: str, requests: str) -> None:
     manager = JobManager(
         data_dir=Path(data_dir),
         model_roots=[Path(root)],
         config_defaults=QuantizationConfig(backend="reference", method="minmax"),
-        block_bytes=int(block_bytes),
+        block_bytes=1 << 18,
         max_running_jobs=1,
     )
     await manager.start()
@@ -42,11 +38,6 @@ async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, can
     async for item in manager.follow(first):
         if isinstance(item, Event):
             print(item.type, flush=True)
-            if cancel and item.type == PROGRESS:
-                await asyncio.sleep(1)  # until it is in the middle of its only block
-                job = await manager.cancel(first)
-                assert job.status is Status.CANCELLING
-                os.kill(os.getpid(), signal.SIGKILL)
     for job in reversed((await manager.find())[0]):
         done = await manager.wait(job.id, 60)
         print("ended", done.status, done.error.code if done.error else "", flush=True)
@@ -56,4 +47,4 @@ async def main(data_dir: str, root: str, block_bytes: str, requests: str, *, can
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:5], cancel=sys.argv[5:] == ["cancel"]))
+    asyncio.run(main(*sys.argv[1:]))

@@ -29,7 +29,7 @@ def test_a_full_disk_fails_the_job_that_filled_it_and_the_next_job_has_its_room_
     too_large = quantize_request(make_long_model(root / "long.safetensors"), config={"skip": ["*"]})
     fits = quantize_request(make_model(root / "m.safetensors"))
     body = json.dumps([request.model_dump(mode="json", exclude_unset=True) for request in (too_large, fits)])
-    program = [sys.executable, "-m", "tests.jobs.child", str(data), str(root), str(1 << 18), body]
+    program = [sys.executable, "-m", "tests.jobs.child", str(data), str(root), body]
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, str(data), *program]
     lines = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "job.failed" in lines

@@ -185,6 +185,7 @@ async def test_a_slow_reader_is_cut_off_with_a_reason_and_can_resume_while_other
 
 async def test_silence_is_told_so_that_the_line_stays_open(bench: Bench) -> None:
     bench.live.to(Status.RUNNING)
+    await bench.journal.settled()
     async with aclosing(bench.follow(silence_s=0.02)) as items:
         assert isinstance(await anext(items), Event)
         assert await anext(items) == Silence()

@@ -192,8 +192,8 @@ async def test_a_job_that_takes_too_long_fails_by_that_name_and_leaves_nothing(
 
 async def test_the_time_in_the_queue_does_not_count(make_manager: MakeManager, root: Path) -> None:
     manager = await make_manager(max_running_jobs=1)
-    slow = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), timeout_s=1.5, **SLOW))
-    quick = await manager.submit(quantize_request(make_model(root / "m.safetensors"), timeout_s=1.0))
+    slow = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), timeout_s=4, **SLOW))
+    quick = await manager.submit(quantize_request(make_model(root / "m.safetensors"), timeout_s=3))
     await manager.wait(slow.id, 60)
     assert (await manager.wait(quick.id, 60)).status is Status.SUCCEEDED
 

@@ -30,18 +30,14 @@ from tests.jobs.models import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
-BLOCK = 1 << 18
 FORMAT = {"format": "compressed-tensors"}
 
 
 @contextmanager
-def child(
-    tmp_path: Path, root: Path, requests: list[QuantizeRequest], *more: str, block_bytes: int = BLOCK
-) -> Iterator[subprocess.Popen[str]]:
+def child(tmp_path: Path, root: Path, requests: list[QuantizeRequest]) -> Iterator[subprocess.Popen[str]]:
     """A manager in another process; killed at the latest when the block ends."""
     body = json.dumps([request.model_dump(mode="json", exclude_unset=True) for request in requests])
-    arguments = [str(tmp_path / "data"), str(root), str(block_bytes), body, *more]
-    command = [sys.executable, "-m", "tests.jobs.child", *arguments]
+    command = [sys.executable, "-m", "tests.jobs.child", str(tmp_path / "data"), str(root), body]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         yield process
@@ -106,24 +102,25 @@ async def test_a_job_killed_in_the_middle_goes_on_and_gives_the_bytes_of_an_undi
 async def test_a_job_killed_while_cancelling_ends_cancelled_and_leaves_nothing(
     make_manager: MakeManager, tmp_path: Path, root: Path
 ) -> None:
-    model = make_slow_model(root / "slow.safetensors")
     outputs = [FORMAT, FORMAT | {"name": "b", "uri": (root / "out").as_uri()}]
-    request = quantize_request(model, outputs=outputs, config={"method": "mse"})
-    # One block for the whole tensor: the process is dead before the job notices.
-    with child(tmp_path, root, [request], "cancel", block_bytes=1 << 30) as process:
+    model = make_long_model(root / "long.safetensors")
+    with child(tmp_path, root, [quantize_request(model, outputs=outputs, config={"method": "mse"})]) as process:
         job_id = first_line(process)
-        assert process.wait(timeout=120) < 0
+        until(process, TENSOR_COMPLETED)
+        process.kill()
+    assert files_below(tmp_path / "data" / "work") != []
+    # As if a DELETE had come a moment before.
     store = Store(tmp_path / "data")
-    found = store.get(job_id)
+    running = store.get(job_id)
+    assert running is not None
+    store.write([running.to(Status.CANCELLING)], [])
     store.close()
-    assert found is not None
-    assert found.status is Status.CANCELLING
     manager = await make_manager()
     done = await manager.wait(job_id, 10)
     assert done.status is Status.CANCELLED
     assert [event.type for event in await manager.events(job_id)][-1] == "job.cancelled"
     assert files_below(tmp_path / "data" / "work") + files_below(tmp_path / "data" / "artifacts") == []
-    assert files_below(root) == ["slow.safetensors"]
+    assert files_below(root) == ["long.safetensors"]
 
 
 async def test_a_job_killed_between_publishing_and_its_last_state_is_finished_and_not_done_again(
