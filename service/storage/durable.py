@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,9 @@ def _copy_file(source: Path, target: Path, stopped: Callable[[], bool]) -> bool:
 def remove(path: Path) -> None:
     """Remove a file or folder if it is there; what resists is logged, since a clean-up has to go on."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=_note)
-        return
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("could not remove %s: %s", path, error)
-
-
-def _note(function: Callable[..., object], path: str, info: tuple[object, BaseException, object]) -> None:
-    del function
-    if not isinstance(info[1], FileNotFoundError):
-        logger.warning("could not remove %s: %s", path, info[1])
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    if os.path.lexists(path):
+        logger.warning("could not remove all of %s", path)
