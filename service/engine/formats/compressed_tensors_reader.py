@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn, get_args
 
 import numpy as np
 
-from service.engine.decode import dequantize_codes
+from service.engine.decode import dequantize_codes, dequantize_packed
 from service.engine.formats.base import ModelReader
 from service.engine.formats.compressed_tensors_config import Packing, parts_of
 from service.engine.formats.layout import Placement
@@ -142,12 +142,10 @@ class CompressedTensorsReader(ModelReader):
         packed = self._part_rows(weight.codes, start, stop).reshape(count, -1)
         scale_bytes = self._all_or_rows(weight.scale, scheme, start, stop)
         scale = scale_bytes.view(SCALE_DTYPES[scheme.scale_dtype]).reshape(-1, scheme.groups(weight.cols))
+        zeros = self._zeros(weight, start, stop)
         if weight.packing == "pack-quantized":
-            codes = unpack_rows(packed, scheme.bits, weight.cols)
-        else:
-            codes = packed ^ np.uint8(0x80)
-            scheme = _byte_scheme(scheme)
-        return dequantize_codes(codes, scheme, scale, self._zeros(weight, start, stop))
+            return dequantize_packed(packed, scheme, weight.cols, scale, zeros)
+        return dequantize_codes(packed ^ np.uint8(0x80), _byte_scheme(scheme), scale, zeros)
 
     def _zeros(self, weight: StoredWeight, start: int, stop: int) -> CodeArray | None:
         scheme, info = weight.scheme, weight.zero

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, NoReturn, get_args
 
 import numpy as np
 
-from service.engine.decode import dequantize_codes
+from service.engine.decode import dequantize_codes, dequantize_packed
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import Placement
 from service.engine.formats.parquet_file import ParquetFile
 from service.engine.formats.parquet_schema import COPIED, PACKING
-from service.engine.packing import unpack_flat
+from service.engine.packing import WORD_BITS, unpack_flat
 from service.engine.schemes.base import SCALE_DTYPES, GroupSize, Scheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.tensors import DTYPE_BITS, FLOAT_DTYPES, Array, FloatArray, TensorInfo
@@ -112,15 +112,18 @@ class ParquetReader(ModelReader):
         data, scales, zeros = self._files[chunk.file].cells(chunk.at, chunk.sha256)
         if data.nbytes != -(-(chunk.stop - chunk.start) * bits // 8):
             _corrupt(tensor.info, f"`data` has {data.nbytes} bytes for {chunk.stop - chunk.start} codes of {bits} bits")
-        begin, end = first * cols - chunk.start, last * cols - chunk.start
-        aligned = begin // 8 * 8  # eight codes fill whole bytes
-        codes = unpack_flat(data[aligned * bits // 8 : -(-end * bits // 8)], bits, end - aligned)[begin - aligned :]
         scale = np.frombuffer(scales, SCALE_DTYPES[scheme.scale_dtype]).reshape(-1, groups)
         zero = None if scheme.symmetric else np.frombuffer(zeros, np.uint8).reshape(-1, groups)
         if scheme.granularity != "tensor":
             row = chunk.start // cols
             scale = scale[first - row : last - row]
             zero = None if zero is None else zero[first - row : last - row]
+        begin, end = first * cols - chunk.start, last * cols - chunk.start
+        if cols * bits % WORD_BITS == 0:  # then a row is packed as it is everywhere else
+            packed = np.frombuffer(data[begin * bits // 8 : end * bits // 8], np.uint8).reshape(last - first, -1)
+            return dequantize_packed(packed, scheme, cols, scale, zero)
+        aligned = begin // 8 * 8  # eight codes fill whole bytes
+        codes = unpack_flat(data[aligned * bits // 8 : -(-end * bits // 8)], bits, end - aligned)[begin - aligned :]
         return dequantize_codes(codes.reshape(last - first, cols), scheme, scale, zero)
 
     def _stamps(self) -> list[tuple[PurePosixPath, int, bytes]]:
