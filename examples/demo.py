@@ -97,18 +97,17 @@ def quantize(client: httpx.Client) -> dict[str, Any]:
     job = client.post("/v1/jobs", json=body).raise_for_status().json()
     columns = (TextColumn("   {task.description:<11}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with (
-        Progress(*columns, TextColumn("{task.fields[tensor]}"), console=console) as bar,
+        Progress(*columns, TextColumn("{task.fields[tensors]}"), console=console) as bar,
         connect_sse(client, "GET", f"/v1/jobs/{job['id']}/events") as stream,
     ):
-        task = bar.add_task("queued", total=1.0, tensor="")
+        task = bar.add_task("queued", total=1.0, tensors="")
         for event in stream.iter_sse():
-            data = json.loads(event.data or "{}")  # the very first one only says when to reconnect
             if event.event == "job.progress":
-                bar.update(task, completed=data["progress"]["fraction"], description=data["progress"]["stage"])
-            elif event.event == "tensor.completed":
-                bar.update(task, tensor=f"{data['output']}: {data['name']}")
+                progress = event.json()["progress"]
+                tensors = f"{progress['tensors_done']} of {progress['tensors_total']} tensors"
+                bar.update(task, completed=progress["fraction"], description=progress["stage"], tensors=tensors)
         job = client.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
-        bar.update(task, completed=1.0, description=job["status"], tensor="")
+        bar.update(task, completed=1.0, description=job["status"])
     if job["status"] != "succeeded":
         sys.exit(f"the job {job['status']}: {job.get('error', {}).get('detail')}")
     return job
