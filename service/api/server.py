@@ -7,9 +7,11 @@ import ipaddress
 import logging
 import signal
 import socket
+from contextlib import closing
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.api.app import create_app
 from service.api.state import ApiState
@@ -26,19 +28,32 @@ BACKLOG = 2048
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal comes. Raises InvalidConfig when the address may not or cannot be listened on."""
+    """Serve until a signal comes.
+
+    Raises InvalidConfig when the address may not or cannot be listened on, and what keeps the jobs
+    from starting, such as StorageFailure when another server holds the data folder.
+    """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _check_address(settings)
     listening = _listen(settings)
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
+        # Entered below, where its errors reach the caller instead of the log.
+        lifespan="off",
         log_config=None,
         access_log=settings.log_level.lower() == "debug",
         server_header=False,
         timeout_graceful_shutdown=CANCEL_S,
         ws="none",
     )
-    DrainingServer(config).run([listening])
+    with closing(listening), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(app, DrainingServer(config), listening))
+
+
+async def _serve(app: FastAPI, server: DrainingServer, listening: socket.socket) -> None:
+    async with app.router.lifespan_context(app):
+        await server.serve([listening])
 
 
 class DrainingServer(uvicorn.Server):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi.testclient import TestClient
 
+from service.api.app import create_app
+from service.settings import Settings
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
 from tests.server import body
@@ -71,3 +76,22 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
     assert seconds < 2.0
     assert [a.status_code for a in answers] == [200]
     assert answers[0].json()["status"] == "queued"
+
+
+def test_a_draining_server_takes_no_jobs_and_says_when_to_come_back(tmp_path: Path, model_root: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path / "data", model_roots=(model_root,)))
+    with TestClient(app) as client:
+        client.portal.call(app.state.api.drain)
+        for response in (client.post("/v1/jobs", json=body(model_root, "parquet")), client.get("/readyz")):
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) > 0
+        assert client.get("/healthz").status_code == 200
+
+
+def test_a_second_server_on_the_same_data_is_refused_in_one_sentence(start_server: StartServer) -> None:
+    server = start_server()
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--data-dir", str(server.data_dir)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert second.returncode != 0
+    assert "another server" in second.stderr
+    assert "Traceback" not in second.stderr
