@@ -43,6 +43,13 @@ class Backend(ABC):
         """Do now what the first call would have to do, such as compiling. Nothing by default."""
 
     @abstractmethod
+    def slice_bytes(self, method: Method) -> int:
+        """Source bytes that `quantize` gets through in some tens of milliseconds with this method.
+
+        Fixed for a method, never measured: results must not depend on how fast a machine is today.
+        """
+
+    @abstractmethod
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """Quantize x (rows, cols) of a float dtype, with its errors measured in the same pass.
 

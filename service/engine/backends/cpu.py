@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from service.engine.backends.base import Grid
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.histogram import BINS, Histogram
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
@@ -34,6 +35,8 @@ PIECES_PER_THREAD = 4
 SEARCH_ELEMENTS = 1 << 16
 #: Sums that a kernel keeps of a tile: x², y², xy, d², largest |d|.
 SUMS = 5
+#: Elements of a histogram that is added up on its own.
+OBSERVED_ELEMENTS = 1 << 22
 #: Elements of F64 input that are converted at once.
 CONVERTED_ELEMENTS = 1 << 20
 
@@ -100,9 +103,9 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, threads: int = 1) -> None:
         super().__init__(threads)
         # Imported here, not with the module: a listing of the backends need not pay for Numba.
-        from service.engine.backends.cpu_kernels import rows, search
+        from service.engine.backends.cpu_kernels import histogram, rows, search
 
-        self._rows, self._search = rows, search
+        self._rows, self._search, self._observe = rows, search, histogram
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="arrowquant-cpu") if threads > 1 else None
 
     def warm_up(self) -> None:
@@ -110,6 +113,11 @@ class CpuBackend(ReferenceBackend):
         x = np.linspace(-1.0, 1.0, 64, dtype=np.float32).reshape(2, 32)
         for method in (MinMax(), Mse()):
             self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
+        self.observe(x)
+
+    def slice_bytes(self, method: Method) -> int:
+        """See `Backend.slice_bytes`."""
+        return 64 << 20 if isinstance(method, MinMax) else 4 << 20
 
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """See `Backend.quantize`."""
@@ -169,6 +177,33 @@ class CpuBackend(ReferenceBackend):
 
         self._split(fill, x.size, TILE_ELEMENTS, 1, a, b)
         return _error_sums(x.size, sums)
+
+    def observe(self, x: Array) -> Histogram:
+        """See `Backend.observe`."""
+        if not x.size:
+            return super().observe(x)
+        source = Input(x)
+        # Pieces of one size, added up in order: the sums do not depend on the threads.
+        parts: list[Histogram | None] = [None] * -(-x.size // OBSERVED_ELEMENTS)
+
+        def fill(first: int, last: int) -> None:
+            for start in range(first, last, OBSERVED_ELEMENTS):
+                end = min(start + OBSERVED_ELEMENTS, last)
+                parts[start // OBSERVED_ELEMENTS] = self._histogram(source, start, end)
+
+        self._split(fill, x.size, OBSERVED_ELEMENTS, 1, source)
+        found = [part for part in parts if part is not None]
+        return sum(found[1:], found[0])
+
+    def _histogram(self, source: Input, first: int, last: int) -> Histogram:
+        counts, sums = np.zeros(BINS, np.int64), np.zeros(BINS)
+        extremes = np.array([np.inf, -np.inf], np.float32)
+        self._observe.observe_elements(
+            source.address(first, last), source.kind, first, last, counts, sums, extremes,
+            np.empty(self._rows.SPAN_BUFFER, np.float32),
+        )  # fmt: skip
+        finite = bool(np.isfinite(sums).all())
+        return Histogram(counts, sums if finite else np.zeros(BINS), float(extremes[0]), float(extremes[1]), finite)
 
     def _split(self, fill: Fill, total: int, step: int, weight: int, *inputs: Input) -> None:
         """Call `fill` on pieces of range(total), each a multiple of `step`; an item has `weight` elements."""

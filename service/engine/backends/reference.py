@@ -11,6 +11,7 @@ from service.engine.backends.base import Backend, Grid
 from service.engine.decode import dequantize, group_spans
 from service.engine.histogram import Histogram
 from service.engine.methods.base import Method
+from service.engine.methods.minmax import MinMax
 from service.engine.metrics import ErrorSums
 from service.engine.packing import pack_rows
 from service.engine.schemes.base import SCALE_DTYPES, Scheme
@@ -25,6 +26,10 @@ class ReferenceBackend(Backend):
 
     id: ClassVar[str] = "reference"
     description: ClassVar[str] = "NumPy on one core; slow, and the yardstick for the others"
+
+    def slice_bytes(self, method: Method) -> int:
+        """See `Backend.slice_bytes`."""
+        return 16 << 20 if isinstance(method, MinMax) else 512 << 10
 
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """See `Backend.quantize`."""

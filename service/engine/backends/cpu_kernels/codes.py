@@ -111,14 +111,14 @@ def _encode(
             running.store(loop(builder, count, LANES, running.load(), exact))
 
 
-def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec) -> tuple[Vec, Vec]:
-    """clamp(rint(x * (1/s)) + z) - z, as integers modulo 2**22 and as float32.
+def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec, center: Vec | None = None) -> tuple[Vec, Vec]:
+    """clamp(rint(x * (1/s)) + z) - z, as integers modulo 2**22, and less `center` as float32.
 
     The clamp's ends are moved by z instead of the number.
     """
     rounder = x.const(_ROUNDER)
     shifted = (x * inverse + rounder).max(lowest + rounder).min(highest + rounder)
-    return shifted.cast(I32), shifted - rounder
+    return shifted.cast(I32), shifted - (rounder if center is None else rounder + center)
 
 
 def nf4_index(t: Vec) -> Vec:

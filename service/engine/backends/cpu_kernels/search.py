@@ -5,6 +5,8 @@ One pass over the elements gives the error of a grid and the sums from which the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import njit
@@ -18,8 +20,10 @@ from service.engine.backends.cpu_kernels.vector import F32, I64, LANES, Memory, 
 from service.engine.schemes.codebook import NF4_TABLE
 
 #: Vectors that describe a descent: the grid, its error and sums, and the best grid so far.
-SCALE, ZERO, ERROR, LEVELS, SQUARES, PRODUCTS, BEST_SCALE, BEST_ZERO, BEST_ERROR, LOW, HIGH, TOTAL = range(12)
-LANE_STATE = 12 * LANES
+#: The sums are those of levels less CENTER, and of x less that many steps, so that little cancels in the fit.
+SCALE, ZERO, CENTER, ERROR, LEVELS, SQUARES, PRODUCTS = range(7)
+BEST_SCALE, BEST_ZERO, BEST_ERROR, LOW, HIGH, TOTAL = range(7, 13)
+LANE_STATE = 13 * LANES
 
 _P, _F = types.intp, types.float32
 
@@ -43,33 +47,40 @@ class Lanes:
 
 
 def _measure(
-    builder: ir.IRBuilder, x: Memory, count: ir.Value, scale: Vec, zero: Vec, form: Form, codebook: ir.Value
+    x: Memory,
+    count: ir.Value,
+    scale: Vec,
+    zero: Vec,
+    center: Vec,
+    form: Form,
+    codebook: ir.Value,
 ) -> State:
-    """Error, Σ level, Σ level², Σ x·level of each lane's group on its grid."""
+    """Error, Σ level, Σ level², Σ x·level of each lane's group on its grid, seen from its center."""
+    builder = x.builder
     inverse, minus_scale = scale.const(1.0) / scale, scale.const(0.0) - scale
-    lowest, highest = scale.const(0.0) - zero, form.top - zero
+    lowest, highest, origin = scale.const(0.0) - zero, form.top - zero, center * scale
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
 
-    def step(level_of, i: ir.Value, state: State) -> State:
-        value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
-        level = level_of(value)
-        d = level.fma(minus_scale, value)
-        return [d.fma(d, state[0]), state[1] + level, level.fma(level, state[2]), value.fma(level, state[3])]
+    def on_table(value: Vec) -> Vec:
+        return nf4_index(value * inverse).look_up(table)
 
-    start = [zeros(builder) for _ in range(4)]
-    with builder.if_else(codebook) as (on_table, on_grid):
-        with on_table:
-            a = loop(builder, count, 1, start, lambda i, s: step(lambda v: nf4_index(v * inverse).look_up(table), i, s))
-            a_block = builder.block
-        with on_grid:
-            b = loop(
-                builder,
-                count,
-                1,
-                start,
-                lambda i, s: step(lambda v: integer_steps(v, inverse, lowest, highest)[1], i, s),
-            )
-            b_block = builder.block
+    def on_grid(value: Vec) -> Vec:
+        return integer_steps(value, inverse, lowest, highest, center)[1]
+
+    def sums(level_of: Callable[[Vec], Vec]) -> tuple[State, ir.Block]:
+        def step(i: ir.Value, state: State) -> State:
+            value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
+            level, near = level_of(value), value - origin
+            d = level.fma(minus_scale, near)
+            return [d.fma(d, state[0]), state[1] + level, level.fma(level, state[2]), near.fma(level, state[3])]
+
+        return loop(builder, count, 1, [zeros(builder) for _ in range(4)], step), builder.block
+
+    with builder.if_else(codebook) as (then, otherwise):
+        with then:
+            a, a_block = sums(on_table)
+        with otherwise:
+            b, b_block = sums(on_grid)
     merged = []
     for one, other in zip(a, b, strict=True):
         phi = builder.phi(one.type)
@@ -92,17 +103,15 @@ def find_ranges(builder, source, count, lanes):
     state[BEST_ERROR] = zeros(builder).const(float("inf"))
 
 
-@emitted(types.none, _P, _P, _P, _F, _F, types.boolean, *FORM)
+@emitted(types.none, _P, _P, _P, _F, _F, _F, types.boolean, *FORM)
 def start_descent(
-    builder, source, count, lanes, low_clip, high_clip, codebook, divisor, top, implied, symmetric, scale_kind
+    builder, source, count, lanes, low_clip, high_clip, size, codebook, divisor, top, implied, symmetric, scale_kind
 ):
     """The grid of the clipped range, measured."""
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
     low, high = (Vec(builder, clip).splat() for clip in (low_clip, high_clip))
     scale, zero = form.grid(state[LOW] * low, state[HIGH] * high)
-    state[SCALE], state[ZERO] = scale, zero
-    sums = _measure(builder, Memory(builder, source, F32), count, scale, zero, form, codebook)
-    for name, value in zip((ERROR, LEVELS, SQUARES, PRODUCTS), sums, strict=True):
+    for name, value in _visit(state, Memory(builder, source, F32), count, size, scale, zero, form, codebook).items():
         state[name] = value
 
 
@@ -111,23 +120,34 @@ def descend(builder, source, count, lanes, size, codebook, divisor, top, implied
     """Refit every lane's grid to its codes and keep it where the error falls; whether any did."""
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
     scale, zero = _refit(state, form, Vec(builder, size).splat())
-    sums = _measure(builder, Memory(builder, source, F32), count, scale, zero, form, codebook)
-    better = sums[0] < state[ERROR]
-    names = (SCALE, ZERO, ERROR, LEVELS, SQUARES, PRODUCTS)
-    state.replace(better, dict(zip(names, [scale, zero, *sums], strict=True)))
+    found = _visit(state, Memory(builder, source, F32), count, size, scale, zero, form, codebook)
+    better = found[ERROR] < state[ERROR]
+    state.replace(better, found)
     return better.any()
+
+
+def _visit(
+    state: Lanes, x: Memory, count: ir.Value, size: ir.Value, scale: Vec, zero: Vec, form: Form, codebook: ir.Value
+) -> dict[int, Vec]:
+    """A grid with its error and sums."""
+    mean_level = (state[TOTAL] / Vec(x.builder, size).splat() / scale).rint()
+    center = form.either(scale.const(0.0), mean_level.max(scale.const(0.0) - zero).min(form.top - zero))
+    sums = _measure(x, count, scale, zero, center, form, codebook)
+    return dict(zip((SCALE, ZERO, CENTER, ERROR, LEVELS, SQUARES, PRODUCTS), [scale, zero, center, *sums], strict=True))
 
 
 def _refit(state: Lanes, form: Form, size: Vec) -> tuple[Vec, Vec]:
     """`Scheme.refit`, from the sums of the codes held."""
-    mean_level, mean_x = state[LEVELS] / size, state[TOTAL] / size
-    numerator = form.either(state[PRODUCTS], state[PRODUCTS] - mean_level * state[TOTAL])
+    mean_level = state[LEVELS] / size
+    total = state[TOTAL] - size * state[CENTER] * state[SCALE]
+    numerator = form.either(state[PRODUCTS], state[PRODUCTS] - mean_level * total)
     denominator = form.either(state[SQUARES], state[SQUARES] - mean_level * state[LEVELS])
     none = size.const(0.0)
     usable = (denominator > none) & (numerator > none)
     slope = usable.select(numerator, state[SCALE]) / usable.select(denominator, size.const(1.0))
     scale = form.store_scale(slope)
-    return scale, form.zero_point((mean_level + state[ZERO]) * scale - mean_x, scale)
+    offset = (mean_level + state[CENTER] + state[ZERO]) * scale - state[TOTAL] / size
+    return scale, form.zero_point(offset, scale)
 
 
 @emitted(types.none, _P)
@@ -162,10 +182,10 @@ def load_lane(x: int, kind: int, first: int, count: int, target: int, scratch: i
 def _search(source, count, lanes, clips, iterations, codebook, form):
     """The best grids of the LANES groups at `source`, into BEST_SCALE and BEST_ZERO."""
     find_ranges(source, count, lanes)
-    start_descent(source, count, lanes, np.float32(1.0), np.float32(1.0), codebook, *form)
+    start_descent(source, count, lanes, np.float32(1.0), np.float32(1.0), np.float32(count), codebook, *form)
     keep_best(lanes)
     for i in range(clips.shape[0]):
-        start_descent(source, count, lanes, clips[i, 0], clips[i, 1], codebook, *form)
+        start_descent(source, count, lanes, clips[i, 0], clips[i, 1], np.float32(count), codebook, *form)
         for _ in range(iterations):
             if not descend(source, count, lanes, np.float32(count), codebook, *form):
                 break
