@@ -20,7 +20,7 @@ from service.engine.publish import stop_when
 from service.engine.report import TensorReport
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
-from service.engine.tensors import Array, TensorInfo
+from service.engine.tensors import Array, QuantizedRows, TensorInfo
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
 #: Widths that `on_failure: fallback` climbs.
@@ -125,7 +125,13 @@ class TensorRun:
             for output in attempt.outputs:
                 self._writers[output].write_raw(raw)
             return
-        rows = self._tools.backend.quantize(x, scheme, method, attempt.grid)
+        # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
+        for start, stop in _row_spans(x.shape[0], x.nbytes, self._tools.backend.slice_bytes(method)):
+            stop_when(self._tools.cancelled)
+            rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid)
+            self._take(attempt, rows)
+
+    def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
@@ -230,9 +236,13 @@ class TensorRun:
 
 def row_blocks(info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of row blocks of about `block_bytes` of source, at least ROW_MULTIPLE rows each."""
-    row_bytes = max(1, info.nbytes // max(1, info.rows))
-    rows = max(1, block_bytes // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
-    return ((start, min(start + rows, info.rows)) for start in range(0, info.rows, rows))
+    return _row_spans(info.rows, info.nbytes, block_bytes)
+
+
+def _row_spans(rows: int, nbytes: int, span_bytes: int) -> Iterator[tuple[int, int]]:
+    row_bytes = max(1, nbytes // max(1, rows))
+    step = max(1, span_bytes // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
