@@ -43,7 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Iterat
     """A server that many tests share: nobody stops it or fills its queue."""
     running = Server(tmp_path_factory.mktemp("shared") / "data", [model_root, *_packaged_models()]).start()
     yield running
-    _end(running)
+    running.stop()
+    _check_log(running)
 
 
 @pytest.fixture
@@ -61,14 +62,15 @@ def start_server(tmp_path: Path, model_root: Path) -> Iterator[StartServer]:
 
     yield start
     for running in started:
-        _end(running)
+        if running.is_running:
+            running.stop()
+    for ended in started:
+        _check_log(ended)
 
 
-def _end(running: Server) -> None:
-    """Stop a server if it runs still; no test leaves a crash in a log, whatever it asserts itself."""
-    if running.is_running:
-        running.stop()
-    assert "Traceback" not in running.log, running.log_end
+def _check_log(ended: Server) -> None:
+    """No test leaves a crash in a log, whatever it asserts itself."""
+    assert "Traceback" not in ended.log, ended.log_end
 
 
 def _packaged_models() -> list[Path]:

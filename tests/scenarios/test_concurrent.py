@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_no_more_jobs_run_than_there_are_lanes_and_the_most_urgent_goes_first(
     begun = sorted(jobs, key=lambda priority: jobs[priority]["started_at"])
     assert begun == [10, 3, 0, -5]
     spans = sorted((job["started_at"], job["finished_at"]) for job in [*jobs.values(), server.finish(first)])
-    assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False)), "one lane, one job at a time"
+    assert all(one[1] <= other[0] for one, other in pairwise(spans)), "one lane, one job at a time"
 
 
 def test_two_jobs_cannot_write_to_the_same_address(start_server: StartServer, new_model: NewModel, place: Path) -> None:
