@@ -8,7 +8,9 @@ import json
 import mimetypes
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,10 +47,12 @@ def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEnt
     """Sync and hash every file, and write the manifest: `about` and the list of files."""
     manifest = folder / MANIFEST
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != manifest)
-    entries = [_entry(folder, path, advance) for path in paths]
+    with _syncing(paths):
+        entries = [_entry(folder, path, advance) for path in paths]
     listed = [asdict(e) | {"path": str(e.path)} for e in entries]
     manifest.write_text(json.dumps(about | {"files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     entries.append(_entry(folder, manifest, advance))
+    sync(manifest)
     for directory in {folder, *(p.parent for p in paths)}:
         sync(directory)
     return tuple(entries)
@@ -82,13 +86,25 @@ def _publish_across(finished: Path, target: Path) -> None:
     shutil.rmtree(finished)
 
 
+@contextmanager
+def _syncing(paths: Iterable[Path]) -> Iterator[None]:
+    """Make files durable while the block hashes them: one waits for the disk, the other for the processor."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+    try:
+        waiting = [pool.submit(sync, path) for path in paths]
+        yield
+        for done in waiting:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _entry(folder: Path, path: Path, advance: Advance) -> FileEntry:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in _chunks(file.read):
             digest.update(chunk)
             advance(len(chunk))
-        os.fsync(file.fileno())
     relative = PurePosixPath(path.relative_to(folder).as_posix())
     media_type = MEDIA_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return FileEntry(relative, path.stat().st_size, digest.hexdigest(), media_type)
