@@ -18,18 +18,16 @@ from service.engine.metrics import ErrorSums, Quality
 from service.engine.packing import pack_flat, pack_rows, unpack_flat, unpack_rows
 from service.engine.progress import Cancelled
 from service.engine.publish import stop_when
-from service.engine.schemes.base import SCALE_DTYPES, Scheme
-from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.schemes.base import Scheme
+from service.engine.stored_tensors import StoredTensor, stored_tensors
 from service.engine.table_io import (
-    binaries,
     check_columns,
     float_lists,
     matrix_shape,
-    optional_integers,
     shapes,
     text_column,
 )
-from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, QuantizedRows
+from service.engine.tensors import FLOAT_DTYPES, Array, QuantizedRows
 from service.errors import InvalidTable, NonFiniteWeights
 
 _FIGURES: list[tuple[str, Any]] = [
@@ -96,7 +94,7 @@ def dequantize_table(table: pa.Table, tools: Tools, max_bytes: int) -> pa.Table:
     """
     required = [name for name, _ in _PARTS]
     check_columns(table, required, [name for name in QUANTIZED.names if name not in required])
-    stored = list(_stored_tensors(table))
+    stored = list(stored_tensors(table))
     size = sum(4 * t.count for t in stored)
     if size > max_bytes:
         raise InvalidTable(f"the weights would take {size} bytes, more than {max_bytes}: split the table")
@@ -196,79 +194,7 @@ def _blocks(x: npt.NDArray[S], tools: Tools) -> Iterator[npt.NDArray[S]]:
         yield x[start : start + step]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A row of a quantized table, its lengths checked."""
-
-    name: str
-    shape: tuple[int, ...]
-    scheme: Scheme
-    data: memoryview
-    scales: Array  # (rows, groups), or (1, 1)
-    zero_points: CodeArray | None
-
-    @property
-    def count(self) -> int:
-        """Number of weights."""
-        rows, cols = matrix_shape(self.shape)
-        return rows * cols
-
-
-def _stored_tensors(table: pa.Table) -> Iterator[_Stored]:
-    texts = [text_column(table, name) for name in ("layer_name", "quant_type", "granularity", "scale_dtype")]
-    parts = [binaries(table, name) for name in ("data", "scales", "zero_points")]
-    sizes = (shapes(table), optional_integers(table, "group_size"), optional_integers(table, "bit_width"))
-    for row, (text, part, size) in enumerate(
-        zip(zip(*texts, strict=True), zip(*parts, strict=True), zip(*sizes, strict=True), strict=True)
-    ):
-        name, quant_type, granularity, scale_dtype = text
-        shape, group_size, bit_width = size
-        where = f"row {row} ({name})"
-        if shape is None:
-            raise InvalidTable(f"{where}: 'shape' is null")
-        scheme = _scheme(where, quant_type, granularity, scale_dtype, group_size, part[2] is None)
-        if bit_width not in (None, scheme.bits):
-            raise InvalidTable(f"{where}: 'bit_width' is {bit_width}, but {quant_type} has {scheme.bits}")
-        yield _stored(where, name, shape, scheme, part)
-
-
-def _scheme(
-    where: str, quant_type: str, granularity: str, scale_dtype: str, group_size: int | None, symmetric: bool
-) -> Scheme:
-    if quant_type not in schemes():
-        raise InvalidTable(f"{where}: 'quant_type' is {quant_type!r}; there are {', '.join(schemes())}")
-    if granularity == "group" and group_size is None:
-        raise InvalidTable(f"{where}: 'group_size' is null, and the granularity is group")
-    parameters = {"granularity": granularity, "group_size": group_size, "scale_dtype": scale_dtype}
-    try:
-        return build_scheme(quant_type, symmetric=symmetric, **parameters)
-    except ValueError as error:
-        raise InvalidTable(f"{where}: {parameters} do not make a scheme of {quant_type}") from error
-
-
-def _stored(
-    where: str, name: str, shape: tuple[int, ...], scheme: Scheme, parts: tuple[memoryview | None, ...]
-) -> _Stored:
-    rows, cols = matrix_shape(shape)
-    data, scales, zeros = parts
-    grid = (1, 1) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
-    grids = grid[0] * grid[1] if rows * cols else 0
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    expected = {"data": -(-rows * cols * scheme.bits // 8), "scales": grids * dtype.itemsize, "zero_points": grids}
-    for column, part in (("data", data), ("scales", scales), ("zero_points", zeros)):
-        if part is None and column != "zero_points":
-            raise InvalidTable(f"{where}: {column!r} is null")
-        if part is not None and len(part) != expected[column]:
-            raise InvalidTable(f"{where}: {column!r} has {len(part)} bytes; {list(shape)} takes {expected[column]}")
-    assert data is not None
-    assert scales is not None
-    if not grids:
-        return _Stored(name, shape, scheme, data, np.empty((0, 0), dtype), None)
-    zero_points = None if zeros is None else np.frombuffer(zeros, np.uint8).reshape(grid)
-    return _Stored(name, shape, scheme, data, np.frombuffer(scales, dtype).reshape(grid), zero_points)
-
-
-def _dequantize(stored: _Stored, tools: Tools) -> Array:
+def _dequantize(stored: StoredTensor, tools: Tools) -> Array:
     rows, cols = matrix_shape(stored.shape)
     out = np.empty(rows * cols, np.float32)
     if not out.size:

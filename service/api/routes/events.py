@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -73,6 +74,8 @@ async def _stream(manager: JobManager, job_id: str, after: int) -> AsyncGenerato
     async with aclosing(manager.follow(job_id, after=after)) as items:
         async for item in items:
             yield format_sse_event(comment="silence") if isinstance(item, Silence) else _frame(item)
+            # Neither a full buffer nor a fast client is waited for, so a reader that catches up gives way here.
+            await asyncio.sleep(0)
 
 
 def _frame(event: Event) -> bytes:

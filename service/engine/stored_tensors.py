@@ -1,0 +1,88 @@
+"""Quantized tensors as rows of a table: looked at before anything is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.table_io import binaries, matrix_shape, optional_integers, shapes, text_column
+from service.engine.tensors import Array, CodeArray
+from service.errors import InvalidTable
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A row of a quantized table, its lengths checked."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme
+    data: memoryview
+    scales: Array  # (rows, groups), or (1, 1) where one scale serves the tensor
+    zero_points: CodeArray | None  # shaped like scales; None where the scheme is symmetric
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        rows, cols = matrix_shape(self.shape)
+        return rows * cols
+
+
+def stored_tensors(table: pa.Table) -> Iterator[StoredTensor]:
+    """Every row of a quantized table; raises InvalidTable naming the row that contradicts itself."""
+    texts = [text_column(table, name) for name in ("layer_name", "quant_type", "granularity", "scale_dtype")]
+    parts = [binaries(table, name) for name in ("data", "scales", "zero_points")]
+    sizes = (shapes(table), optional_integers(table, "group_size"), optional_integers(table, "bit_width"))
+    for row, (text, part, size) in enumerate(
+        zip(zip(*texts, strict=True), zip(*parts, strict=True), zip(*sizes, strict=True), strict=True)
+    ):
+        name, quant_type, granularity, scale_dtype = text
+        shape, group_size, bit_width = size
+        where = f"row {row} ({name})"
+        if shape is None:
+            raise InvalidTable(f"{where}: 'shape' is null")
+        scheme = _scheme(where, quant_type, granularity, scale_dtype, group_size, part[2] is None)
+        if bit_width not in (None, scheme.bits):
+            raise InvalidTable(f"{where}: 'bit_width' is {bit_width}, but {quant_type} has {scheme.bits}")
+        yield _stored(where, name, shape, scheme, part)
+
+
+def _scheme(
+    where: str, quant_type: str, granularity: str, scale_dtype: str, group_size: int | None, symmetric: bool
+) -> Scheme:
+    if quant_type not in schemes():
+        raise InvalidTable(f"{where}: 'quant_type' is {quant_type!r}; there are {', '.join(schemes())}")
+    if granularity == "group" and group_size is None:
+        raise InvalidTable(f"{where}: 'group_size' is null, and the granularity is group")
+    parameters = {"granularity": granularity, "group_size": group_size, "scale_dtype": scale_dtype}
+    try:
+        return build_scheme(quant_type, symmetric=symmetric, **parameters)
+    except ValueError as error:
+        raise InvalidTable(f"{where}: {parameters} do not make a scheme of {quant_type}") from error
+
+
+def _stored(
+    where: str, name: str, shape: tuple[int, ...], scheme: Scheme, parts: tuple[memoryview | None, ...]
+) -> StoredTensor:
+    rows, cols = matrix_shape(shape)
+    data, scales, zeros = parts
+    grid = (1, 1) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
+    grids = grid[0] * grid[1] if rows * cols else 0
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    expected = {"data": -(-rows * cols * scheme.bits // 8), "scales": grids * dtype.itemsize, "zero_points": grids}
+    for column, part in (("data", data), ("scales", scales), ("zero_points", zeros)):
+        if part is None and column != "zero_points":
+            raise InvalidTable(f"{where}: {column!r} is null")
+        if part is not None and len(part) != expected[column]:
+            raise InvalidTable(f"{where}: {column!r} has {len(part)} bytes; {list(shape)} takes {expected[column]}")
+    assert data is not None
+    assert scales is not None
+    if not grids:
+        return StoredTensor(name, shape, scheme, data, np.empty((0, 0), dtype), None)
+    zero_points = None if zeros is None else np.frombuffer(zeros, np.uint8).reshape(grid)
+    return StoredTensor(name, shape, scheme, data, np.frombuffer(scales, dtype).reshape(grid), zero_points)
