@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import GB, Samples, note, seconds, table, write_result
+from bench.common import GB, Samples, measure, note, seconds, table, write_result
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, tidy
 from bench.models import Model, Shapes, equal, layered, scratch, warm, write_model
 from service.engine.backends.base import Backend
@@ -37,9 +38,11 @@ GB/s is bytes of source by the median time, and *spread* the distance between th
 The engine's files are synced, hashed and complete when the clock stops; `cp` only leaves its copy in the page cache,
 so `cp` with a sync of the copy stands beside it.
 
-Where the time goes, in seconds of the median run: *read* is the source into memory; *compute* scales, codes, packing
-and errors; *write* everything else done tensor by tensor: laying out codes for the format, writing, the journal;
-*finish* completing, syncing and hashing the files.
+Where the time goes, in seconds of the median run: *read* is the source into memory, by one core; *compute* scales,
+codes, packing and errors, by all cores; *write* everything else done tensor by tensor: laying out codes for the format,
+writing, the journal, and for Parquet a hash of each row; *finish* completing the files (Parquet is assembled from what
+was spooled), hashing them while they are synced, each by one core. SHA-256 runs at {{hash_rate:.2f}} GB/s here, by which
+no output can be finished faster.
 """
 ABOUT_SMALL = """
 What a tensor costs beside its bytes: names, checks, kernel calls, reports and a line of the journal for each. F32, both
@@ -91,7 +94,15 @@ def main(model_bytes: int = MODEL_BYTES, repeats: int = REPEATS, small_share: fl
     backend = make_backend(Job(Path(), Path(), ()).threads)
     large = "\n\n".join(_large(dtype, model_bytes, repeats, backend) for dtype in DTYPES)
     small = _small(repeats, small_share, backend)
-    write_result("pipeline", "File to file", ABOUT, large, "## Many small tensors", ABOUT_SMALL, small)
+    write_result(
+        "pipeline",
+        "File to file",
+        ABOUT.format(hash_rate=_hash_rate()),
+        large,
+        "## Many small tensors",
+        ABOUT_SMALL,
+        small,
+    )
 
 
 def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend) -> str:
@@ -102,14 +113,17 @@ def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend) -> str:
         copy = _copied(model, repeats)
         synced = _copied(model, repeats, sync=True)
         rows = [_cells("`cp`", model, copy, copy), _cells("`cp`, and sync", model, synced, copy)]
+        limits = []
         for method in METHODS:
             for formats in OUTPUTS:
                 note(f"{dtype}, {method}, {', '.join(formats)}")
                 taken = _quantized(Job(model.path, folder / "work", formats, method=method), repeats, backend)
                 what = f"int4 {method}, {' and '.join(formats)}"
                 rows.append(_cells(what, model, Samples(tuple(p.total for p in taken)), copy, _middle(taken)))
+            limits.append(f"{method} into both: {_shares(_middle(taken))}")
         head = ("", "time", "spread", "GB/s", "of cp", "read", "compute", "write", "finish")
-        return f"## {model.nbytes / GB:.2f} GB in {dtype}, {model.tensors} tensors\n\n{table(head, rows)}"
+        title = f"## {model.nbytes / GB:.2f} GB in {dtype}, {model.tensors} tensors"
+        return "\n\n".join([title, table(head, rows), f"What limits it: {'; '.join(limits)}."])
 
 
 def _small(repeats: int, share: float, backend: Backend) -> str:
@@ -204,6 +218,19 @@ def _cells(what: str, model: Model, times: Samples, copy: Samples, parts: Parts 
         f"{copy.median / times.median:.2f}",
         *(_part_cells(parts) if parts else [""] * 4),
     ]
+
+
+def _shares(parts: Parts) -> str:
+    """Where the time went, the largest share first."""
+    named = {"reading": parts.read, "computing": parts.compute, "writing": parts.write, "finishing": parts.finish}
+    ordered = sorted(named.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {took / parts.total:.0%}" for name, took in ordered)
+
+
+def _hash_rate() -> float:
+    """GB/s of SHA-256 on one core."""
+    data = bytes(1 << 26)
+    return len(data) / GB / measure(lambda: hashlib.sha256(data).digest(), repeats=3).median
 
 
 def _part_cells(parts: Parts) -> list[str]:

@@ -14,7 +14,7 @@ from bench.models import Model, equal, layered, scratch, with_giant, write_model
 from bench.resident import anonymous_bytes
 from bench.server import Client, Server, started
 
-SUBMITS = 100
+SUBMITS = 200
 CANCELS = 20
 LARGE_BYTES = 1_000_000_000
 #: Narrow, so that the large model has over a thousand tensors to tell of.
@@ -114,7 +114,7 @@ async def _while_busy(client: Client, source: Path, work: Any) -> Any:
 
 async def _keep_busy(client: Client, source: Path, begun: asyncio.Event) -> None:
     while True:
-        job_id = await client.submit(source)
+        job_id = await client.submit(source, method="mse")  # which computes longest
         try:
             await client.under_way(job_id)
             begun.set()
