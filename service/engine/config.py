@@ -56,7 +56,10 @@ class TensorConfig(BaseModel):
     number_format: NumberFormat | None = Field(default=None, description="`int` or `nf` (4 bits only).")
     granularity: Granularity | None = Field(default=None, description="What shares one scale.")
     group_size: GroupSize | None = Field(default=None, description="Elements of a row that share one scale.")
-    symmetric: bool | None = Field(default=None, description="Whether to do without zero points.")
+    symmetric: bool | None = Field(
+        default=None,
+        description="Whether to do without zero points. By default what loaders of the output format read best.",
+    )
     scale_dtype: ScaleDtypeChoice | None = Field(default=None, description="`auto` follows the tensor's dtype.")
     method: str | None = Field(default=None, description="How scales are found, one of `minmax`, `mse`.")
 
@@ -161,7 +164,6 @@ PROFILES: dict[Profile, QuantizationConfig] = {
 }
 COMMON_DEFAULTS = QuantizationConfig(
     granularity="group",
-    symmetric=False,
     scale_dtype="auto",
     method="mse",
     skip=list(DEFAULT_SKIP),

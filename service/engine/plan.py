@@ -158,13 +158,21 @@ def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
         first = error.errors()[0]
         where = "/".join(str(part) for part in first["loc"])
         raise InvalidConfig(f"option {where}: {first['msg']}", pointer=f"{pointer}/options/{where}") from error
-    bases = [TensorConfig(**spec.config.tensor_fields())]
-    bases += [bases[0].overridden_by(override) for override in spec.config.layers or ()]
+    resolved = _with_symmetry(spec.config, format_)
+    bases = [TensorConfig(**resolved.tensor_fields())]
+    bases += [bases[0].overridden_by(override) for override in resolved.layers or ()]
     for config in bases:
         scheme = build(config, "F32")
         if reason := format_.refuses_scheme(scheme, options):
             raise UnsupportedByFormat(f"{spec.format} cannot hold {scheme.id}: {reason}", pointer=f"{pointer}/format")
-    return OutputPlan(spec.name, format_, options, spec.config)
+    return OutputPlan(spec.name, format_, options, resolved)
+
+
+def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
+    """Nothing said about zero points means what the format's loaders read best; nf4 has none to say it of."""
+    if config.symmetric is not None or config.scheme == "nf4" or config.number_format == "nf":
+        return config
+    return config.model_copy(update={"symmetric": format_.prefers_symmetric})
 
 
 def _not_quantizable(info: TensorInfo) -> str | None:

@@ -69,6 +69,16 @@ def test_parquet_allows_a_short_group_at_the_end_of_a_row() -> None:
     assert scheme.groups(130) == 2
 
 
+def test_zero_points_are_left_out_where_the_formats_loaders_like_that_best() -> None:
+    info = _info("a.weight", 64, 128)
+    for asked, expected in ((None, [True, False]), (True, [True, True]), (False, [False, False])):
+        outputs = check_outputs(
+            specs("compressed-tensors", "parquet", **({} if asked is None else {"symmetric": asked}))
+        )
+        schemes = [decide(info, output).scheme for output in outputs]
+        assert [s.symmetric for s in schemes if s] == expected
+
+
 def test_a_format_copies_what_it_cannot_hold_and_says_so() -> None:
     [output] = check_outputs(specs("compressed-tensors"))
     decision = decide(_info("conv.weight", 32, 16, 3, 3), output)

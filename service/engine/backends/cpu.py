@@ -119,10 +119,6 @@ class CpuBackend(ReferenceBackend):
         """See `Backend.slice_bytes`."""
         return 64 << 20 if isinstance(method, MinMax) else 4 << 20
 
-    def slice_bytes(self, method: Method) -> int:
-        """See `Backend.slice_bytes`."""
-        return 64 << 20 if isinstance(method, MinMax) else 4 << 20
-
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)

@@ -157,6 +157,8 @@ class Format(ABC):
     options: ClassVar[type[FormatOptions]] = FormatOptions
     #: Whether a row may end in a group shorter than the others.
     short_groups: ClassVar[bool] = False
+    #: Whether weights go without zero points unless a request says otherwise.
+    prefers_symmetric: ClassVar[bool] = False
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

@@ -41,6 +41,8 @@ class CompressedTensorsFormat(Format):
     description: ClassVar[str] = "compressed-tensors in safetensors, for vLLM, SGLang and transformers"
     can_read: ClassVar[bool] = True
     can_write: ClassVar[bool] = True
+    #: transformers opens mixed groups only without zero points, and vLLM's kernels know these best.
+    prefers_symmetric: ClassVar[bool] = True
     options: ClassVar[type[FormatOptions]] = CompressedTensorsOptions
 
     @classmethod
