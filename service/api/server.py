@@ -21,7 +21,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 #: How long answers that are under way may take once the jobs have stopped; then their connections are cut.
-GRACE_S = 0.5
+GRACE_S = 0.3
 #: What goes on without its connection is cancelled then; uvicorn takes whole seconds.
 CANCEL_S = 1
 BACKLOG = 2048
