@@ -51,6 +51,34 @@ def test_the_curl_session_works_when_pasted(server: Server, minilm: Path, tmp_pa
     assert (tmp_path / "demo-output" / "report.parquet").read_bytes()[:4] == b"PAR1"
 
 
+def test_the_demo_shows_the_figures_of_the_readme(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "demo.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = done.stdout
+    assert "27 files" in shown
+    assert (tmp_path / "demo-output" / "parquet" / "manifest.json").exists()
+    labels = {
+        "the quantized weights alone": "times smaller, quantized weights",
+        "bits per weight, scales and zero points counted": "bits per weight",
+    }
+    for ours, theirs in labels.items():
+        assert figures(README, ours) == pytest.approx(figures(shown, theirs), abs=0.02)
+    cosine, sqnr, *_ = figures(README, "cosine similarity with the original, SQNR")
+    assert cosine == pytest.approx(figures(shown, "cosine similarity")[0], abs=1e-4)
+    assert sqnr == pytest.approx(figures(shown, "SQNR")[0], abs=0.2)
+    before, after, *_ = figures(README, "all files, before and after")
+    assert [before, after] == pytest.approx([figures(shown, "original")[0], figures(shown, "quantized, all files")[0]])
+
+
+def figures(text: str, label: str) -> list[float]:
+    """The numbers in the row of a table that begins with a label."""
+    row = re.search(rf"^[|│] {re.escape(label)} +[|│](.*)$", text, re.MULTILINE)
+    assert row is not None, f"no row {label!r} in:\n{text}"
+    return [float(number) for number in re.findall(r"\d+\.\d+", row[1])]
+
+
 def test_every_command_of_the_readme_exists() -> None:
     named = set(re.findall(r"^arrowquant (\w+)", blocks("On the command line", "bash"), re.MULTILINE))
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
