@@ -42,7 +42,7 @@ class Job:
 
     def outputs(self) -> list[OutputSpec]:
         """One for each format, configured alike. Nothing is taken twice: a fallback would be measured with it."""
-        wanted = {"bit_width": self.bits, "method": self.method, "min_accuracy": 0.0} | self.config
+        wanted = {"bit_width": self.bits, "method": self.method, "symmetric": False, "min_accuracy": 0.0} | self.config
         resolved = resolve(Profile.LOCAL, [QuantizationConfig(**wanted)])
         return [OutputSpec(name, name, resolved) for name in self.formats]
 

@@ -121,7 +121,7 @@ def body(source: Path, **config: Any) -> dict[str, Any]:
     return {
         "kind": "quantize",
         "source": {"type": "uri", "uri": source.as_uri()},
-        "config": {"bit_width": 4, "method": "minmax", "min_accuracy": 0.0} | config,
+        "config": {"bit_width": 4, "method": "minmax", "symmetric": False, "min_accuracy": 0.0} | config,
         "outputs": [{"format": "compressed-tensors"}, {"format": "parquet"}],
     }
 
