@@ -63,9 +63,8 @@ def test_a_granularity_that_needs_a_second_pass_reads_twice_and_not_more(
 
 def test_outputs_have_the_size_that_their_bits_make(server: Server, sizeable: Path) -> None:
     for bits in (2, 4, 8):
-        job = server.run(
-            body(sizeable, "compressed-tensors", "parquet", bit_width=bits, group_size=128, min_accuracy=0)
-        )
+        config = {"bit_width": bits, "group_size": 128, "symmetric": False, "min_accuracy": 0}
+        job = server.run(body(sizeable, "compressed-tensors", "parquet", **config))
         for output in server.report(job["id"])["outputs"]:
             # Codes; for each group a scale of 16 bits, and a zero point: packed like codes, or a byte.
             zero_bits = 8 if output["format"] == "parquet" else bits

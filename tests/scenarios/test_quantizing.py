@@ -196,7 +196,7 @@ def test_layers_and_skip_choose_for_single_tensors(
         {"match": "*.v.weight", "bit_width": 2},  # comes too late: the first match wins
         {"match": "mlp.down.*", "granularity": "channel"},
     ]
-    config = {"bit_width": 3, "layers": layers, "skip": ["router.*"]}
+    config = {"bit_width": 3, "symmetric": False, "layers": layers, "skip": ["router.*"]}
     job = server.run(body(new_model(tensors), *FORMATS, **config, **ANYTHING))
     found, reports = outputs_of(server, job, tmp_path)
     for output, report in reports.items():
@@ -273,6 +273,17 @@ def test_a_profile_gives_what_the_request_leaves_open(
     assert {(t["bits"], t["group_size"]) for t in tensors} == {(bits, group_size)}
     asked = server.run(body(model, "parquet", profile=profile, on_failure="warn", group_size=32))
     assert (asked["config"]["bit_width"], asked["config"]["group_size"]) == (bits, 32)
+
+
+def test_zero_points_are_left_out_where_loaders_do_better_without_unless_asked_for(
+    server: Server, new_model: NewModel
+) -> None:
+    model = new_model(layers=1)
+    kinds = []
+    for config in ({}, {"symmetric": True}, {"symmetric": False}):
+        outputs = server.report(server.run(body(model, *FORMATS, **config))["id"])["outputs"]
+        kinds.append([output["tensors"][0]["symmetric"] for output in outputs])
+    assert kinds == [[True, False], [True, True], [False, False]]
 
 
 def test_smaller_groups_cost_more_bytes_and_lose_less(server: Server, new_model: NewModel, tmp_path: Path) -> None:
