@@ -16,11 +16,15 @@ from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.schemes.base import Scheme
-from service.engine.tensors import TensorInfo
+from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
 
 MIN_ELEMENTS = 4096
 GROUP_SIZES = (256, 128, 64, 32, 16)
+#: A tensor is worked on in blocks of this many rows at least, and copied where these are longer than that many bytes:
+#: no weight matrix is, and memory is to follow the block.
+SMALLEST_BLOCK_ROWS = 32
+MAX_SMALLEST_BLOCK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ def decide(info: TensorInfo, output: OutputPlan) -> Decision:
     skipped = next((p for p in output.config.skip or () if matches(info.name, p)), None)
     if skipped is not None and override is None:
         return Decision(f"skip pattern {skipped!r}")
+    if _is_too_wide(info):
+        return Decision(f"rows of {info.cols} elements are too long", notable=True)
     scheme, regrouped = fit_group(build(config, info.dtype), info.cols, output.format)
     if refusal := output.format.refuses_tensor(info, scheme):
         return Decision(f"{output.format.id} cannot hold it: {refusal}", notable=True)
@@ -183,6 +189,11 @@ def _not_quantizable(info: TensorInfo) -> str | None:
     if info.size < MIN_ELEMENTS:
         return f"fewer than {MIN_ELEMENTS} elements"
     return None
+
+
+def _is_too_wide(info: TensorInfo) -> bool:
+    row_bytes = info.cols * DTYPE_BITS[info.dtype] // 8
+    return min(info.rows, SMALLEST_BLOCK_ROWS) * row_bytes > MAX_SMALLEST_BLOCK_BYTES
 
 
 def _method(config: TensorConfig) -> Method:

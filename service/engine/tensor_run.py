@@ -14,7 +14,7 @@ from service.engine.formats.base import ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.plan import Decision, OutputPlan, TensorPlan
+from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
@@ -26,7 +26,7 @@ from service.errors import AccuracyTooLow, NonFiniteWeights
 #: Widths that `on_failure: fallback` climbs.
 FALLBACK_BITS = (2, 3, 4, 6, 8)
 #: Row blocks are multiples of this, so that they end on whole words in every packing.
-ROW_MULTIPLE = 32
+ROW_MULTIPLE = SMALLEST_BLOCK_ROWS
 
 Warn = Callable[[Notice], None]
 

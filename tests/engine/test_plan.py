@@ -38,6 +38,14 @@ def test_what_is_not_to_be_quantized_is_copied_with_its_rule(info: TensorInfo, r
     assert not decision.notable
 
 
+@pytest.mark.parametrize(("rows", "cols", "is_copied"), [(32, 1 << 22, True), (1, 1 << 27, True), (4, 1 << 22, False)])
+def test_rows_that_would_not_fit_into_a_block_are_copied_and_told_of(rows: int, cols: int, is_copied: bool) -> None:
+    [output] = check_outputs(specs("parquet"))
+    decision = decide(_info("a.weight", rows, cols), output)
+    assert (decision.scheme is None) == is_copied
+    assert decision.notable == is_copied
+
+
 def test_an_override_that_names_a_skipped_tensor_means_it() -> None:
     [output] = check_outputs(specs("parquet", layers=[{"match": "*embed*", "bit_width": 8}]))
     scheme = decide(_info("embed_tokens.weight", 640, 64), output).scheme
