@@ -286,6 +286,11 @@ class JobManager:
         return self._draining
 
     @property
+    def is_warm(self) -> bool:
+        """Whether the backend has done what it does once, such as compiling."""
+        return self._store is not None and self._warming.done()
+
+    @property
     def backend(self) -> str:
         """The id of the backend that a job gets which does not name one."""
         return choose_backend(self._default_backend)
