@@ -21,10 +21,11 @@ from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import JOURNAL, quantize
-from service.engine.plan import OutputSpec, check_outputs, make_plan
+from service.engine.plan import check_outputs, make_plan
 from service.engine.report import RunReport
 from service.engine.validation import validate
 from service.errors import InvalidConfig, ModelNotFound
+from service.jobs.admission import output_specs
 from service.jobs.request import QuantizeRequest, ValidateRequest
 
 
@@ -49,11 +50,8 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
     """
     with _as_invalid_config():
         request = QuantizeRequest.model_validate(body | {"source": _source(source)})
-    layers = [means.defaults, request.config]
-    specs = [
-        OutputSpec(o.folder, o.format, resolve(request.profile, [*layers, o.config]), o.options or {})
-        for o in request.outputs
-    ]
+    config = resolve(request.profile, [means.defaults, request.config])
+    specs = output_specs(request, config)
     check_outputs(specs)
     with (
         new_folder(out) as folder,
@@ -65,7 +63,7 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
             make_plan(reader, specs),
             reader,
             folder,
-            backend=means.backend(specs[0].config),
+            backend=means.backend(config),
             block_bytes=means.block_bytes,
             report=display,
             cancelled=cancelled,
