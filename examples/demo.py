@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -199,6 +200,7 @@ def show(result: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped then, too
     try:
         main()
     except KeyboardInterrupt:
