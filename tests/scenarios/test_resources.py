@@ -187,10 +187,8 @@ def test_the_loop_stays_free_while_a_large_job_runs(start_server: StartServer, n
     while server.job(job_id)["status"] not in ("succeeded", "failed"):
         answers += 1
         time.sleep(0.005)
-    readiness = server.client.get("/readyz").json()
-    print(
-        f"{answers} answers while the job ran, longest stall of the loop {readiness['longest_stall_s'] * 1000:.1f} ms"
-    )
+    stall_s = server.client.get("/readyz").json()["longest_stall_s"]
+    print(f"{answers} answers while the job ran, longest stall of the loop since the start {stall_s * 1000:.1f} ms")
     assert answers >= 5, "calls were answered while it ran"
 
 
