@@ -27,7 +27,6 @@ from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_flat, unpack_rows
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import DTYPE_BITS, CodeArray, QuantizedRows, TensorInfo
-from service.storage.durable import sync
 from service.storage.faults import storage_faults
 
 ROW_GROUP_BYTES = 64 << 20
@@ -167,7 +166,7 @@ class ParquetWriter(ModelWriter):
                 if cancelled():
                     return False
                 writer.write_batch(self._batch(group), row_group_size=len(group))
-        sync(beside)
+        # Synced with all files of the output: until then a journal vouches for it, which a fallen machine voids.
         beside.replace(path)
         return True
 
