@@ -142,6 +142,29 @@ def test_nothing_is_written_outside_the_model_roots(
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_a_link_put_in_place_of_an_accepted_model_leads_nowhere(
+    start_server: StartServer, new_model: NewModel, place: Path, tmp_path: Path
+) -> None:
+    server = start_server(max_running_jobs=1, threads=1)
+    busy = server.submit(body(new_model(layers=12), "parquet", backend="reference"))["id"]
+    accepted = save_folder(place / "accepted", {"w.weight": np.ones((64, 64), np.float32)})
+    job_id = server.submit(body(accepted, "parquet"))["id"]
+    accepted.rename(tmp_path / "outside")
+    accepted.symlink_to(tmp_path / "outside")
+    assert server.job(job_id)["status"] == "queued", "it was to wait for the other"
+    job = server.finish(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "path_forbidden")
+    assert server.finish(busy)["status"] == "succeeded"
+
+
+def test_a_pipe_in_the_place_of_a_model_blocks_nobody(server: Server, new_model: NewModel, place: Path) -> None:
+    os.mkfifo(place / "model.safetensors")
+    refused(server, body(place / "model.safetensors", "parquet"), 422, "unsupported_model")
+    beside = new_model(layers=1)
+    os.mkfifo(beside / "notes.txt")
+    refused(server, body(beside, "parquet"), 422, "unsupported_model")
+
+
 def test_a_model_that_is_not_there_is_not_found(server: Server, place: Path) -> None:
     (place / "empty").mkdir()
     (place / "texts").mkdir()
@@ -230,6 +253,22 @@ def swapped_shard(path: Path) -> Path:
     return path.parent
 
 
+def outward_index(path: Path) -> Path:
+    """An index that names a file outside its folder."""
+    save(path.parent.parent / "outside.safetensors", {"w.weight": np.ones((64, 64), np.float32)})
+    path.parent.mkdir(exist_ok=True)
+    index = path.parent / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w.weight": "../outside.safetensors"}}))
+    return path.parent
+
+
+def twice_in_two_files(path: Path) -> Path:
+    """Two files of one model that both hold a tensor of the same name."""
+    for name in ("a.safetensors", "b.safetensors"):
+        save(path.parent / name, {"shared.weight": np.ones((64, 64), np.float32)})
+    return path.parent
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "empty": (lambda p: _write(p, b""), "corrupt_model", "model.safetensors"),
     "truncated": (truncated, "corrupt_model", "last.weight"),
@@ -253,6 +292,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "duplicate names": (twice, "corrupt_model", "twin"),
     "unknown dtype": (lambda p: damaged(p, {"odd": entry(0, 16, [4], "F7")}, bytes(16)), "unknown_dtype", "odd"),
     "index against file": (swapped_shard, "corrupt_model", "gone.weight"),
+    "index that leads out": (outward_index, "path_forbidden", "w.weight"),
+    "one name in two files": (twice_in_two_files, "corrupt_model", "shared.weight"),
 }  # fmt: skip
 
 
