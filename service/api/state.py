@@ -31,13 +31,13 @@ class ApiState:
         self.closing.set()
         await self.manager.drain(self.settings.drain_timeout_s)
 
-    async def wait(self, job_id: str, seconds: float) -> Job:
-        """The job when it has ended, after so many seconds, or when the server closes."""
-        ended = asyncio.create_task(self.manager.wait(job_id, seconds))
+    async def wait(self, job_id: str, seconds: float, tenant: str | None = None) -> Job:
+        """The tenant's job when it has ended, after so many seconds, or when the server closes; None is any tenant."""
+        ended = asyncio.create_task(self.manager.wait(job_id, seconds, tenant))
         closing = asyncio.create_task(self.closing.wait())
         try:
             await asyncio.wait({ended, closing}, return_when=asyncio.FIRST_COMPLETED)
-            return await ended if ended.done() else await self.manager.get(job_id)
+            return await ended if ended.done() else await self.manager.get(job_id, tenant)
         finally:
             ended.cancel()
             closing.cancel()

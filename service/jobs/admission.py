@@ -41,8 +41,8 @@ class Admission:
         self._defaults = defaults
         self._sources = sources
 
-    def admit(self, request: JobRequest) -> Admitted:
-        """All that can be refused without reading a model.
+    def admit(self, request: JobRequest, tenant: str) -> Admitted:
+        """All that a tenant's request can be refused for without reading a model.
 
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, UnsupportedModel
         (PickledWeights, AlreadyQuantized) or TargetInUse, with a pointer where there is one.
@@ -53,7 +53,7 @@ class Admission:
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
                 targets = self._targets(request.outputs)
-            for path in self._sources.of(request):
+            for path in self._sources.of(request, tenant):
                 _check_readable(path)
         return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
 

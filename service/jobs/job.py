@@ -10,6 +10,7 @@ from typing import Any
 from service.engine.progress import Progress
 from service.errors import IllegalTransition
 from service.jobs.request import JobRequest
+from service.jobs.tenant import DEFAULT_TENANT
 
 
 class Status(StrEnum):
@@ -74,6 +75,9 @@ class Job:
     result: dict[str, Any] | None = None
     error: Failure | None = None
     artifacts: tuple[Artifact, ...] = field(default=())
+    batch_id: str | None = None
+    batch_index: int | None = None
+    tenant: str = DEFAULT_TENANT
 
     def to(self, status: Status, **changes: Any) -> Job:
         """The job in its next state, its time noted; raises IllegalTransition when there is no such way."""

@@ -49,6 +49,7 @@ from service.jobs.scheduler import Scheduler, run_in_thread
 from service.jobs.sources import Sources
 from service.jobs.stop import Reason
 from service.jobs.store import Store
+from service.jobs.tenant import DEFAULT_TENANT
 from service.storage.faults import storage_faults
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class JobManager:
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
-        self._sources = Sources(self._roots, self._folders, lambda job_id: self._opened_store.get(job_id))
+        self._sources = Sources(self._roots, self._folders, lambda *job: self._opened_store.get(*job))
         self._admission = Admission(self._roots, config_defaults, self._sources)
         self._publisher = Publisher(self._folders, self._roots)
         self._backends = BackendPool(threads)
@@ -134,8 +135,8 @@ class JobManager:
 
     # --- jobs ---
 
-    async def submit(self, request: JobRequest) -> Job:
-        """Accept a job, durably; it then runs when a lane is free.
+    async def submit(self, request: JobRequest, tenant: str = DEFAULT_TENANT) -> Job:
+        """Accept a tenant's job, durably; it then runs when a lane is free.
 
         Raises Draining, QueueFull, or why the request cannot be carried out (see `Admission`).
         """
@@ -144,14 +145,14 @@ class JobManager:
             raise QueueFull(f"{self._scheduler.depth} jobs wait already, and no more may: try again later")
         self._admitting += 1
         # A client that hangs up in the middle leaves no half-accepted job.
-        return await asyncio.shield(self._spawn(self._submit(request)))
+        return await asyncio.shield(self._spawn(self._submit(request, tenant)))
 
-    async def get(self, job_id: str) -> Job:
-        """The job of this id, as it stands; raises NotFound."""
-        live = self._live.get(job_id)
+    async def get(self, job_id: str, tenant: str | None = None) -> Job:
+        """The job of this id, as it stands; raises NotFound, also when it is another tenant's. None is any tenant."""
+        live = self._live_of(job_id, tenant)
         if live is not None:
             return live.job
-        job = await self._in_store_thread(lambda: self._opened_store.get(job_id))
+        job = await self._in_store_thread(lambda: self._opened_store.get(job_id, tenant))
         if job is None:
             raise NotFound(f"there is no job {job_id!r}")
         return job
@@ -159,6 +160,7 @@ class JobManager:
     async def find(
         self,
         *,
+        tenant: str | None = None,
         status: Status | None = None,
         kind: str | None = None,
         label: tuple[str, str] | None = None,
@@ -166,21 +168,27 @@ class JobManager:
         limit: int = 50,
         after: str | None = None,
     ) -> tuple[list[Job], str | None]:
-        """Jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is one."""
+        """A tenant's jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is."""
 
         def look() -> tuple[list[Job], str | None]:
             return self._opened_store.find(
-                status=status, kind=kind, label=label, created_after=created_after, limit=limit, after=after
+                tenant=tenant,
+                status=status,
+                kind=kind,
+                label=label,
+                created_after=created_after,
+                limit=limit,
+                after=after,
             )
 
         jobs, cursor = await self._in_store_thread(look)
         return [live.job if (live := self._live.get(job.id)) else job for job in jobs], cursor
 
-    async def cancel(self, job_id: str) -> Job:
+    async def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """End a job that has not ended: at once when it waits, at its next block when it runs; raises NotFound."""
-        live = self._live.get(job_id)
+        live = self._live_of(job_id, tenant)
         if live is None:
-            return await self.get(job_id)
+            return await self.get(job_id, tenant)
         if live.status is Status.QUEUED:
             self._scheduler.remove(job_id)
             live.to(Status.CANCELLED)
@@ -190,31 +198,31 @@ class JobManager:
         await self._journal.settled()
         return live.job
 
-    async def purge(self, job_id: str) -> None:
+    async def purge(self, job_id: str, tenant: str | None = None) -> None:
         """Delete an ended job with its events, report and artifacts; raises NotFound or NotTerminal.
 
         Outputs that were written to an address of their own stay: they are the user's.
         """
-        if job_id in self._live:
+        if self._live_of(job_id, tenant):
             raise NotTerminal(f"job {job_id} has not ended: cancel it first")
-        if not await self._in_store_thread(lambda: self._opened_store.delete(job_id)):
+        if not await self._in_store_thread(lambda: self._opened_store.delete(job_id, tenant)):
             raise NotFound(f"there is no job {job_id!r}")
         # The record first: files without a record are removed at the next start.
         await asyncio.to_thread(self._folders.remove, job_id)
 
-    async def wait(self, job_id: str, timeout_s: float) -> Job:
+    async def wait(self, job_id: str, timeout_s: float, tenant: str | None = None) -> Job:
         """The job when it has ended, or after `timeout_s` as it then stands; raises NotFound."""
-        live = self._live.get(job_id)
+        live = self._live_of(job_id, tenant)
         if live is not None:
             try:
                 await asyncio.wait_for(live.ended.wait(), timeout_s)
             except TimeoutError:
                 return live.job
-        return await self.get(job_id)
+        return await self.get(job_id, tenant)
 
-    async def report(self, job_id: str) -> RunReport:
+    async def report(self, job_id: str, tenant: str | None = None) -> RunReport:
         """What the job measured; raises NotFound, or NotFinished when it has not succeeded."""
-        job = await self.get(job_id)
+        job = await self.get(job_id, tenant)
         if job.status is not Status.SUCCEEDED:
             raise NotFinished(f"job {job_id} is {job.status}, and only a job that has succeeded has a report")
 
@@ -224,12 +232,12 @@ class JobManager:
 
         return await asyncio.to_thread(load)
 
-    async def plan(self, request: QuantizeRequest) -> Plan:
-        """What a job of this request would do to each tensor; raises what `submit` and reading headers raise."""
+    async def plan(self, request: QuantizeRequest, tenant: str = DEFAULT_TENANT) -> Plan:
+        """What a tenant's job of this request would do to each tensor; raises what `submit` and reading headers do."""
 
         def make() -> Plan:
             config = self._admission.resolve(request)
-            (path,) = self._sources.of(request)
+            (path,) = self._sources.of(request, tenant)
             with storage_faults("reading the model"), closing(open_model(path)) as reader:
                 return make_plan(reader, output_specs(request, config))
 
@@ -310,11 +318,11 @@ class JobManager:
             store.close()
             raise
 
-    async def _submit(self, request: JobRequest) -> Job:
+    async def _submit(self, request: JobRequest, tenant: str) -> Job:
         try:
-            admitted = await asyncio.to_thread(self._admission.admit, request)
+            admitted = await asyncio.to_thread(self._admission.admit, request, tenant)
             self._check_open()
-            job, live = self._accept(request, admitted)
+            job, live = self._accept(request, tenant, admitted)
             ahead = self._scheduler.ahead_of(request.priority)
             data = {"status": job.status.value, "queue_position": ahead}
             event = live.log.event(EVENT_OF_STATUS[job.status], data)
@@ -330,14 +338,14 @@ class JobManager:
             self._scheduler.put(job.id, request.priority)
         return live.job
 
-    def _accept(self, request: JobRequest, admitted: Admitted) -> tuple[Job, LiveJob]:
+    def _accept(self, request: JobRequest, tenant: str, admitted: Admitted) -> tuple[Job, LiveJob]:
         """The new job, which from now on holds its targets; nothing is awaited between check and claim."""
         taken = [target for live in self._live.values() for target in live.targets]
         for target in admitted.targets:
             check_free(target, taken)
         # The time first: a job's id is never of an earlier millisecond than its created_at.
         now = datetime.now(UTC)
-        job = Job(f"job_{uuid_utils.uuid7()}", request, admitted.config, Status.QUEUED, now)
+        job = Job(f"job_{uuid_utils.uuid7()}", request, admitted.config, Status.QUEUED, now, tenant=tenant)
         log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
         return job, self._adopt(job, log, admitted.targets)
 
@@ -345,6 +353,11 @@ class JobManager:
         live = LiveJob(job, log, self._journal, self._forget, targets)
         self._live[job.id] = live
         return live
+
+    def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
+        """The job that has not ended, if it is this tenant's; None is any."""
+        live = self._live.get(job_id)
+        return live if live is not None and tenant in (None, live.job.tenant) else None
 
     def _forget(self, job: Job) -> None:
         del self._live[job.id]

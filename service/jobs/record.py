@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from service.engine.progress import Progress
 from service.jobs.job import Artifact, Failure, Job, Status
 from service.jobs.request import JobRequest
+from service.jobs.tenant import DEFAULT_TENANT
 
 _REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 
@@ -20,6 +21,7 @@ def to_record(job: Job) -> str:
     """The job as JSON. The request as it was sent: a field that was not set stays unset."""
     fields: dict[str, Any] = {
         "id": job.id,
+        "tenant": job.tenant,
         "request": job.request.model_dump(mode="json", exclude_unset=True),
         "config": job.config,
         "status": job.status,
@@ -30,6 +32,8 @@ def to_record(job: Job) -> str:
         "result": job.result,
         "error": job.error and asdict(job.error),
         "artifacts": [asdict(artifact) for artifact in job.artifacts],
+        "batch_id": job.batch_id,
+        "batch_index": job.batch_index,
     }
     return json.dumps({name: value for name, value in fields.items() if value is not None}, separators=(",", ":"))
 
@@ -49,6 +53,9 @@ def from_record(record: str) -> Job:
         result=fields.get("result"),
         error=Failure(**fields["error"]) if "error" in fields else None,
         artifacts=tuple(Artifact(**artifact) for artifact in fields["artifacts"]),
+        batch_id=fields.get("batch_id"),
+        batch_index=fields.get("batch_index"),
+        tenant=fields.get("tenant", DEFAULT_TENANT),
     )
 
 

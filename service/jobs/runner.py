@@ -117,7 +117,9 @@ class Runner:
             "cancelled": stop.is_set,
         }
         with ExitStack() as stack:
-            readers = [stack.enter_context(closing(open_model(path))) for path in self._sources.of(job.request)]
+            readers = [
+                stack.enter_context(closing(open_model(path))) for path in self._sources.of(job.request, job.tenant)
+            ]
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
                 return quantize(plan, readers[0], work, **tools)

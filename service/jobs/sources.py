@@ -16,29 +16,32 @@ from service.storage.file import locate_target, resolve_model
 class Sources:
     """Finds models for requests. Blocks on files and the store."""
 
-    def __init__(self, roots: Sequence[Path], folders: Folders, find_job: Callable[[str], Job | None]) -> None:
+    def __init__(self, roots: Sequence[Path], folders: Folders, find_job: Callable[[str, str], Job | None]) -> None:
+        """`find_job` takes an id and the tenant whose the job has to be."""
         self._roots = tuple(roots)
         self._folders = folders
         self._find_job = find_job
 
-    def of(self, request: JobRequest) -> tuple[Path, ...]:
+    def of(self, request: JobRequest, tenant: str) -> tuple[Path, ...]:
         """The paths of all sources of a request: one to quantize, original and quantized to validate.
 
+        Only the tenant's own jobs are sources: any other's is as good as unknown.
         Raises InvalidConfig, ForbiddenPath, ModelNotFound or UnsupportedModel, with a pointer.
         """
         if isinstance(request, QuantizeRequest):
-            return (self._resolve(request.source, "/source"),)
-        return self._resolve(request.original, "/original"), self._resolve(request.quantized, "/quantized")
+            return (self._resolve(request.source, "/source", tenant),)
+        sources = ((request.original, "/original"), (request.quantized, "/quantized"))
+        return tuple(self._resolve(source, pointer, tenant) for source, pointer in sources)
 
-    def _resolve(self, source: Source, pointer: str) -> Path:
+    def _resolve(self, source: Source, pointer: str, tenant: str) -> Path:
         if isinstance(source, JobSource):
             with pointing(pointer):
-                return self._output_of_job(source)
+                return self._output_of_job(source, tenant)
         with pointing(f"{pointer}/uri"):
             return resolve_model(source.uri, self._roots)
 
-    def _output_of_job(self, source: JobSource) -> Path:
-        job = self._find_job(source.job_id)
+    def _output_of_job(self, source: JobSource, tenant: str) -> Path:
+        job = self._find_job(source.job_id, tenant)
         if job is None:
             raise ModelNotFound(f"there is no job {source.job_id!r}", pointer="/job_id")
         if job.status is not Status.SUCCEEDED or not isinstance(job.request, QuantizeRequest):

@@ -19,6 +19,7 @@ from service.errors import DiskFull, StorageFailure
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.job import Job, Status
 from service.jobs.record import from_record, to_record
+from service.jobs.request import QuantizeRequest
 from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
@@ -51,6 +52,50 @@ MIGRATIONS = (
         data TEXT NOT NULL,
         PRIMARY KEY (job_id, id)
     ) WITHOUT ROWID;
+    """,
+    # Tenants and their keys. Triggers keep the sum of stored bytes, so that asking for it costs the same at a
+    # million jobs.
+    """
+    ALTER TABLE jobs ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default';
+    ALTER TABLE jobs ADD COLUMN stored_bytes INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX jobs_by_tenant ON jobs (tenant, id);
+    CREATE INDEX jobs_by_tenant_and_status ON jobs (tenant, status, id);
+    CREATE INDEX jobs_by_tenant_and_kind ON jobs (tenant, kind, id);
+    ALTER TABLE labels ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default';
+    CREATE INDEX labels_by_tenant ON labels (tenant, key, value, job_id);
+    CREATE TABLE tenants (
+        id TEXT PRIMARY KEY,
+        stored_bytes INTEGER NOT NULL DEFAULT 0,
+        max_open_jobs INTEGER,
+        max_stored_bytes INTEGER,
+        requests_per_minute INTEGER
+    ) WITHOUT ROWID;
+    CREATE TABLE api_keys (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        name TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        scopes TEXT NOT NULL,
+        requests_per_minute INTEGER,
+        created_at TEXT NOT NULL,
+        expires_at TEXT,
+        revoked_at TEXT
+    ) WITHOUT ROWID;
+    CREATE TRIGGER count_new_job AFTER INSERT ON jobs WHEN new.stored_bytes > 0 BEGIN
+        INSERT INTO tenants (id, stored_bytes) VALUES (new.tenant, new.stored_bytes)
+            ON CONFLICT (id) DO UPDATE SET stored_bytes = stored_bytes + excluded.stored_bytes;
+    END;
+    CREATE TRIGGER count_changed_job AFTER UPDATE OF stored_bytes ON jobs
+    WHEN new.stored_bytes <> old.stored_bytes BEGIN
+        INSERT INTO tenants (id, stored_bytes) VALUES (new.tenant, new.stored_bytes - old.stored_bytes)
+            ON CONFLICT (id) DO UPDATE SET stored_bytes = stored_bytes + excluded.stored_bytes;
+    END;
+    CREATE TRIGGER count_deleted_job AFTER DELETE ON jobs WHEN old.stored_bytes > 0 BEGIN
+        UPDATE tenants SET stored_bytes = stored_bytes - old.stored_bytes WHERE id = old.tenant;
+    END;
+    UPDATE jobs SET stored_bytes = coalesce(
+        (SELECT sum(json_extract(value, '$.size_bytes')) FROM json_each(record, '$.artifacts')
+            WHERE instr(json_extract(value, '$.location'), jobs.id)), 0);
     """,
 )
 
@@ -85,25 +130,25 @@ class Store:
 
     def add(self, job: Job, events: Sequence[Event]) -> None:
         """Store a new job with its first events."""
-        labels = [(key, value, job.id) for key, value in job.request.labels.items()]
+        labels = [(key, value, job.id, job.tenant) for key, value in job.request.labels.items()]
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO jobs (id, kind, status, created_at, record) VALUES (?, ?, ?, ?, ?)",
-                (job.id, job.request.kind, job.status, _text(job.created_at), to_record(job)),
+                "INSERT INTO jobs (id, tenant, kind, status, created_at, record) VALUES (?, ?, ?, ?, ?, ?)",
+                (job.id, job.tenant, job.request.kind, job.status, _text(job.created_at), to_record(job)),
             )
-            db.executemany("INSERT INTO labels (key, value, job_id) VALUES (?, ?, ?)", labels)
+            db.executemany("INSERT INTO labels (key, value, job_id, tenant) VALUES (?, ?, ?, ?)", labels)
             _append(db, events)
 
     def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         """Store new states of known jobs and append events, all or nothing."""
-        changes = [(job.status, to_record(job), job.id) for job in jobs]
+        changes = [(job.status, to_record(job), _stored_bytes(job), job.id) for job in jobs]
         with self._transaction() as db:
-            db.executemany("UPDATE jobs SET status = ?, record = ? WHERE id = ?", changes)
+            db.executemany("UPDATE jobs SET status = ?, record = ?, stored_bytes = ? WHERE id = ?", changes)
             _append(db, events)
 
-    def get(self, job_id: str) -> Job | None:
-        """The job of this id."""
-        rows = self._rows("SELECT record FROM jobs WHERE id = ?", (job_id,))
+    def get(self, job_id: str, tenant: str | None = None) -> Job | None:
+        """The job of this id, if it is this tenant's; None is any."""
+        rows = self._rows("SELECT record FROM jobs WHERE id = ? AND tenant = coalesce(?, tenant)", (job_id, tenant))
         return from_record(rows[0][0]) if rows else None
 
     def active(self) -> list[Job]:
@@ -115,6 +160,7 @@ class Store:
     def find(
         self,
         *,
+        tenant: str | None = None,
         status: Status | None = None,
         kind: str | None = None,
         label: tuple[str, str] | None = None,
@@ -122,10 +168,11 @@ class Store:
         limit: int = 50,
         after: str | None = None,
     ) -> tuple[list[Job], str | None]:
-        """Jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is one."""
+        """A tenant's jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is."""
         where: list[str] = []
         values: list[Any] = []
-        for condition, value in (("status = ?", status), ("kind = ?", kind), ("id < ?", after)):
+        owner = "jobs.tenant = ?" if label is None else "labels.tenant = ?"
+        for condition, value in ((owner, tenant), ("status = ?", status), ("kind = ?", kind), ("id < ?", after)):
             if value is not None:
                 where.append(condition)
                 values.append(value)
@@ -172,10 +219,16 @@ class Store:
         steps = pairwise(times)
         return sum((at - before).total_seconds() for (_, before), (type_, at) in steps if type_ != RESUMED)
 
-    def delete(self, job_id: str) -> bool:
-        """Remove a job with its events; False when there was none."""
+    def delete(self, job_id: str, tenant: str | None = None) -> bool:
+        """Remove this tenant's job with its events; False when there was none. None is any tenant."""
         with self._transaction() as db:
-            return db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount > 0
+            query = "DELETE FROM jobs WHERE id = ? AND tenant = coalesce(?, tenant)"
+            return db.execute(query, (job_id, tenant)).rowcount > 0
+
+    def stored_bytes(self, tenant: str) -> int:
+        """The bytes of all artifacts that a tenant's jobs keep in the data folder."""
+        rows = self._rows("SELECT stored_bytes FROM tenants WHERE id = ?", (tenant,))
+        return int(rows[0][0]) if rows else 0
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -247,6 +300,14 @@ def _database_faults() -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             raise DiskFull("there was no space left while writing the job database: free some and try again") from error
         raise StorageFailure(f"the job database reported {str(error)!r}") from error
+
+
+def _stored_bytes(job: Job) -> int:
+    """Of the files that lie in the data folder; those written to an address of their own are the user's."""
+    if not isinstance(job.request, QuantizeRequest):
+        return 0
+    kept = {output.folder for output in job.request.outputs if output.uri is None}
+    return sum(artifact.size_bytes for artifact in job.artifacts if artifact.path.partition("/")[0] in kept)
 
 
 def _text(time: datetime) -> str:

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,17 +15,19 @@ import uuid_utils
 
 from service.errors import DiskFull, StorageFailure
 from service.jobs.events import Event
-from service.jobs.job import Job, Status
+from service.jobs.job import Artifact, Job, Status
+from service.jobs.record import to_record
 from service.jobs.store import DATABASE, MIGRATIONS, Store
+from service.jobs.tenant import DEFAULT_TENANT
 from tests.jobs.models import quantize_request
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def a_job(**fields: object) -> Job:
+def a_job(tenant: str = DEFAULT_TENANT, **fields: object) -> Job:
     now = datetime.now(UTC)
     request = quantize_request(Path("/models/a"), **fields)
-    return Job(f"job_{uuid_utils.uuid7()}", request, {}, Status.QUEUED, now)
+    return Job(f"job_{uuid_utils.uuid7()}", request, {}, Status.QUEUED, now, tenant=tenant)
 
 
 def event(job: Job, id_: int, type_: str = "tensor.completed", seconds: float = 0.0) -> Event:
@@ -199,3 +202,48 @@ def test_threads_may_share_it(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert len(store.active()) == 80
+
+
+def test_a_tenant_finds_its_own_jobs_alone_and_everybody_else_all(store: Store) -> None:
+    mine, theirs = a_job(tenant="a", labels={"k": "v"}), a_job(tenant="b", labels={"k": "v"})
+    for job in (mine, theirs):
+        store.add(job, [])
+    assert store.get(mine.id, "a") == mine
+    assert store.get(theirs.id, "a") is None
+    for label in (None, ("k", "v")):
+        assert store.find(tenant="a", label=label) == ([mine], None)
+        assert store.find(label=label) == ([theirs, mine], None)
+    assert not store.delete(theirs.id, "a")
+    assert store.delete(theirs.id, "b")
+
+
+def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / DATABASE)
+    db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+    job = a_job(labels={"model": "minilm"})
+    places = (("safetensors", 700, f"/data/artifacts/{job.id}/safetensors/x"), ("parquet", 90, "/elsewhere/x"))
+    files = tuple(Artifact(f"{name}/x", size, "0", "", place) for name, size, place in places)
+    record = to_record(replace(job, artifacts=files))
+    row = (job.id, job.request.kind, job.status, job.created_at.isoformat(), record)
+    db.execute("INSERT INTO jobs (id, kind, status, created_at, record) VALUES (?, ?, ?, ?, ?)", row)
+    db.execute("INSERT INTO labels (key, value, job_id) VALUES ('model', 'minilm', ?)", (job.id,))
+    db.commit()
+    db.close()
+    store = Store(tmp_path)
+    (found,), _ = store.find(tenant=DEFAULT_TENANT, label=("model", "minilm"))
+    assert found.id == job.id
+    assert found.tenant == DEFAULT_TENANT
+    assert store.stored_bytes(DEFAULT_TENANT) == 700
+    store.delete(job.id)
+    assert store.stored_bytes(DEFAULT_TENANT) == 0
+    store.close()
+
+
+def test_stored_bytes_are_those_of_files_in_the_data_folder(store: Store) -> None:
+    outputs = [{"format": "safetensors"}, {"format": "parquet", "uri": "file:///elsewhere"}]
+    job = a_job(outputs=outputs, tenant="a").to(Status.RUNNING)
+    store.add(job, [])
+    files = tuple(Artifact(f"{name}/x", size, "0", "", "") for name, size in (("safetensors", 3), ("parquet", 4)))
+    store.write([job.to(Status.SUCCEEDED, artifacts=files)], [])
+    assert store.stored_bytes("a") == 3
+    assert store.stored_bytes("b") == 0

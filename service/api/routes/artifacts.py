@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from service import errors
 from service.api.archive import archive, archive_bytes, archive_etag, file_range
+from service.api.auth import Caller
 from service.api.dependencies import After, JobId, Limit, Manager
 from service.api.http_errors import InvalidRequest, RangeNotSatisfiable
 from service.api.problems import documented, respond
@@ -32,10 +33,10 @@ _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
     responses=NOT_MODIFIED | documented(errors.NotFound, InvalidRequest),
 )
 async def list_job_artifacts(
-    request: Request, job_id: JobId, manager: Manager, limit: Limit = 50, after: After = None
+    request: Request, job_id: JobId, manager: Manager, caller: Caller, limit: Limit = 50, after: After = None
 ) -> Response:
     """Every file that the job wrote, by path; none before it has succeeded."""
-    job = await manager.get(job_id)
+    job = await manager.get(job_id, caller.reach)
     behind = sorted((a for a in job.artifacts if after is None or a.path > after), key=lambda a: a.path)
     page = behind[:limit]
     cursor = page[-1].path if len(behind) > limit else None
@@ -53,9 +54,11 @@ async def list_job_artifacts(
     | NOT_MODIFIED
     | documented(errors.NotFound, RangeNotSatisfiable),
 )
-async def download_job_artifact(request: Request, job_id: JobId, path: str, manager: Manager) -> Response:
+async def download_job_artifact(
+    request: Request, job_id: JobId, path: str, manager: Manager, caller: Caller
+) -> Response:
     """A file, or one range of it; the entity tag is its SHA-256."""
-    job = await manager.get(job_id)
+    job = await manager.get(job_id, caller.reach)
     # Only what the job lists is ever opened, so no path can lead elsewhere.
     artifact = next((a for a in job.artifacts if a.path == path), None)
     if artifact is None:
@@ -79,9 +82,9 @@ async def download_job_artifact(request: Request, job_id: JobId, path: str, mana
     | NOT_MODIFIED
     | documented(errors.NotFound, errors.NotFinished),
 )
-async def download_job_archive(request: Request, job_id: JobId, manager: Manager) -> Response:
+async def download_job_archive(request: Request, job_id: JobId, manager: Manager, caller: Caller) -> Response:
     """All of the job's files as one tar."""
-    job = await manager.get(job_id)
+    job = await manager.get(job_id, caller.reach)
     _check_succeeded(job)
     headers = {
         "ETag": archive_etag(job.artifacts),

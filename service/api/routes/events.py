@@ -12,6 +12,7 @@ from fastapi.sse import format_sse_event
 
 from service import errors
 from service.api import render
+from service.api.auth import Caller
 from service.api.dependencies import JobId, Limit, Manager
 from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.negotiation import choose
@@ -47,6 +48,7 @@ async def stream_job_events(
     request: Request,
     job_id: JobId,
     manager: Manager,
+    caller: Caller,
     after: _EventId = None,
     last_event_id: _LastEventId = None,
     limit: Limit = 50,
@@ -54,7 +56,7 @@ async def stream_job_events(
     """All events behind an id, then those to come until the job ends. `limit` is for the page only."""
     media_type = choose(request.headers.get("accept"), (EVENT_STREAM, JSON))
     begin = last_event_id if last_event_id is not None else after or 0
-    job = await manager.get(job_id)
+    job = await manager.get(job_id, caller.reach)
     if media_type == JSON:
         return await _page(manager, job_id, begin, limit)
     if job.status.is_terminal and not await manager.events(job_id, after=begin, limit=1):

@@ -9,6 +9,7 @@ from pydantic import AwareDatetime
 
 from service import errors
 from service.api import render
+from service.api.auth import Caller
 from service.api.dependencies import After, JobId, LabelFilter, Limit, Manager, State, Wait, takes_json
 from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
 from service.api.problems import documented
@@ -47,12 +48,12 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     dependencies=[Depends(takes_json)],
     responses=documented(*CREATION_ERRORS, errors.QueueFull, errors.Draining),
 )
-async def create_job(body: JobRequest, state: State, wait: Wait) -> Response:
+async def create_job(body: JobRequest, state: State, caller: Caller, wait: Wait) -> Response:
     """Create a job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
-    job = await state.manager.submit(body)
+    job = await state.manager.submit(body, caller.tenant)
     headers = {"Location": render.job_path(job.id)}
     if wait is not None:
-        job = await state.wait(job.id, wait)
+        job = await state.wait(job.id, wait, caller.reach)
         headers |= _applied(wait)
     return reply(render.job(job), 202, headers)
 
@@ -60,6 +61,7 @@ async def create_job(body: JobRequest, state: State, wait: Wait) -> Response:
 @router.get("", response_model=JobPage, responses=documented(InvalidRequest))
 async def list_jobs(
     manager: Manager,
+    caller: Caller,
     label: LabelFilter,
     status: Status | None = None,
     kind: JobKind | None = None,
@@ -69,15 +71,22 @@ async def list_jobs(
 ) -> Response:
     """Jobs, newest first."""
     jobs, cursor = await manager.find(
-        status=status, kind=kind, label=label, created_after=created_after, limit=limit, after=after
+        tenant=caller.reach,
+        status=status,
+        kind=kind,
+        label=label,
+        created_after=created_after,
+        limit=limit,
+        after=after,
     )
     return reply(JobPage(data=[render.job(job) for job in jobs], next_cursor=cursor))
 
 
 @router.get("/{job_id}", response_model=Job, responses=NOT_MODIFIED | documented(errors.NotFound))
-async def get_job(request: Request, job_id: JobId, state: State, wait: Wait) -> Response:
+async def get_job(request: Request, job_id: JobId, state: State, caller: Caller, wait: Wait) -> Response:
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
-    job = await (state.manager.get(job_id) if wait is None else state.wait(job_id, wait))
+    tenant = caller.reach
+    job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(job_id, wait, tenant))
     headers = {} if wait is None else _applied(wait)
     return tagged_reply(request, dump(render.job(job)), headers=headers)
 
@@ -90,14 +99,15 @@ async def get_job(request: Request, job_id: JobId, state: State, wait: Wait) -> 
 async def cancel_job(
     job_id: JobId,
     manager: Manager,
+    caller: Caller,
     purge: Annotated[bool, Query(description="Delete a job that has ended: record, events, report and files.")] = False,
 ) -> Response:
     """Cancel a job; one that has ended is answered as it is, so that a repeated call does no harm."""
     if purge:
-        await manager.purge(job_id)
+        await manager.purge(job_id, caller.reach)
         return Response(status_code=204)
-    before = await manager.get(job_id)
-    job = await manager.cancel(job_id)
+    before = await manager.get(job_id, caller.reach)
+    job = await manager.cancel(job_id, caller.reach)
     ended = before.status.is_terminal or job.status in (Status.SUCCEEDED, Status.FAILED)
     return reply(render.job(job), 200 if ended else 202)
 

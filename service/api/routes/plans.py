@@ -7,6 +7,7 @@ import json
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Response
 
+from service.api.auth import Caller
 from service.api.dependencies import State, takes_json
 from service.api.problems import documented
 from service.api.replies import bytes_reply
@@ -21,9 +22,9 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 
 @router.post("", response_model=Plan, dependencies=[Depends(takes_json)], responses=documented(*CREATION_ERRORS))
-async def create_plan(body: QuantizeRequest, state: State) -> Response:
+async def create_plan(body: QuantizeRequest, state: State, caller: Caller) -> Response:
     """A dry run: which tensors become what and why, predicted sizes, memory and time. Nothing is written."""
-    plan = await state.manager.plan(body)
+    plan = await state.manager.plan(body, caller.tenant)
     return bytes_reply(await run_sync(_encode, plan, state))
 
 

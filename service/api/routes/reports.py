@@ -12,6 +12,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 
 from service import errors
+from service.api.auth import Caller
 from service.api.dependencies import ARROW_STREAM, JobId, Manager
 from service.api.http_errors import NotAcceptable
 from service.api.negotiation import choose
@@ -38,11 +39,12 @@ async def get_job_report(
     request: Request,
     job_id: JobId,
     manager: Manager,
+    caller: Caller,
     output: Annotated[str | None, Query(max_length=64, description="Only this output; for the table.")] = None,
 ) -> Response:
     """The quality report."""
     media_type = choose(request.headers.get("accept"), (JSON, PARQUET, ARROW_STREAM))
-    report = await manager.report(job_id)
+    report = await manager.report(job_id, caller.reach)
     content, etag = await run_sync(_encode, report, media_type, output)
     return tagged(request, content, etag, media_type, {"Vary": "Accept"})
 
