@@ -10,6 +10,10 @@
     │   │   ├── PickledWeights        pickled_weights
     │   │   └── AlreadyQuantized      already_quantized
     │   ├── TargetInUse               target_in_use
+    │   ├── BlobNotFound              blob_not_found
+    │   ├── BlobTooLarge              blob_too_large
+    │   ├── DigestMismatch            digest_mismatch
+    │   ├── StorageQuotaExceeded      storage_quota_exceeded
     │   └── InvalidTable              invalid_table
     ├── ModelError                    the model's files are not what they claim to be
     │   ├── CorruptModel              corrupt_model
@@ -31,6 +35,8 @@
         ├── NotTerminal               job_not_terminal
         ├── QueueFull                 queue_full
         ├── Draining                  draining
+        ├── UploadInProgress          upload_in_progress
+        ├── UploadOffsetMismatch      upload_offset_mismatch
         ├── IdempotencyKeyReused      idempotency_key_reused
         ├── IdempotencyKeyInFlight    idempotency_key_in_flight
         └── IllegalTransition         illegal_transition
@@ -130,6 +136,39 @@ class TargetInUse(RequestError):
     code = "target_in_use"
 
 
+class BlobNotFound(RequestError):
+    """A blob that the request names is not there.
+
+    Send it first: `PUT /v1/blobs/sha256:<digest>`. A blob that is not used for a while expires.
+    """
+
+    code = "blob_not_found"
+
+
+class BlobTooLarge(RequestError):
+    """The blob is larger than this server takes."""
+
+    code = "blob_too_large"
+
+
+class DigestMismatch(RequestError):
+    """The bytes are not those that the digest names.
+
+    Nothing of the upload is kept. Compute the SHA-256 of the file again, and send it from the start.
+    """
+
+    code = "digest_mismatch"
+
+
+class StorageQuotaExceeded(RequestError):
+    """The upload would exceed what may be stored.
+
+    Artifacts and blobs count, and uploads that are not complete. Purge jobs, or wait until blobs expire.
+    """
+
+    code = "storage_quota_exceeded"
+
+
 class InvalidTable(RequestError):
     """The Arrow table is not what this call takes."""
 
@@ -196,7 +235,7 @@ class AccuracyTooLow(RunError):
 class DiskFull(RunError):
     """The disk is full.
 
-    What the job had written is removed. Free some space and submit the job again.
+    What a job had written is removed, what has come of an upload is kept. Free some space and try again.
     """
 
     code = "disk_full"
@@ -278,6 +317,24 @@ class Draining(ServiceError):
     """The server is shutting down and takes no new jobs."""
 
     code = "draining"
+
+
+class UploadInProgress(ServiceError):
+    """Another call is sending this blob.
+
+    Ask with HEAD how far it is, and go on when it has ended.
+    """
+
+    code = "upload_in_progress"
+
+
+class UploadOffsetMismatch(ServiceError):
+    """The range does not start where the upload stands.
+
+    The header `Upload-Offset` says how many bytes are here: go on from there.
+    """
+
+    code = "upload_offset_mismatch"
 
 
 class IdempotencyKeyReused(ServiceError):

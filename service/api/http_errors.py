@@ -26,6 +26,24 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
 
 
+class BodyTooSlow(RequestError):
+    """The body stopped coming.
+
+    What has come of an upload is kept: go on from `Upload-Offset`.
+    """
+
+    code = "body_too_slow"
+
+
+class LengthRequired(RequestError):
+    """The call has to say how long its body is.
+
+    Send `Content-Length`, or the length as part of `Content-Range`.
+    """
+
+    code = "length_required"
+
+
 class MethodNotAllowed(ServiceError):
     """This address does not take that method.
 

@@ -26,8 +26,14 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.ForbiddenPath: 403,
     errors.ModelNotFound: 404,
     errors.TargetInUse: 409,
+    errors.BlobNotFound: 404,
+    errors.BlobTooLarge: 413,
+    errors.DigestMismatch: 400,
+    errors.StorageQuotaExceeded: 413,
     http_errors.MalformedBody: 400,
     http_errors.BodyTooLarge: 413,
+    http_errors.BodyTooSlow: 408,
+    http_errors.LengthRequired: 411,
     errors.ModelError: 422,
     errors.RunError: 500,
     errors.AccuracyTooLow: 422,
@@ -46,7 +52,12 @@ STATUS: dict[type[ArrowQuantError], int] = {
     http_errors.RangeNotSatisfiable: 416,
 }
 #: Seconds after which another try may succeed.
-RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {errors.QueueFull: 2, errors.Draining: 10, errors.NotReady: 5}
+RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {
+    errors.QueueFull: 2,
+    errors.Draining: 10,
+    errors.NotReady: 5,
+    errors.UploadInProgress: 1,
+}
 #: What the framework itself raises.
 _FRAMEWORK: dict[int, tuple[type[ArrowQuantError], str]] = {
     400: (http_errors.MalformedBody, "the body could not be read as JSON"),

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from service.errors import DiskFull, StorageFailure
+from service.jobs import blob_table
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.job import Job, Status
 from service.jobs.record import from_record, to_record
@@ -97,6 +98,7 @@ MIGRATIONS = (
         (SELECT sum(json_extract(value, '$.size_bytes')) FROM json_each(record, '$.artifacts')
             WHERE instr(json_extract(value, '$.location'), jobs.id)), 0);
     """,
+    blob_table.SCHEMA,
 )
 
 _ACTIVE = tuple(status.value for status in Status if not status.is_terminal)
@@ -229,6 +231,10 @@ class Store:
         """The bytes of all artifacts that a tenant's jobs keep in the data folder."""
         rows = self._rows("SELECT stored_bytes FROM tenants WHERE id = ?", (tenant,))
         return int(rows[0][0]) if rows else 0
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """The database for some statements that hold together: all of them or none."""
+        return self._transaction()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

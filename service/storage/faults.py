@@ -16,7 +16,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 def storage_error(error: OSError, doing: str) -> ArrowQuantError:
     """The DiskFull or StorageFailure that an OSError means; `doing` completes "failed while …"."""
     if error.errno in _FULL:
-        return DiskFull(f"there was no space left while {doing}: free some and submit the job again")
+        return DiskFull(f"there was no space left while {doing}: free some and try again")
     # Never str(error): it holds the server's path.
     reason = os.strerror(error.errno) if error.errno else type(error).__name__
     return StorageFailure(f"the system reported {reason!r} while {doing}")

@@ -1,0 +1,250 @@
+"""Blobs: files that clients send once and jobs then use, kept apart by tenant and stored once for all.
+
+A tenant has a blob when it has sent all of its bytes, whoever else has them stored here: so nobody
+learns what another has. The file lies there once, and goes when the last tenant's reference goes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from service.errors import (
+    BlobNotFound,
+    BlobTooLarge,
+    DigestMismatch,
+    StorageQuotaExceeded,
+    UploadInProgress,
+    UploadOffsetMismatch,
+)
+from service.jobs import blob_table
+from service.jobs.store import Store
+from service.storage.faults import storage_faults
+from service.storage.upload import BlobFiles, Part, owner_of
+
+#: A tenant and a SHA-256 in hexadecimal.
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobLimits:
+    """Bytes of one blob; bytes of a tenant, None for any number; seconds that a blob is kept unused."""
+
+    max_blob_bytes: int = 64 << 30
+    max_stored_bytes: int | None = None
+    ttl_s: float = 7 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The bytes of a blob that a call sends: `start` to `stop` of `total`.
+
+    Without `start` it sends none, and only asks to go on; `is_anew` forgets what came before.
+    """
+
+    start: int | None
+    stop: int
+    total: int
+    is_anew: bool = False
+
+
+class Upload:
+    """One call that sends a blob, or a piece of it. Blocks; to be closed, which keeps what has come."""
+
+    def __init__(self, blobs: Blobs, key: Key, part: Part, span: Span) -> None:
+        self._blobs = blobs
+        self._key = key
+        self._part = part
+        self._span = span
+
+    @property
+    def offset(self) -> int:
+        """How much of the blob is here."""
+        return self._part.offset
+
+    @property
+    def room(self) -> int:
+        """How many bytes this call may still send."""
+        return max(0, self._span.stop - self._part.offset) if self._span.start is not None else 0
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Append data, at most `room` bytes; raises DiskFull or StorageFailure, and keeps what there was room for."""
+        with storage_faults("storing the upload"):
+            self._part.write(data)
+
+    def finish(self) -> bool:
+        """Make the blob the tenant's when all of it has come; False while something is missing.
+
+        Raises DigestMismatch when it is another file than its name says: then nothing is kept.
+        """
+        if self._part.offset < self._span.total:
+            return False
+        self._blobs.complete(self._key, self._part)
+        return True
+
+    def close(self) -> None:
+        """Let another call go on."""
+        self._blobs.release(self._key, self._part)
+
+
+class Blobs:
+    """The blobs of one data folder. Thread-safe; every method blocks on files and the database."""
+
+    def __init__(self, root: Path, store: Callable[[], Store], limits: BlobLimits) -> None:
+        """`store` gives the opened store, or raises NotReady."""
+        self._files = BlobFiles(root)
+        self._store = store
+        self._limits = limits
+        #: What is being sent, and how much of it there will be.
+        self._sending: dict[Key, int] = {}
+        # Held where files and references change together, so that none is ever without the other.
+        self._lock = threading.Lock()
+
+    # --- for clients ---
+
+    def find(self, tenant: str, digest: str) -> int | None:
+        """The size of a blob that the tenant has; asking counts as using it."""
+        with self._lock:
+            return self._use(tenant, {digest}).get(digest)
+
+    def offset(self, tenant: str, digest: str) -> int:
+        """How much of a blob the tenant has sent so far."""
+        with storage_faults("looking at the upload"):
+            return self._files.part_size(owner_of(tenant), digest)
+
+    def begin(self, tenant: str, digest: str, span: Span) -> Upload:
+        """Start to take the bytes of a span.
+
+        Raises BlobTooLarge, StorageQuotaExceeded, UploadInProgress when another call is sending the
+        same, and UploadOffsetMismatch when the span does not start where the last one ended.
+        """
+        if span.total > self._limits.max_blob_bytes:
+            raise BlobTooLarge(f"the blob has {span.total} bytes; this server takes {self._limits.max_blob_bytes}")
+        key = (tenant, digest)
+        with self._lock, storage_faults("starting the upload"):
+            if key in self._sending:
+                raise UploadInProgress("another call is sending this blob: ask with HEAD how far it is, and go on then")
+            self._check_quota(key, span.total)
+            self._sending[key] = span.total
+        try:
+            with storage_faults("starting the upload"):
+                return Upload(self, key, self._open_part(key, span), span)
+        except BaseException:
+            with self._lock:
+                del self._sending[key]
+            raise
+
+    # --- for one upload ---
+
+    def complete(self, key: Key, part: Part) -> None:
+        """See `Upload.finish`."""
+        tenant, digest = key
+        owner = owner_of(tenant)
+        found = part.hash.hexdigest()
+        if found != digest:
+            self._files.remove_part(owner, digest)
+            raise DigestMismatch(f"the bytes that came have the SHA-256 {found}: nothing was kept, send the file again")
+        with storage_faults("storing the upload"):
+            part.sync()
+            with self._lock:
+                # The file first: one without a reference is removed at the next start.
+                self._files.install(owner, digest)
+                with self._store().transaction() as db:
+                    blob_table.add(db, tenant, digest, part.offset)
+        self._files.remove_part(owner, digest)
+
+    def release(self, key: Key, part: Part) -> None:
+        """See `Upload.close`."""
+        tenant, digest = key
+        try:
+            self._files.close_part(owner_of(tenant), digest, part)
+        finally:
+            with self._lock:
+                self._sending.pop(key, None)
+
+    # --- for jobs ---
+
+    def use(self, tenant: str, files: Mapping[str, str]) -> None:
+        """Mark the blobs behind these paths as used; raises BlobNotFound, which points to the path of a missing one."""
+        with self._lock:
+            known = self._use(tenant, set(files.values()))
+        for path, digest in files.items():
+            if digest not in known:
+                detail = f"sha256:{digest} is not among your blobs: send it with PUT /v1/blobs/sha256:{digest}"
+                raise BlobNotFound(detail, pointer=f"/files/{_escaped(path)}")
+
+    def lay_out(self, tenant: str, files: Mapping[str, str], folder: Path) -> None:
+        """Make a folder of links to blobs, path to digest; raises BlobNotFound and OSError."""
+        self.use(tenant, files)
+        self._files.lay_out(files, folder)
+
+    # --- for the operator ---
+
+    def recover(self) -> None:
+        """Make the folders, and remove what a crash left: files that nobody has, parts of what is whole."""
+        with self._lock, storage_faults("opening the blobs"), self._store().transaction() as db:
+            self._files.create()
+            for digest in list(self._files.digests()):
+                if not blob_table.tenants(db, digest):
+                    self._files.remove(digest)
+            for part in list(self._files.parts()):
+                if part.owner in map(owner_of, blob_table.tenants(db, part.digest)):
+                    self._files.remove_part(part.owner, part.digest)
+
+    def sweep(self, in_use: Iterable[Key]) -> None:
+        """Remove what was unused for too long. What is `in_use` counts as used now."""
+        before = datetime.now(UTC) - timedelta(seconds=self._limits.ttl_s)
+        with self._lock, storage_faults("removing unused blobs"):
+            with self._store().transaction() as db:
+                for tenant, digest in in_use:
+                    blob_table.use(db, tenant, [digest])
+                gone = blob_table.expire(db, before)
+            for digest in gone:
+                self._files.remove(digest)
+            sending = {(owner_of(tenant), digest) for tenant, digest in self._sending}
+            for part in list(self._files.parts()):
+                if part.mtime < before.timestamp() and (part.owner, part.digest) not in sending:
+                    self._files.remove_part(part.owner, part.digest)
+
+    # --- inside ---
+
+    def _use(self, tenant: str, digests: set[str]) -> dict[str, int]:
+        with self._store().transaction() as db:
+            sizes = blob_table.use(db, tenant, digests)
+            lost = {digest for digest in sizes if not self._files.path(digest).is_file()}
+            for digest in lost:  # somebody has removed the file: it has to be sent again
+                blob_table.forget(db, tenant, digest)
+        return {digest: size for digest, size in sizes.items() if digest not in lost}
+
+    def _check_quota(self, key: Key, total: int) -> None:
+        tenant, digest = key
+        with self._store().transaction() as db:
+            stored, limit = blob_table.stored(db, tenant)
+        limit = self._limits.max_stored_bytes if limit is None else limit
+        if limit is None:
+            return
+        sending = {d: size for (t, d), size in self._sending.items() if t == tenant}
+        parts = {part.digest: max(part.size, blob_table.MIN_BYTES) for part in self._files.parts(owner_of(tenant))}
+        wanted = sum({**parts, **sending, digest: max(total, blob_table.MIN_BYTES)}.values())
+        if stored + wanted > limit:
+            raise StorageQuotaExceeded(
+                f"the blob has {total} bytes, and of the {limit} that you may store {stored} are taken and "
+                f"{wanted - total} promised to uploads that are not complete: purge jobs, or wait until blobs expire"
+            )
+
+    def _open_part(self, key: Key, span: Span) -> Part:
+        owner, digest = owner_of(key[0]), key[1]
+        if span.is_anew:
+            self._files.remove_part(owner, digest)
+        offset = self._files.part_size(owner, digest)
+        if (span.start is not None and span.start != offset) or offset > span.total:
+            raise UploadOffsetMismatch(f"{offset} bytes of this blob are here: go on from there")
+        return self._files.open_part(owner, digest)
+
+
+def _escaped(path: str) -> str:
+    """A path as one step of a JSON pointer."""
+    return path.replace("~", "~0").replace("/", "~1")
