@@ -44,7 +44,7 @@ class Admission:
     def admit(self, request: JobRequest, tenant: str) -> Admitted:
         """All that a tenant's request can be refused for without reading a model.
 
-        Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, UnsupportedModel
+        Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
         (PickledWeights, AlreadyQuantized) or TargetInUse, with a pointer where there is one.
         """
         config = self.resolve(request)
@@ -53,8 +53,9 @@ class Admission:
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
                 targets = self._targets(request.outputs)
-            for path in self._sources.of(request, tenant):
-                _check_readable(path)
+            with self._sources.looked_at(request, tenant) as paths:
+                for path in paths:
+                    _check_readable(path)
         return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
 
     def resolve(self, request: JobRequest) -> ResolvedConfig:

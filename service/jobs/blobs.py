@@ -103,6 +103,11 @@ class Blobs:
         # Held where files and references change together, so that none is ever without the other.
         self._lock = threading.Lock()
 
+    @property
+    def ttl_s(self) -> float:
+        """How long a blob is kept unused."""
+        return self._limits.ttl_s
+
     # --- for clients ---
 
     def find(self, tenant: str, digest: str) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from service.storage.durable import remove
 
@@ -37,6 +39,19 @@ class Folders:
     def report(self, job_id: str) -> Path:
         """There when all outputs are published."""
         return self._artifacts / job_id / REPORT
+
+    def inputs(self, job_id: str) -> Path:
+        """Links to the blobs that a running job reads. No output can have this name: they begin with no dot."""
+        return self._work / job_id / ".inputs"
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """The path of a folder that may be made, and is gone afterwards."""
+        path = self._work / f".scratch-{uuid4().hex}"
+        try:
+            yield path
+        finally:
+            remove(path)
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job."""

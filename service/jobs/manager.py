@@ -26,6 +26,7 @@ from service.engine.report import RunReport
 from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
 from service.jobs.admission import Admission, Admitted, check_free, output_specs
 from service.jobs.backend_pool import BackendPool
+from service.jobs.blobs import BlobLimits, Blobs
 from service.jobs.events import (
     EVENT_OF_STATUS,
     READER_LIMIT,
@@ -36,6 +37,7 @@ from service.jobs.events import (
     follow,
     next_epoch,
 )
+from service.jobs.expiry import expire_blobs
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
@@ -69,6 +71,7 @@ class JobManager:
         max_running_jobs: int = 2,
         max_queued_jobs: int = 1000,
         config_defaults: QuantizationConfig | None = None,
+        blob_limits: BlobLimits | None = None,
         silence_s: float = 15.0,
         reader_limit: int = READER_LIMIT,
     ) -> None:
@@ -79,7 +82,9 @@ class JobManager:
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
-        self._sources = Sources(self._roots, self._folders, lambda *job: self._opened_store.get(*job))
+        #: Files that clients have sent.
+        self.blobs = Blobs(self._data_dir / "blobs", lambda: self._opened_store, blob_limits or BlobLimits())
+        self._sources = Sources(self._roots, self._folders, lambda *job: self._opened_store.get(*job), self.blobs)
         self._admission = Admission(self._roots, config_defaults, self._sources)
         self._publisher = Publisher(self._folders, self._roots)
         self._backends = BackendPool(threads)
@@ -102,10 +107,12 @@ class JobManager:
         away. Raises StorageFailure when another server holds the folder.
         """
         self._store, leftovers = await self._in_store_thread(self._open)
+        await self._in_store_thread(self.blobs.recover)
         self._journal = Journal(self._write)
         for leftover in leftovers:
             self._readopt(leftover)
         self._warming = asyncio.create_task(self._warm_up())
+        self._expiring = asyncio.create_task(self._expire())
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more jobs, stop the running ones at their next block, and close the data folder.
@@ -121,6 +128,7 @@ class JobManager:
         if self._store is None:
             return
         self._warming.cancel()
+        self._expiring.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in tuple(self._tasks):
@@ -237,8 +245,11 @@ class JobManager:
 
         def make() -> Plan:
             config = self._admission.resolve(request)
-            (path,) = self._sources.of(request, tenant)
-            with storage_faults("reading the model"), closing(open_model(path)) as reader:
+            with (
+                storage_faults("reading the model"),
+                self._sources.looked_at(request, tenant) as (path,),
+                closing(open_model(path)) as reader,
+            ):
                 return make_plan(reader, output_specs(request, config))
 
         return await asyncio.to_thread(make)
@@ -429,6 +440,9 @@ class JobManager:
     async def _warm_up(self) -> None:
         # A thread that no exit waits for: compiling may take long.
         await run_in_thread(self._backends.get(self._default_backend).warm_up, name="warm-up")
+
+    async def _expire(self) -> None:
+        await expire_blobs(self.blobs, lambda: [live.job for live in self._live.values()])
 
     async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         await self._in_store_thread(lambda: self._opened_store.write(jobs, events))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypeAliasType
 
 from service.engine.config import Profile, QuantizationConfig
+from service.jobs.blob_paths import MAX_PATH_BYTES, check_path, check_together
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+BlobPath = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATH_BYTES), AfterValidator(check_path)]
+
+
+def _fit_together(files: dict[str, str]) -> dict[str, str]:
+    check_together(files)
+    return files
 
 
 class _Body(BaseModel):
@@ -32,8 +40,24 @@ class JobSource(_Body):
     output: Name | None = Field(default=None, description="Its name; may be left out where there is only one.")
 
 
+class BlobsSource(_Body):
+    """Files that were uploaded, as a folder."""
+
+    type: Literal["blobs"]
+    files: Annotated[dict[BlobPath, Digest], AfterValidator(_fit_together)] = Field(
+        min_length=1,
+        max_length=4096,
+        description="From the path in the folder to the blob: `sha256:` and its digest in hexadecimal.",
+    )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """From path to SHA-256 in hexadecimal."""
+        return {path: digest.removeprefix("sha256:") for path, digest in self.files.items()}
+
+
 # Named types, so that they have their names in the OpenAPI document as well.
-Source = TypeAliasType("Source", Annotated[UriSource | JobSource, Field(discriminator="type")])
+Source = TypeAliasType("Source", Annotated[UriSource | JobSource | BlobsSource, Field(discriminator="type")])
 
 
 class OutputRequest(_Body):

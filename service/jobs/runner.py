@@ -117,9 +117,8 @@ class Runner:
             "cancelled": stop.is_set,
         }
         with ExitStack() as stack:
-            readers = [
-                stack.enter_context(closing(open_model(path))) for path in self._sources.of(job.request, job.tenant)
-            ]
+            paths = self._sources.of(job.request, job.tenant, self._folders.inputs(job.id))
+            readers = [stack.enter_context(closing(open_model(path))) for path in paths]
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
                 return quantize(plan, readers[0], work, **tools)

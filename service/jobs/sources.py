@@ -1,4 +1,4 @@
-"""Where a request's sources lie: an address, or an output of an earlier job."""
+"""Where a request's sources lie: an address, an output of an earlier job, or blobs."""
 
 from __future__ import annotations
 
@@ -7,36 +7,51 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound
+from service.jobs.blobs import Blobs
+from service.jobs.blobs import Key as BlobKey
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
-from service.jobs.request import JobRequest, JobSource, OutputRequest, QuantizeRequest, Source
+from service.jobs.request import BlobsSource, JobRequest, JobSource, OutputRequest, QuantizeRequest, Source
 from service.storage.file import locate_target, resolve_model
 
 
 class Sources:
     """Finds models for requests. Blocks on files and the store."""
 
-    def __init__(self, roots: Sequence[Path], folders: Folders, find_job: Callable[[str, str], Job | None]) -> None:
+    def __init__(
+        self, roots: Sequence[Path], folders: Folders, find_job: Callable[[str, str], Job | None], blobs: Blobs
+    ) -> None:
         """`find_job` takes an id and the tenant whose the job has to be."""
         self._roots = tuple(roots)
         self._folders = folders
         self._find_job = find_job
+        self._blobs = blobs
 
-    def of(self, request: JobRequest, tenant: str) -> tuple[Path, ...]:
+    def of(self, request: JobRequest, tenant: str, inputs: Path) -> tuple[Path, ...]:
         """The paths of all sources of a request: one to quantize, original and quantized to validate.
 
-        Only the tenant's own jobs are sources: any other's is as good as unknown.
-        Raises InvalidConfig, ForbiddenPath, ModelNotFound or UnsupportedModel, with a pointer.
+        Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already.
+        Only the tenant's own jobs and blobs are sources: any other's are as good as unknown.
+        Raises InvalidConfig, ForbiddenPath, ModelNotFound, BlobNotFound or UnsupportedModel, with a pointer.
         """
-        if isinstance(request, QuantizeRequest):
-            return (self._resolve(request.source, "/source", tenant),)
-        sources = ((request.original, "/original"), (request.quantized, "/quantized"))
-        return tuple(self._resolve(source, pointer, tenant) for source, pointer in sources)
+        return tuple(
+            self._resolve(source, f"/{name}", tenant, inputs / name) for name, source in _named_sources(request)
+        )
 
-    def _resolve(self, source: Source, pointer: str, tenant: str) -> Path:
+    @contextmanager
+    def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Path, ...]]:
+        """As `of`, for as long as the context is open; links to blobs are gone afterwards."""
+        with self._folders.scratch() as inputs:
+            yield self.of(request, tenant, inputs)
+
+    def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> Path:
         if isinstance(source, JobSource):
             with pointing(pointer):
                 return self._output_of_job(source, tenant)
+        if isinstance(source, BlobsSource):
+            with pointing(pointer):
+                self._blobs.lay_out(tenant, source.digests, inputs)
+                return inputs
         with pointing(f"{pointer}/uri"):
             return resolve_model(source.uri, self._roots)
 
@@ -50,6 +65,20 @@ class Sources:
         if output.uri is not None:
             return locate_target(output.uri, self._roots)
         return self._folders.artifacts(job.id) / output.folder
+
+
+def blobs_used(job: Job) -> Iterator[BlobKey]:
+    """The blobs that a job is made of."""
+    for _, source in _named_sources(job.request):
+        if isinstance(source, BlobsSource):
+            yield from ((job.tenant, digest) for digest in source.digests.values())
+
+
+def _named_sources(request: JobRequest) -> tuple[tuple[str, Source], ...]:
+    """The sources with the names of their fields."""
+    if isinstance(request, QuantizeRequest):
+        return (("source", request.source),)
+    return (("original", request.original), ("quantized", request.quantized))
 
 
 def _choose(outputs: Sequence[OutputRequest], name: str | None) -> OutputRequest:
