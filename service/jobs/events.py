@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,13 +44,27 @@ PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """Where an event stands in the stream of its job's batch: `id` grows within the batch, behind `is_last` is nothing.
+
+    `index` is that of the job among the batch's items. An event that is read back never says that it is the last.
+    """
+
+    batch_id: str
+    index: int
+    id: int
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened to a job.
 
     `id` grows within the job; it is None for what is said to one reader only (`reader.too_slow`,
     `server.draining`). `data` is JSON without `job_id` and `at`: `status` and, when queued,
     `queue_position` for changes of state; the fields of Progress, TensorCompleted or Notice
-    without those that are None otherwise. `job` is the whole job in terminal events.
+    without those that are None otherwise. `job` is the whole job in terminal events. `merged` is
+    there when the job belongs to a batch and the event is new or was read for the batch.
     """
 
     id: int | None
@@ -59,6 +73,11 @@ class Event:
     at: datetime
     data: dict[str, Any]
     job: Job | None = None
+    merged: Merged | None = None
+
+    def in_batch(self) -> Event:
+        """The event as the stream of its batch has it: under its id there."""
+        return replace(self, id=self.merged.id) if self.merged else self
 
     @property
     def is_terminal(self) -> bool:
@@ -69,6 +88,10 @@ class Event:
     def is_stored(self) -> bool:
         """Whether it can be replayed."""
         return self.id is not None and self.type != PROGRESS
+
+    def is_newer_of(self, other: Event) -> bool:
+        """Whether it makes another one superfluous: of a job's progress the newest is enough."""
+        return self.type == other.type == PROGRESS and self.job_id == other.job_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +109,10 @@ def describe(happening: Happening) -> tuple[str, dict[str, Any]]:
 
 
 class Reader:
-    """The buffer of one live reader; everything on the event loop."""
+    """The buffer of one live reader of a job or a batch; everything on the event loop."""
 
-    def __init__(self, job_id: str, limit: int = READER_LIMIT) -> None:
-        self._job_id = job_id
+    def __init__(self, subject: str, limit: int = READER_LIMIT) -> None:
+        self._subject = subject
         self._limit = limit
         self._buffer: deque[Event] = deque()
         self._last: Event | None = None
@@ -99,7 +122,7 @@ class Reader:
         """Add an event, or cut the reader off when its buffer is full; never waits."""
         if self._last is not None:
             return
-        if event.type == PROGRESS and self._buffer and self._buffer[-1].type == PROGRESS:
+        if self._buffer and event.is_newer_of(self._buffer[-1]):
             self._buffer[-1] = event
         elif len(self._buffer) >= self._limit:
             self.end(TOO_SLOW)
@@ -110,7 +133,7 @@ class Reader:
     def end(self, type_: str) -> None:
         """Nothing more comes behind what is buffered but this, which belongs to no job's log."""
         if self._last is None:
-            self._last = Event(None, type_, self._job_id, datetime.now(UTC), {})
+            self._last = Event(None, type_, self._subject, datetime.now(UTC), {})
             self._wake.set()
 
     async def next(self, silence_s: float) -> Event | Silence:
@@ -129,10 +152,10 @@ class Reader:
 
 
 class LiveLog:
-    """The live end of a job's events: gives out ids, and hands published events to readers."""
+    """The live end of the events of a job or a batch: gives out ids, and hands published events to readers."""
 
-    def __init__(self, job_id: str, *, next_id: int, last_stored_id: int, reader_limit: int = READER_LIMIT) -> None:
-        self._job_id = job_id
+    def __init__(self, subject: str, *, next_id: int, last_stored_id: int, reader_limit: int = READER_LIMIT) -> None:
+        self._subject = subject
         self._next_id = next_id
         self._reader_limit = reader_limit
         self._readers: set[Reader] = set()
@@ -142,7 +165,7 @@ class LiveLog:
 
     def event(self, type_: str, data: dict[str, Any], job: Job | None = None) -> Event:
         """A new event with the next id; nobody sees it before `publish`."""
-        event = Event(self._next_id, type_, self._job_id, datetime.now(UTC), data, job)
+        event = Event(self._next_id, type_, self._subject, datetime.now(UTC), data, job)
         self._next_id += 1
         return event
 
@@ -155,7 +178,7 @@ class LiveLog:
 
     def subscribe(self) -> Reader:
         """A reader of all that is published from now on."""
-        reader = Reader(self._job_id, self._reader_limit)
+        reader = Reader(self._subject, self._reader_limit)
         if self._closing is not None:
             reader.end(self._closing)
         self._readers.add(reader)
@@ -188,10 +211,11 @@ async def follow(
     *,
     after: int,
     silence_s: float,
+    is_last: Callable[[Event], bool] = lambda event: event.is_terminal,
 ) -> AsyncGenerator[Event | Silence, None]:
     """Replay what is stored behind `after`, then all that happens, without gap or duplicate.
 
-    `find_log` gives the job's live end while it has one. Between its last look and the
+    `find_log` gives the live end while there is one. Between its last look and the
     subscription nothing is awaited, so nothing can be published in between.
     """
     while (log := find_log()) is None or after < log.last_stored_id:
@@ -199,7 +223,7 @@ async def follow(
         for event in page:
             yield event
             after = event.id or after
-            if event.is_terminal:
+            if is_last(event):
                 return
         if not page and log is None:
             return
@@ -208,7 +232,7 @@ async def follow(
         while True:
             item = await reader.next(silence_s)
             yield item
-            if isinstance(item, Event) and (item.id is None or item.is_terminal):
+            if isinstance(item, Event) and (item.id is None or is_last(item)):
                 return
     finally:
         log.unsubscribe(reader)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from service.engine.progress import Happening, Progress
-from service.jobs.events import EVENT_OF_STATUS, RESUMED, LiveLog, describe
+from service.jobs.batch import Place
+from service.jobs.events import EVENT_OF_STATUS, RESUMED, Event, LiveLog, describe
 from service.jobs.job import Job, Status
 from service.jobs.journal import Entry, Journal
 from service.jobs.stop import StopSignal
@@ -22,10 +23,17 @@ class LiveJob:
     """One job from its acceptance to its end; everything on the event loop."""
 
     def __init__(
-        self, job: Job, log: LiveLog, journal: Journal, on_end: Callable[[Job], None], targets: tuple[Path, ...] = ()
+        self,
+        job: Job,
+        log: LiveLog,
+        journal: Journal,
+        on_end: Callable[[Job], None],
+        targets: tuple[Path, ...] = (),
+        place: Place | None = None,
     ) -> None:
-        """`on_end` is called when the job's last state is stored and has been shown."""
+        """`on_end` is called when the job's last state is stored and has been shown; `place` is that in its batch."""
         self.log = log
+        self.place = place
         self.stop = StopSignal()
         self.targets = targets
         self.ended = asyncio.Event()
@@ -58,6 +66,17 @@ class LiveJob:
         type_ = EVENT_OF_STATUS.get(status)
         self._put(type_, {"status": status.value}, job)
 
+    def event(self, type_: str, data: dict[str, Any], whole: Job | None = None) -> Event:
+        """A new event, with its place in the stream of the batch; nobody sees it before `publish`."""
+        event = self.log.event(type_, data, whole)
+        return self.place.merge(event) if self.place is not None else event
+
+    def publish(self, event: Event) -> None:
+        """Show an event, which is stored if it is to be, to the readers of the job and of its batch."""
+        self.log.publish(event)
+        if self.place is not None:
+            self.place.batch.publish(event)
+
     def resume(self) -> None:
         """Emit that a running job goes on in this process."""
         self.is_resumed = True
@@ -87,7 +106,7 @@ class LiveJob:
 
     def _put(self, type_: str | None, data: dict[str, Any], job: Job | None) -> None:
         whole = job if job is not None and job.status.is_terminal else None
-        event = self.log.event(type_, data, whole) if type_ is not None else None
+        event = self.event(type_, data, whole) if type_ is not None else None
 
         def show() -> None:
             if job is not None:
@@ -97,7 +116,7 @@ class LiveJob:
                 self._on_end(whole)
                 self.ended.set()
             if event is not None:
-                self.log.publish(event)
+                self.publish(event)
 
         self._journal.put(Entry(job, event, show))
 

@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import uuid_utils
-
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
 from service.engine.formats.registry import open_model
@@ -24,9 +22,13 @@ from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
 from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
-from service.jobs.admission import Admission, Admitted, check_free, output_specs
+from service.jobs import key_table
+from service.jobs.admission import Admission, Admitted, Claims, output_specs
 from service.jobs.backend_pool import BackendPool
+from service.jobs.batch import Batch
+from service.jobs.batches import Batches
 from service.jobs.blobs import BlobLimits, Blobs
+from service.jobs.database import Database
 from service.jobs.events import (
     EVENT_OF_STATUS,
     READER_LIMIT,
@@ -39,13 +41,15 @@ from service.jobs.events import (
 )
 from service.jobs.expiry import expire_blobs
 from service.jobs.folders import Folders
+from service.jobs.idempotency import Keys, Once
+from service.jobs.intake import Intake
 from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.publisher import Publisher, load_report
-from service.jobs.recovery import Leftover, recover
-from service.jobs.request import JobRequest, QuantizeRequest
+from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
+from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
 from service.jobs.scheduler import Scheduler, run_in_thread
 from service.jobs.sources import Sources
@@ -94,6 +98,16 @@ class JobManager:
         self._store: Store | None = None
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._live: dict[str, LiveJob] = {}
+        database = Database(lambda: self._opened_store, self._store_thread)
+        #: What clients do with batches.
+        self.batches = Batches(
+            database, self._cancel_all, self._folders.remove, silence_s=silence_s, reader_limit=reader_limit
+        )
+        #: What clients use to send a call again.
+        self.keys = Keys(
+            lambda key: database.read(lambda db: key_table.find(db, key)),
+            lambda key, answer: database.change(lambda db: key_table.replace(db, key, answer)),
+        )
         self._admitting = 0
         self._draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -106,9 +120,11 @@ class JobManager:
         Queued jobs wait again, running ones go on from their checkpoint, cancelled ones are cleared
         away. Raises StorageFailure when another server holds the folder.
         """
-        self._store, leftovers = await self._in_store_thread(self._open)
+        self._store, leftovers, batches = await self._in_store_thread(self._open)
         await self._in_store_thread(self.blobs.recover)
         self._journal = Journal(self._write)
+        for batch in batches:
+            self.batches.reopen(batch.id, batch.jobs, batch.last_event_id)
         for leftover in leftovers:
             self._readopt(leftover)
         self._warming = asyncio.create_task(self._warm_up())
@@ -125,6 +141,7 @@ class JobManager:
         for live in self._live.values():
             live.log.close(SERVER_DRAINING)
             live.stop.ask(Reason.DRAIN)
+        self.batches.close(SERVER_DRAINING)
         if self._store is None:
             return
         self._warming.cancel()
@@ -143,17 +160,21 @@ class JobManager:
 
     # --- jobs ---
 
-    async def submit(self, request: JobRequest, tenant: str = DEFAULT_TENANT) -> Job:
-        """Accept a tenant's job, durably; it then runs when a lane is free.
+    async def submit(self, request: JobRequest, tenant: str = DEFAULT_TENANT, once: Once[Job] | None = None) -> Job:
+        """Accept a tenant's job, durably; it then runs when a lane is free. `once` is stored with it.
 
         Raises Draining, QueueFull, or why the request cannot be carried out (see `Admission`).
         """
-        self._check_open()
-        if self._scheduler.depth + self._admitting >= self._max_queued_jobs:
-            raise QueueFull(f"{self._scheduler.depth} jobs wait already, and no more may: try again later")
-        self._admitting += 1
-        # A client that hangs up in the middle leaves no half-accepted job.
-        return await asyncio.shield(self._spawn(self._submit(request, tenant)))
+        jobs, _ = await self._take(Intake([request], tenant, once_job=once))
+        return jobs[0]
+
+    async def submit_batch(
+        self, request: BatchRequest, tenant: str = DEFAULT_TENANT, once: Once[Batch] | None = None
+    ) -> Batch:
+        """Accept several jobs or none of them; raises what `submit` raises, which points to the item."""
+        _, batch = await self._take(Intake(request.items, tenant, request.labels, once_batch=once))
+        assert batch is not None, "labels make it one"
+        return batch
 
     async def get(self, job_id: str, tenant: str | None = None) -> Job:
         """The job of this id, as it stands; raises NotFound, also when it is another tenant's. None is any tenant."""
@@ -171,6 +192,7 @@ class JobManager:
         tenant: str | None = None,
         status: Status | None = None,
         kind: str | None = None,
+        batch_id: str | None = None,
         label: tuple[str, str] | None = None,
         created_after: datetime | None = None,
         limit: int = 50,
@@ -183,6 +205,7 @@ class JobManager:
                 tenant=tenant,
                 status=status,
                 kind=kind,
+                batch_id=batch_id,
                 label=label,
                 created_after=created_after,
                 limit=limit,
@@ -197,13 +220,7 @@ class JobManager:
         live = self._live_of(job_id, tenant)
         if live is None:
             return await self.get(job_id, tenant)
-        if live.status is Status.QUEUED:
-            self._scheduler.remove(job_id)
-            live.to(Status.CANCELLED)
-        elif live.status is Status.RUNNING:
-            live.to(Status.CANCELLING)
-            live.stop.ask(Reason.CANCEL)
-        await self._journal.settled()
+        await self._cancel_all([job_id])
         return live.job
 
     async def purge(self, job_id: str, tenant: str | None = None) -> None:
@@ -296,8 +313,8 @@ class JobManager:
 
     @property
     def readers(self) -> int:
-        """How many streams of events are open on jobs that have not ended."""
-        return sum(live.log.readers for live in self._live.values())
+        """How many streams of events are open on jobs and batches that have not ended."""
+        return sum(live.log.readers for live in self._live.values()) + self.batches.readers
 
     @property
     def is_draining(self) -> bool:
@@ -321,47 +338,96 @@ class JobManager:
 
     # --- inside ---
 
-    def _open(self) -> tuple[Store, list[Leftover]]:
+    def _open(self) -> tuple[Store, list[Leftover], list[OpenBatch]]:
         store = Store(self._data_dir)
         try:
-            return store, recover(store, self._folders, self._publisher)
+            leftovers = recover(store, self._folders, self._publisher)
+            with store.transaction() as db:
+                key_table.remove_expired(db)
+            return store, leftovers, open_batches(store, leftovers)
         except BaseException:
             store.close()
             raise
 
-    async def _submit(self, request: JobRequest, tenant: str) -> Job:
+    async def _take(self, intake: Intake) -> tuple[list[Job], Batch | None]:
+        count = len(intake.requests)
+        self._check_open()
+        if self._scheduler.depth + self._admitting + count > self._max_queued_jobs:
+            raise QueueFull(
+                f"{self._scheduler.depth} jobs wait already, with {count} more there would be more than "
+                f"{self._max_queued_jobs}: try again later"
+            )
+        self._admitting += count
+        # A client that hangs up in the middle leaves no half-accepted job.
+        return await asyncio.shield(self._spawn(self._submit(intake)))
+
+    async def _submit(self, intake: Intake) -> tuple[list[Job], Batch | None]:
         try:
-            admitted = await asyncio.to_thread(self._admission.admit, request, tenant)
+            admitted = await asyncio.to_thread(intake.admit, self._admission)
             self._check_open()
-            job, live = self._accept(request, tenant, admitted)
-            ahead = self._scheduler.ahead_of(request.priority)
-            data = {"status": job.status.value, "queue_position": ahead}
-            event = live.log.event(EVENT_OF_STATUS[job.status], data)
+            jobs, batch, live_jobs = self._accept(intake, admitted)
             try:
-                await self._in_store_thread(lambda: self._opened_store.add(job, [event]))
+                events = self._queued_events(intake, live_jobs)
+                kept = intake.kept(jobs, batch)
+                await self._in_store_thread(lambda: self._opened_store.add_all(jobs, events, batch, kept))
             except BaseException:
-                del self._live[job.id]
+                self._unaccept(jobs, batch)
                 raise
         finally:
-            self._admitting -= 1
-        live.log.publish(event)
-        if live.status is Status.QUEUED:
-            self._scheduler.put(job.id, request.priority)
-        return live.job
+            self._admitting -= len(intake.requests)
+        for live, event in zip(live_jobs, events, strict=True):
+            live.publish(event)
+        for live in live_jobs:
+            if live.status is Status.QUEUED:
+                self._scheduler.put(live.job.id, live.job.request.priority)
+        return jobs, batch
 
-    def _accept(self, request: JobRequest, tenant: str, admitted: Admitted) -> tuple[Job, LiveJob]:
-        """The new job, which from now on holds its targets; nothing is awaited between check and claim."""
-        taken = [target for live in self._live.values() for target in live.targets]
-        for target in admitted.targets:
-            check_free(target, taken)
+    def _accept(self, intake: Intake, admitted: Sequence[Admitted]) -> tuple[list[Job], Batch | None, list[LiveJob]]:
+        """The new jobs, which from now on hold their targets; nothing is awaited between check and claim."""
+        claims = Claims(target for live in self._live.values() for target in live.targets)
+        for index, entry in enumerate(admitted):
+            with intake.at(index):
+                for target in entry.targets:
+                    claims.add(target)
         # The time first: a job's id is never of an earlier millisecond than its created_at.
-        now = datetime.now(UTC)
-        job = Job(f"job_{uuid_utils.uuid7()}", request, admitted.config, Status.QUEUED, now, tenant=tenant)
-        log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
-        return job, self._adopt(job, log, admitted.targets)
+        jobs = intake.jobs(admitted, datetime.now(UTC))
+        batch = intake.batch(jobs)
+        if batch is not None:
+            self.batches.open(batch.id, len(jobs))
+        live_jobs = []
+        for job, entry in zip(jobs, admitted, strict=True):
+            log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
+            live_jobs.append(self._adopt(job, log, entry.targets))
+        return jobs, batch, live_jobs
+
+    def _unaccept(self, jobs: Sequence[Job], batch: Batch | None) -> None:
+        for job in jobs:
+            del self._live[job.id]
+        if batch is not None:
+            self.batches.forget(batch.id)
+
+    def _queued_events(self, intake: Intake, live_jobs: Sequence[LiveJob]) -> list[Event]:
+        ahead = {request.priority: self._scheduler.ahead_of(request.priority) for request in intake.requests}
+        type_, status = EVENT_OF_STATUS[Status.QUEUED], Status.QUEUED.value
+        return [
+            live.event(type_, {"status": status, "queue_position": ahead[request.priority] + others})
+            for live, request, others in zip(live_jobs, intake.requests, intake.order(), strict=True)
+        ]
+
+    async def _cancel_all(self, job_ids: Sequence[str]) -> None:
+        """End those that have not ended. All waiting ones are out of the queue before a lane is freed."""
+        for live in filter(None, map(self._live.get, job_ids)):
+            if live.status is Status.QUEUED:
+                self._scheduler.remove(live.job.id)
+                live.to(Status.CANCELLED)
+            elif live.status is Status.RUNNING:
+                live.to(Status.CANCELLING)
+                live.stop.ask(Reason.CANCEL)
+        await self._journal.settled()
 
     def _adopt(self, job: Job, log: LiveLog, targets: tuple[Path, ...]) -> LiveJob:
-        live = LiveJob(job, log, self._journal, self._forget, targets)
+        place = self.batches.place(job.batch_id, job.batch_index or 0) if job.batch_id else None
+        live = LiveJob(job, log, self._journal, self._forget, targets, place)
         self._live[job.id] = live
         return live
 

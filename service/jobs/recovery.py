@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.jobs import batch_table
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.publisher import Publisher
@@ -22,6 +24,22 @@ class Leftover:
     last_event_id: int
     seconds_run: float
     targets: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBatch:
+    """A batch of which so many jobs have not ended, and the largest id in its stream."""
+
+    id: str
+    jobs: int
+    last_event_id: int
+
+
+def open_batches(store: Store, leftovers: Sequence[Leftover]) -> list[OpenBatch]:
+    """The batches that the jobs to go on with belong to. Blocks."""
+    counts = Counter(leftover.job.batch_id for leftover in leftovers if leftover.job.batch_id is not None)
+    with store.reading() as db:
+        return [OpenBatch(id_, jobs, batch_table.last_event_id(db, id_)) for id_, jobs in counts.items()]
 
 
 def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftover]:

@@ -100,3 +100,12 @@ class ValidateRequest(_JobBody):
 
 
 JobRequest = TypeAliasType("JobRequest", Annotated[QuantizeRequest | ValidateRequest, Field(discriminator="kind")])
+
+
+class BatchRequest(_Body):
+    """Several jobs at once: all of them are accepted, or none."""
+
+    items: list[JobRequest] = Field(min_length=1, max_length=1000)
+    labels: dict[Label, Label] = Field(
+        default_factory=dict, max_length=32, description="Of the batch; jobs have theirs."
+    )

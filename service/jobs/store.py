@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 from uuid import UUID
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs import blob_table
+from service.jobs import batch_table, blob_table, key_table
+from service.jobs.batch import Batch
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
+from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.record import from_record, to_record
 from service.jobs.request import QuantizeRequest
@@ -25,6 +27,8 @@ from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
 LOCK = "arrowquant.lock"
+#: How long a write waits for another connection's.
+BUSY_TIMEOUT_S = 10.0
 
 #: Each brings the schema from the version of its index to the next; never edited, only added to.
 MIGRATIONS = (
@@ -98,6 +102,7 @@ MIGRATIONS = (
         (SELECT sum(json_extract(value, '$.size_bytes')) FROM json_each(record, '$.artifacts')
             WHERE instr(json_extract(value, '$.location'), jobs.id)), 0);
     """,
+    key_table.SCHEMA + batch_table.SCHEMA,
     blob_table.SCHEMA,
 )
 
@@ -117,7 +122,7 @@ class Store:
             data_dir.mkdir(parents=True, exist_ok=True)
             self._held = _hold(data_dir / LOCK)
         try:
-            with _database_faults():
+            with database_faults():
                 self._db = _open(data_dir / DATABASE)
                 _migrate(self._db)
         except BaseException:
@@ -132,12 +137,28 @@ class Store:
 
     def add(self, job: Job, events: Sequence[Event]) -> None:
         """Store a new job with its first events."""
-        labels = [(key, value, job.id, job.tenant) for key, value in job.request.labels.items()]
+        self.add_all([job], events)
+
+    def add_all(
+        self,
+        jobs: Sequence[Job],
+        events: Sequence[Event],
+        batch: Batch | None = None,
+        kept: tuple[Key, str] | None = None,
+    ) -> None:
+        """Store new jobs with their first events, their batch, and the answer to the call that made them; or none."""
+        columns = "id, tenant, kind, status, created_at, record, batch_id"
+        rows = [
+            (job.id, job.tenant, job.request.kind, job.status, _text(job.created_at), to_record(job), job.batch_id)
+            for job in jobs
+        ]
+        labels = [(key, value, job.id, job.tenant) for job in jobs for key, value in job.request.labels.items()]
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO jobs (id, tenant, kind, status, created_at, record) VALUES (?, ?, ?, ?, ?, ?)",
-                (job.id, job.tenant, job.request.kind, job.status, _text(job.created_at), to_record(job)),
-            )
+            if kept is not None:
+                key_table.keep(db, *kept)
+            if batch is not None:
+                batch_table.insert(db, batch)
+            db.executemany(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             db.executemany("INSERT INTO labels (key, value, job_id, tenant) VALUES (?, ?, ?, ?)", labels)
             _append(db, events)
 
@@ -165,6 +186,7 @@ class Store:
         tenant: str | None = None,
         status: Status | None = None,
         kind: str | None = None,
+        batch_id: str | None = None,
         label: tuple[str, str] | None = None,
         created_after: datetime | None = None,
         limit: int = 50,
@@ -174,7 +196,8 @@ class Store:
         where: list[str] = []
         values: list[Any] = []
         owner = "jobs.tenant = ?" if label is None else "labels.tenant = ?"
-        for condition, value in ((owner, tenant), ("status = ?", status), ("kind = ?", kind), ("id < ?", after)):
+        equal = ((owner, tenant), ("status = ?", status), ("kind = ?", kind), ("batch_id = ?", batch_id))
+        for condition, value in (*equal, ("id < ?", after)):
             if value is not None:
                 where.append(condition)
                 values.append(value)
@@ -185,8 +208,10 @@ class Store:
             # Ids begin with their time: the index ends the search, created_at then decides to the microsecond.
             where.append("id >= ? AND created_at > ?")
             values += [_first_id_at(created_after), _text(created_after)]
-        # A cross join keeps this order: labels lead the search, whatever the planner believes.
-        tables = "jobs" if label is None else "labels CROSS JOIN jobs ON jobs.id = labels.job_id"
+        # A cross join keeps this order: labels lead the search, whatever the planner believes; then batches, which
+        # are small where a status is not.
+        jobs_table = "jobs" if batch_id is None else "jobs INDEXED BY jobs_by_batch"
+        tables = jobs_table if label is None else "labels CROSS JOIN jobs ON jobs.id = labels.job_id"
         order = "id" if label is None else "job_id"
         condition = f"WHERE {' AND '.join(where)}" if where else ""
         query = f"SELECT record FROM {tables} {condition} ORDER BY {order} DESC LIMIT ?"
@@ -232,13 +257,19 @@ class Store:
         rows = self._rows("SELECT stored_bytes FROM tenants WHERE id = ?", (tenant,))
         return int(rows[0][0]) if rows else 0
 
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The database for queries, which no other writer holds up."""
+        with self._lock, database_faults():
+            yield self._db
+
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """The database for some statements that hold together: all of them or none."""
         return self._transaction()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _database_faults():
+        with self._lock, database_faults():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -250,13 +281,33 @@ class Store:
                 raise
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, _database_faults():
+        with self._lock, database_faults():
             return self._db.execute(query, values).fetchall()
+
+
+def connect(data_dir: Path) -> sqlite3.Connection:
+    """A connection to the database of a data folder that a server may hold; for tables that the server only reads.
+
+    The database is made, or brought to this schema, when no server holds it. Raises StorageFailure.
+    """
+    with storage_faults("opening the data folder"):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    with database_faults():
+        db = _open(data_dir / DATABASE)
+        try:
+            if _version(db) != len(MIGRATIONS):
+                with storage_faults("opening the data folder"), closing(_hold(data_dir / LOCK)):
+                    _migrate(db)
+        except BaseException:
+            db.close()
+            raise
+    return db
 
 
 def _append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
     rows = [(e.job_id, e.id, e.type, _text(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
     db.executemany("INSERT INTO events (job_id, id, type, at, data) VALUES (?, ?, ?, ?, ?)", rows)
+    batch_table.append(db, events)
 
 
 def _hold(path: Path) -> Any:
@@ -278,7 +329,7 @@ def _hold(path: Path) -> Any:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     # In WAL mode a commit then survives the process, and the database a power cut.
     db.execute("PRAGMA synchronous = NORMAL")
@@ -286,8 +337,12 @@ def _open(path: Path) -> sqlite3.Connection:
     return db
 
 
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
 def _migrate(db: sqlite3.Connection) -> None:
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    version = _version(db)
     if version > len(MIGRATIONS):
         db.close()
         raise StorageFailure(
@@ -299,7 +354,8 @@ def _migrate(db: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _database_faults() -> Iterator[None]:
+def database_faults() -> Iterator[None]:
+    """Turn what SQLite raises into DiskFull or StorageFailure."""
     try:
         yield
     except sqlite3.Error as error:
