@@ -39,6 +39,12 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=30.0, ge=0, description="From SIGTERM to the end.")
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Of a request's JSON.")
     max_table_bytes: int = Field(default=64 << 20, ge=1024, description="Of a table sent to `/v1/tensors:…`.")
+    max_blob_bytes: int = Field(default=64 << 30, ge=1, description="Of an uploaded file.")
+    max_stored_bytes: int | None = Field(
+        default=None, ge=1, description="Of a tenant's artifacts and blobs; without it there is no limit."
+    )
+    blob_ttl_s: float = Field(default=7 * 86400.0, gt=0, description="How long an uploaded file is kept unused.")
+    upload_idle_s: float = Field(default=30.0, gt=0, description="How long an upload may stand still.")
     allow_unauthenticated: bool = Field(default=False, description="Listen on addresses that others can reach.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     config_defaults: QuantizationConfig = Field(

@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from service import __version__
 from service.api import openapi, problems
 from service.api.middleware import BodyLimit, Head, RequestId
-from service.api.routes import artifacts, catalog, events, health, jobs, plans, reports, tensors
+from service.api.routes import artifacts, catalog, events, health, jobs, plans, reports, tensors, uploads
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
+from service.jobs.blobs import BlobLimits
 from service.jobs.manager import JobManager
 from service.settings import Settings
 
@@ -22,6 +23,7 @@ ROUTERS = (
     reports.router,
     artifacts.router,
     plans.router,
+    uploads.router,
     tensors.router,
     catalog.router,
     health.router,
@@ -57,8 +59,13 @@ def create_app(settings: Settings) -> FastAPI:
         responses=problems.DEFAULT_RESPONSES,
     )
     problems.install(app)
-    app.add_middleware(Head)
-    app.add_middleware(BodyLimit, limits={tensors.PREFIX: settings.max_table_bytes, "/": settings.max_body_bytes})
+    app.add_middleware(Head, own=uploads.PREFIX)
+    limits = {
+        tensors.PREFIX: settings.max_table_bytes,
+        uploads.PREFIX: settings.max_blob_bytes,
+        "/": settings.max_body_bytes,
+    }
+    app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(RequestId)
     for router in ROUTERS:
         app.include_router(router)
@@ -76,4 +83,5 @@ def _manager(settings: Settings) -> JobManager:
         max_running_jobs=settings.max_running_jobs,
         max_queued_jobs=settings.max_queued_jobs,
         config_defaults=settings.config_defaults,
+        blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes, settings.blob_ttl_s),
     )

@@ -84,7 +84,7 @@ class BodyLimit:
         async def send_and_linger(message: Message) -> None:
             if refused and message["type"] == "http.response.body":
                 await send({**message, "more_body": True})
-                await _discard(receive)
+                await discard_rest(receive)
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
@@ -97,23 +97,30 @@ class BodyLimit:
         await self.app(scope, receive_counted, send_and_linger)
 
 
-async def _discard(receive: Receive) -> None:
-    # Closing a connection on bytes that were not read resets it, and the client might never see the answer.
-    with suppress(TimeoutError):
+async def discard_rest(receive: Receive) -> None:
+    """Let the rest of a body come that nobody reads, for a while.
+
+    Closing a connection on bytes that were not read resets it, and the client might never see the answer.
+    """
+    with suppress(TimeoutError, HTTPException):
         async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body"):
                 pass
 
 
 class Head:
-    """Serves HEAD wherever there is GET: the same headers, and the body is cut off where it starts."""
+    """Serves HEAD wherever there is GET: the same headers, and the body is cut off where it starts.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Paths that begin with `own` have a HEAD of their own.
+    """
+
+    def __init__(self, app: ASGIApp, own: str) -> None:
         self.app = app
+        self.own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
-        if scope["type"] != "http" or scope["method"] != "HEAD":
+        if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].startswith(self.own):
             await self.app(scope, receive, send)
             return
         ended = False

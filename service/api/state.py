@@ -14,6 +14,8 @@ from service.settings import Settings
 
 #: Tables computed at once; each call has all threads of the backend.
 TABLES_AT_ONCE = 2
+#: Threads that store what is uploaded; a slow disk must not take those of all other calls.
+UPLOAD_THREADS = 8
 
 
 @dataclass
@@ -25,6 +27,7 @@ class ApiState:
     stalls: StallMonitor = field(default_factory=StallMonitor)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     tables: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(TABLES_AT_ONCE))
+    uploads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(UPLOAD_THREADS))
 
     async def drain(self) -> None:
         """Take no more jobs, answer all who wait, and let running jobs stop at their next block."""

@@ -29,6 +29,7 @@ CREATION_ERRORS = (
     errors.UnsupportedByFormat,
     errors.ForbiddenPath,
     errors.ModelNotFound,
+    errors.BlobNotFound,
     errors.UnsupportedModel,
     errors.PickledWeights,
     errors.AlreadyQuantized,
