@@ -29,6 +29,10 @@
     │   ├── TimedOut                  job_timeout
     │   └── InternalError             internal_error
     └── ServiceError                  the service cannot take the call now, or not at all
+        ├── Unauthorized              unauthorized
+        ├── ForbiddenScope            forbidden_scope
+        ├── RateLimited               rate_limited
+        ├── TooManyOpenJobs           too_many_open_jobs
         ├── NotFound                  not_found
         ├── NotReady                  not_ready
         ├── NotFinished               job_not_finished
@@ -161,9 +165,10 @@ class DigestMismatch(RequestError):
 
 
 class StorageQuotaExceeded(RequestError):
-    """The upload would exceed what may be stored.
+    """No more may be stored.
 
-    Artifacts and blobs count, and uploads that are not complete. Purge jobs, or wait until blobs expire.
+    It is the quota of your tenant: artifacts and blobs count, and uploads that are not complete. Purge jobs, or wait
+    until blobs expire.
     """
 
     code = "storage_quota_exceeded"
@@ -272,6 +277,42 @@ class ServiceError(ArrowQuantError):
     """The service cannot take this call."""
 
     code = "service_error"
+
+
+class Unauthorized(ServiceError):
+    """The call needs a key.
+
+    Send `Authorization: Bearer <key>`. The operator makes keys with `arrowquant keys create`.
+    """
+
+    code = "unauthorized"
+
+
+class ForbiddenScope(ServiceError):
+    """The key is not good for this call.
+
+    `read` is for looking, `submit` for whatever starts, cancels or deletes, `admin` for everything and everybody.
+    """
+
+    code = "forbidden_scope"
+
+
+class RateLimited(ServiceError):
+    """Too many requests.
+
+    `RateLimit-Policy` says how many may come in a time, `Retry-After` when the next one may.
+    """
+
+    code = "rate_limited"
+
+
+class TooManyOpenJobs(ServiceError):
+    """The tenant has as many open jobs as it may.
+
+    Open are those that have not ended. Wait for one to end, or cancel one.
+    """
+
+    code = "too_many_open_jobs"
 
 
 class NotFound(ServiceError):

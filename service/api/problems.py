@@ -29,7 +29,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.BlobNotFound: 404,
     errors.BlobTooLarge: 413,
     errors.DigestMismatch: 400,
-    errors.StorageQuotaExceeded: 413,
+    errors.StorageQuotaExceeded: 429,
     http_errors.MalformedBody: 400,
     http_errors.BodyTooLarge: 413,
     http_errors.BodyTooSlow: 408,
@@ -41,6 +41,10 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.Cancelled: 409,
     errors.TimedOut: 504,
     errors.ServiceError: 409,
+    errors.Unauthorized: 401,
+    errors.ForbiddenScope: 403,
+    errors.RateLimited: 429,
+    errors.TooManyOpenJobs: 429,
     errors.NotFound: 404,
     errors.NotReady: 503,
     errors.QueueFull: 429,
@@ -57,6 +61,9 @@ RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {
     errors.Draining: 10,
     errors.NotReady: 5,
     errors.UploadInProgress: 1,
+    errors.RateLimited: 1,
+    errors.TooManyOpenJobs: 5,
+    errors.StorageQuotaExceeded: 60,
 }
 #: What the framework itself raises.
 _FRAMEWORK: dict[int, tuple[type[ArrowQuantError], str]] = {

@@ -47,6 +47,11 @@ class LiveJob:
         self._next_progress_at = 0.0
 
     @property
+    def tenant(self) -> str:
+        """Whose the job is."""
+        return self._job.tenant
+
+    @property
     def status(self) -> Status:
         """Where the job stands, stored or not."""
         return self._job.status

@@ -48,6 +48,7 @@ from service.jobs.journal import Journal
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.publisher import Publisher, load_report
+from service.jobs.quotas import NO_LIMITS, Limits, check_room
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
 from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
@@ -76,13 +77,18 @@ class JobManager:
         max_queued_jobs: int = 1000,
         config_defaults: QuantizationConfig | None = None,
         blob_limits: BlobLimits | None = None,
+        tenant_limits: Limits = NO_LIMITS,
         silence_s: float = 15.0,
         reader_limit: int = READER_LIMIT,
     ) -> None:
-        """`config_defaults` come between a profile and a request; `reader_limit` is in events."""
+        """`config_defaults` come between a profile and a request; `reader_limit` is in events.
+
+        `tenant_limits` hold for a tenant that has none of its own in the store.
+        """
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
         self._max_queued_jobs = max_queued_jobs
+        self._tenant_limits = tenant_limits
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
@@ -163,7 +169,8 @@ class JobManager:
     async def submit(self, request: JobRequest, tenant: str = DEFAULT_TENANT, once: Once[Job] | None = None) -> Job:
         """Accept a tenant's job, durably; it then runs when a lane is free. `once` is stored with it.
 
-        Raises Draining, QueueFull, or why the request cannot be carried out (see `Admission`).
+        Raises Draining, QueueFull, TooManyOpenJobs, StorageQuotaExceeded, or why the request cannot be carried out
+        (see `Admission`).
         """
         jobs, _ = await self._take(Intake([request], tenant, once_job=once))
         return jobs[0]
@@ -364,6 +371,7 @@ class JobManager:
     async def _submit(self, intake: Intake) -> tuple[list[Job], Batch | None]:
         try:
             admitted = await asyncio.to_thread(intake.admit, self._admission)
+            await self._check_room(intake.tenant, len(intake.requests))
             self._check_open()
             jobs, batch, live_jobs = self._accept(intake, admitted)
             try:
@@ -430,6 +438,13 @@ class JobManager:
         live = LiveJob(job, log, self._journal, self._forget, targets, place)
         self._live[job.id] = live
         return live
+
+    async def _check_room(self, tenant: str, new_jobs: int) -> None:
+        """Raise TooManyOpenJobs or StorageQuotaExceeded; up to the next `await` it then holds."""
+        usage = await self._in_store_thread(lambda: self._opened_store.usage(tenant))
+        open_jobs = sum(live.tenant == tenant for live in self._live.values())
+        limits = usage.overrides.over(self._tenant_limits)
+        check_room(limits, open_jobs=open_jobs, new_jobs=new_jobs, stored_bytes=usage.stored_bytes)
 
     def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
         """The job that has not ended, if it is this tenant's; None is any."""

@@ -21,12 +21,15 @@ from service.jobs.batch import Batch
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
+from service.jobs.quotas import Limits, Usage
 from service.jobs.record import from_record, to_record
 from service.jobs.request import QuantizeRequest
 from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
 LOCK = "arrowquant.lock"
+#: Columns of a tenant, as the fields of Limits.
+LIMITS = "max_open_jobs, max_stored_bytes, tenants.requests_per_minute"
 #: How long a write waits for another connection's.
 BUSY_TIMEOUT_S = 10.0
 
@@ -252,10 +255,11 @@ class Store:
             query = "DELETE FROM jobs WHERE id = ? AND tenant = coalesce(?, tenant)"
             return db.execute(query, (job_id, tenant)).rowcount > 0
 
-    def stored_bytes(self, tenant: str) -> int:
-        """The bytes of all artifacts that a tenant's jobs keep in the data folder."""
-        rows = self._rows("SELECT stored_bytes FROM tenants WHERE id = ?", (tenant,))
-        return int(rows[0][0]) if rows else 0
+    def usage(self, tenant: str) -> Usage:
+        """What a tenant stores in the data folder, artifacts and blobs, and the limits set for it alone."""
+        query = f"SELECT stored_bytes, {LIMITS} FROM tenants WHERE id = ?"
+        rows = self._rows(query, (tenant,))
+        return Usage(rows[0][0], Limits(*rows[0][1:])) if rows else Usage()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

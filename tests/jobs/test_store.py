@@ -16,6 +16,7 @@ import uuid_utils
 from service.errors import DiskFull, StorageFailure
 from service.jobs.events import Event
 from service.jobs.job import Artifact, Job, Status
+from service.jobs.quotas import Usage
 from service.jobs.record import to_record
 from service.jobs.store import DATABASE, MIGRATIONS, Store
 from service.jobs.tenant import DEFAULT_TENANT
@@ -233,9 +234,9 @@ def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path)
     (found,), _ = store.find(tenant=DEFAULT_TENANT, label=("model", "minilm"))
     assert found.id == job.id
     assert found.tenant == DEFAULT_TENANT
-    assert store.stored_bytes(DEFAULT_TENANT) == 700
+    assert store.usage(DEFAULT_TENANT).stored_bytes == 700
     store.delete(job.id)
-    assert store.stored_bytes(DEFAULT_TENANT) == 0
+    assert store.usage(DEFAULT_TENANT).stored_bytes == 0
     store.close()
 
 
@@ -245,5 +246,5 @@ def test_stored_bytes_are_those_of_files_in_the_data_folder(store: Store) -> Non
     store.add(job, [])
     files = tuple(Artifact(f"{name}/x", size, "0", "", "") for name, size in (("safetensors", 3), ("parquet", 4)))
     store.write([job.to(Status.SUCCEEDED, artifacts=files)], [])
-    assert store.stored_bytes("a") == 3
-    assert store.stored_bytes("b") == 0
+    assert store.usage("a") == Usage(3)
+    assert store.usage("b") == Usage()
