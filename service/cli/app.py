@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.outcome import FAILED, Failed, outcome, print_json, print_result
+from service.cli.outcome import FAILED, USAGE, Failed, outcome, print_json, print_result
 
 if TYPE_CHECKING:
     from service.cli.local import Means
@@ -77,6 +77,9 @@ def quantize(
     ] = None,
     backend: BackendName = None,
     server: RemoteUrl = None,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Send SOURCE, which is on this disk, to --server first.")
+    ] = False,
     threads: Threads = None,
     block_bytes: BlockBytes = None,
     as_json: Json = False,
@@ -99,7 +102,10 @@ def quantize(
         if server is not None:
             from service.cli.remote import quantize_there
 
-            job = quantize_there(server, body | {"source": _source(source)}, out.absolute())
+            upload_from = _path(source) if upload else None
+            job = quantize_there(server, body | {"source": _source(source)}, out.absolute(), upload_from)
+        elif upload:
+            raise Failed({"code": "invalid_request", "detail": "--upload needs --server: where to?"}, status=USAGE)
         else:
             from service.cli.local import quantize_here
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,12 @@ STREAM_SILENCE_S = 45.0
 #: With the growing pauses between them, about a minute.
 RECONNECTS = 20
 WAIT_S = 30
+#: Sent at once of a file.
+CHUNK_BYTES = 1 << 20
+#: A large file is synced before the answer.
+UPLOAD_ANSWER_S = 600.0
+#: What an upload that is tried again may not meet again.
+PASSING_CODES = {"server_unreachable", "upload_in_progress", "upload_offset_mismatch", "body_too_slow", "draining"}
 
 
 class Server:
@@ -90,6 +96,28 @@ class Server:
         if digest.hexdigest() != artifact["sha256"]:
             raise Failed({"code": "hash_differs", "detail": f"{artifact['path']} arrived with another SHA-256"})
 
+    def upload(self, path: Path, digest: str, sent: Callable[[int, int], None]) -> None:
+        """Send a file, or what the service lacks of it; an upload that is cut is taken up where it was.
+
+        `sent` is told how far it is, and how many bytes just went.
+        """
+        size, reached, failures = path.stat().st_size, 0, 0
+        while True:
+            try:
+                offset = self._uploaded(digest)
+                if offset is None:
+                    break
+                if offset > reached:
+                    reached, failures = offset, 0
+                sent(offset, 0)
+                self._put(path, digest, offset, size, sent)
+            except Failed as failure:
+                failures += 1
+                if failure.problem.get("code") not in PASSING_CODES or failures > RECONNECTS:
+                    raise
+                time.sleep(min(0.1 * 2**failures, 3.0))
+        sent(size, 0)
+
     def follow(self, job_id: str) -> Iterator[ServerSentEvent]:
         """The events of a job from the first to the last; a stream that breaks is taken up where it broke."""
         last_id, failures = "", 0
@@ -108,6 +136,26 @@ class Server:
                     raise
             failures += 1
             time.sleep(min(0.1 * 2**failures, 3.0))
+
+    def _uploaded(self, digest: str) -> int | None:
+        """How many bytes of a blob have come; None when it is complete."""
+        with self._reaching():
+            response = self._http.head(f"/v1/blobs/sha256:{digest}")
+        if response.status_code == httpx.codes.NOT_FOUND and "upload-offset" in response.headers:
+            return int(response.headers["upload-offset"])
+        _check(response)
+        return None
+
+    def _put(self, path: Path, digest: str, offset: int, size: int, sent: Callable[[int, int], None]) -> None:
+        start = offset if offset <= size else 0
+        headers = {"Content-Length": str(size - start), "Content-Type": "application/octet-stream"}
+        if offset <= size:
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}" if start < size else f"bytes */{size}"
+        timeout = httpx.Timeout(30.0, read=UPLOAD_ANSWER_S)
+        with self._reaching():
+            content = _chunks(path, start, size, sent)
+            address = f"/v1/blobs/sha256:{digest}"
+            _check(self._http.put(address, content=content, headers=headers, timeout=timeout))
 
     def _stream(self, job_id: str, last_id: str) -> Iterator[ServerSentEvent]:
         headers = {"Last-Event-ID": last_id} if last_id else {}
@@ -137,6 +185,16 @@ class Server:
             raise Failed({"code": "not_arrowquant", "detail": f"{self.url} is not this service: {error}"}) from error
 
 
+def _chunks(path: Path, start: int, size: int, sent: Callable[[int, int], None]) -> Iterator[bytes]:
+    """The bytes of a file from `start` on, as many as were announced."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < size and (chunk := file.read(min(CHUNK_BYTES, size - start))):
+            yield chunk
+            start += len(chunk)
+            sent(start, len(chunk))
+
+
 class Unreachable(Failed):
     """The server does not answer now; it may later."""
 
@@ -146,7 +204,7 @@ def _check(response: httpx.Response) -> None:
         return
     response.read()
     problem = {"code": f"http_{response.status_code}", "detail": f"the server answered {response.status_code}"}
-    if response.headers.get("content-type", "").startswith("application/problem+json"):
+    if response.content and response.headers.get("content-type", "").startswith("application/problem+json"):
         problem = response.json()
     kind = Unreachable if response.status_code in (502, 503, 504) else Failed
     raise kind(problem, status=USAGE if problem.get("code") in USAGE_CODES else FAILED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from service.engine.progress import Happening, Notice, Progress
@@ -17,10 +18,21 @@ if TYPE_CHECKING:
 STEPS = 20
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How far files have been hashed or sent."""
+
+    fraction: float
+    stage: str
+    files_done: int
+    files_total: int
+    bytes_per_s: float
+
+
 class Display(Protocol):
     """Takes what a run reports, from any thread."""
 
-    def __call__(self, happening: Happening) -> None:
+    def __call__(self, happening: Happening | Transfer) -> None:
         """Show it, or not."""
 
 
@@ -47,10 +59,10 @@ class LineDisplay:
         self._step = -1
         self._stage = ""
 
-    def __call__(self, happening: Happening) -> None:
+    def __call__(self, happening: Happening | Transfer) -> None:
         """Print a line if there is something new to say."""
         match happening:
-            case Progress(fraction=fraction, stage=stage):
+            case Progress(fraction=fraction, stage=stage) | Transfer(fraction=fraction, stage=stage):
                 step = int(fraction * STEPS)
                 if step > self._step or stage != self._stage:
                     self._step, self._stage = step, stage
@@ -69,29 +81,31 @@ class BarDisplay:
         self._bars = bars
         self._task = task
 
-    def __call__(self, happening: Happening) -> None:
+    def __call__(self, happening: Happening | Transfer) -> None:
         """Move the bar."""
         match happening:
-            case Progress():
+            case Progress() | Transfer():
                 self._bars.update(
                     self._task,
                     description=happening.stage,
                     completed=happening.fraction,
-                    tensors=_tensors(happening),
+                    tensors=_count(happening),
                     rate=_rate(happening),
                 )
             case Notice(text=text):
                 self._bars.console.print(f"warning: {text}", markup=False, highlight=False)
 
 
-def _line(progress: Progress) -> str:
-    parts = [f"{progress.fraction:4.0%} {progress.stage}", _tensors(progress), _rate(progress)]
+def _line(progress: Progress | Transfer) -> str:
+    parts = [f"{progress.fraction:4.0%} {progress.stage}", _count(progress), _rate(progress)]
     return ", ".join(part for part in parts if part)
 
 
-def _tensors(progress: Progress) -> str:
+def _count(progress: Progress | Transfer) -> str:
+    if isinstance(progress, Transfer):
+        return f"{progress.files_done} of {progress.files_total} files"
     return f"{progress.tensors_done} of {progress.tensors_total} tensors" if progress.tensors_total else ""
 
 
-def _rate(progress: Progress) -> str:
+def _rate(progress: Progress | Transfer) -> str:
     return f"{progress.bytes_per_s / 2**20:.0f} MiB/s" if progress.bytes_per_s else ""

@@ -11,12 +11,15 @@ from service.cli.client import Server
 from service.cli.display import open_display
 from service.cli.outcome import INTERRUPTED, Failed, mib
 from service.cli.target import new_folder, write_report
+from service.cli.upload import upload_source
 from service.engine.progress import Happening, Notice, Progress
 
 
-def quantize_there(url: str, body: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Have a service quantize, and fetch into `out` all that it wrote; the job."""
+def quantize_there(url: str, body: dict[str, Any], out: Path, upload: Path | None = None) -> dict[str, Any]:
+    """Have a service quantize, and fetch into `out` all that it wrote. `upload` goes there first, as the source."""
     with new_folder(out) as folder, Server(url) as server:
+        if upload is not None:
+            body = body | {"source": upload_source(server, upload)}
         job = run_job(server, body)
         _fetch(server, job["id"], folder)
     return job
