@@ -9,16 +9,20 @@ from fastapi import FastAPI
 
 from service import __version__
 from service.api import openapi, problems
+from service.api.authentication import Authentication
+from service.api.key_ring import KeyRing
 from service.api.middleware import BodyLimit, Head, RequestId
-from service.api.routes import artifacts, catalog, events, health, jobs, plans, reports, tensors, uploads
+from service.api.routes import artifacts, batches, catalog, events, health, jobs, plans, reports, tensors, uploads
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
 from service.jobs.blobs import BlobLimits
 from service.jobs.manager import JobManager
+from service.jobs.quotas import Limits
 from service.settings import Settings
 
 ROUTERS = (
     jobs.router,
+    batches.router,
     events.router,
     reports.router,
     artifacts.router,
@@ -39,13 +43,17 @@ def create_app(settings: Settings) -> FastAPI:
         state = ApiState(settings, _manager(settings))
         app.state.api = state
         await state.manager.start()
+        if settings.asks_for_keys:
+            await keys.open()
         state.stalls.start()
         yield
         state.stalls.stop()
         # The server has done so already, unless another one runs this application.
         if not state.manager.is_draining:
             await state.drain()
+        keys.close()
 
+    keys = KeyRing(settings.data_dir)
     app = FastAPI(
         title="ArrowQuant Service",
         summary="Quantizes model weights and reports what it cost.",
@@ -66,12 +74,18 @@ def create_app(settings: Settings) -> FastAPI:
         "/": settings.max_body_bytes,
     }
     app.add_middleware(BodyLimit, limits=limits)
+    if settings.asks_for_keys:
+        app.add_middleware(Authentication, keys=keys, defaults=_tenant_limits(settings))
     app.add_middleware(RequestId)
     for router in ROUTERS:
         app.include_router(router)
     app.state.routes = [route for router in ROUTERS for route in router.routes]
     openapi.install(app)
     return app
+
+
+def _tenant_limits(settings: Settings) -> Limits:
+    return Limits(settings.max_open_jobs, settings.max_stored_bytes, settings.requests_per_minute)
 
 
 def _manager(settings: Settings) -> JobManager:
@@ -83,5 +97,6 @@ def _manager(settings: Settings) -> JobManager:
         max_running_jobs=settings.max_running_jobs,
         max_queued_jobs=settings.max_queued_jobs,
         config_defaults=settings.config_defaults,
+        tenant_limits=_tenant_limits(settings),
         blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes, settings.blob_ttl_s),
     )

@@ -56,11 +56,17 @@ def _wait(
     return wait_of(prefer)
 
 
+def applied(wait: float | None) -> dict[str, str]:
+    """The header that says what was made of `Prefer`."""
+    return {} if wait is None else {"Preference-Applied": f"wait={wait:g}"}
+
+
 Label = tuple[str, str] | None
 State = Annotated[ApiState, Depends(_state)]
 Manager = Annotated[JobManager, Depends(_manager)]
 LabelFilter = Annotated[Label, Depends(_label)]
 Wait = Annotated[float | None, Depends(_wait)]
 JobId = Annotated[str, Path(description="`job_` and a UUID.")]
+BatchId = Annotated[str, Path(description="`batch_` and a UUID.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="Length of a page.")]
 After = Annotated[str | None, Query(max_length=1024, description="The `next_cursor` of the page before.")]

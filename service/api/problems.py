@@ -58,6 +58,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
 #: Seconds after which another try may succeed.
 RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {
     errors.QueueFull: 2,
+    errors.IdempotencyKeyInFlight: 1,
     errors.Draining: 10,
     errors.NotReady: 5,
     errors.UploadInProgress: 1,

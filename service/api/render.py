@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from service.api import problems
+from service.api.schemas import batches as wire_batches
 from service.api.schemas import common
 from service.api.schemas import events as wire_events
 from service.api.schemas import jobs as wire
+from service.jobs.batch import Batch
 from service.jobs.events import PROGRESS, Event
 from service.jobs.job import Job
 
@@ -34,6 +37,8 @@ def job(record: Job) -> wire.Job:
             "started_at": record.started_at,
             "finished_at": record.finished_at,
             "request": record.request,
+            "batch_id": record.batch_id,
+            "batch_index": record.batch_index,
             "config": record.config,
             "labels": record.request.labels,
             "progress": asdict(record.progress) if record.progress else None,
@@ -50,9 +55,42 @@ def job(record: Job) -> wire.Job:
     )
 
 
+def batch_path(batch_id: str) -> str:
+    """The address of a batch."""
+    return f"/v1/batches/{batch_id}"
+
+
+def batch(record: Batch, *, with_jobs: bool = True) -> wire_batches.Batch:
+    """A batch; in a list without the ids of its jobs."""
+    path = batch_path(record.id)
+    counts = {status.value: count for status, count in record.counts.items()}
+    return wire_batches.Batch(
+        id=record.id,
+        status=record.status,
+        created_at=record.created_at,
+        finished_at=record.finished_at,
+        labels=record.labels,
+        counts=wire_batches.BatchCounts(total=len(record.job_ids), **counts),
+        job_ids=list(record.job_ids) if with_jobs else None,
+        links=wire_batches.BatchLinks(self=path, events=f"{path}/events", jobs=f"/v1/jobs?batch_id={record.id}"),
+    )
+
+
 def event(record: Event) -> wire_events.Event:
-    """An event; a terminal one with the whole job."""
+    """An event in the stream of its job; a terminal one with the whole job."""
+    return _event(record, {"job_id": record.job_id})
+
+
+def batch_event(record: Event) -> wire_events.Event:
+    """An event in the stream of a batch."""
+    if record.merged is None:
+        # Said to one reader of the stream, about no job.
+        return _event(record, {"batch_id": record.job_id})
+    return _event(record, {"job_id": record.job_id, "index": record.merged.index})
+
+
+def _event(record: Event, subject: dict[str, Any]) -> wire_events.Event:
     shown = job(record.job) if record.job else None
-    fields = {"id": record.id, "type": record.type, "job_id": record.job_id, "at": record.at, "job": shown}
+    fields = {"id": record.id, "type": record.type, "at": record.at, "job": shown} | subject
     data = {"progress": record.data} if record.type == PROGRESS else record.data
     return _EVENT.validate_python({k: v for k, v in (data | fields).items() if v is not None})

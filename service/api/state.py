@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
 
 from service.api.stalls import StallMonitor
+from service.jobs.batch import Batch
 from service.jobs.job import Job
 from service.jobs.manager import JobManager
 from service.settings import Settings
+
+T = TypeVar("T")
 
 #: Tables computed at once; each call has all threads of the backend.
 TABLES_AT_ONCE = 2
@@ -36,11 +41,22 @@ class ApiState:
 
     async def wait(self, job_id: str, seconds: float, tenant: str | None = None) -> Job:
         """The tenant's job when it has ended, after so many seconds, or when the server closes; None is any tenant."""
-        ended = asyncio.create_task(self.manager.wait(job_id, seconds, tenant))
+        manager = self.manager
+        return await self._before_closing(manager.wait(job_id, seconds, tenant), lambda: manager.get(job_id, tenant))
+
+    async def wait_for_batch(self, batch_id: str, seconds: float, tenant: str | None = None) -> Batch:
+        """As `wait`, for a batch."""
+        batches = self.manager.batches
+        return await self._before_closing(
+            batches.wait(batch_id, seconds, tenant), lambda: batches.get(batch_id, tenant)
+        )
+
+    async def _before_closing(self, end: Coroutine[Any, Any, T], now: Callable[[], Awaitable[T]]) -> T:
+        ended = asyncio.create_task(end)
         closing = asyncio.create_task(self.closing.wait())
         try:
             await asyncio.wait({ended, closing}, return_when=asyncio.FIRST_COMPLETED)
-            return await ended if ended.done() else await self.manager.get(job_id, tenant)
+            return await ended if ended.done() else await now()
         finally:
             ended.cancel()
             closing.cancel()

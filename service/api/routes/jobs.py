@@ -10,11 +10,13 @@ from pydantic import AwareDatetime
 from service import errors
 from service.api import render
 from service.api.auth import Caller
-from service.api.dependencies import After, JobId, LabelFilter, Limit, Manager, State, Wait, takes_json
+from service.api.dependencies import After, JobId, LabelFilter, Limit, Manager, State, Wait, applied, takes_json
 from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
+from service.api.idempotency import IdempotencyKey, answer_once, key_of
 from service.api.problems import documented
 from service.api.replies import NOT_MODIFIED, dump, reply, tagged_reply
 from service.api.schemas.jobs import Job, JobKind, JobPage
+from service.jobs.job import Job as JobRecord
 from service.jobs.job import Status
 from service.jobs.request import JobRequest
 
@@ -36,6 +38,9 @@ CREATION_ERRORS = (
     errors.TargetInUse,
 )
 
+#: What a call may be refused for that comes with an idempotency key.
+REPEATED = (errors.IdempotencyKeyReused, errors.IdempotencyKeyInFlight)
+
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"description": "The job is being cancelled, or was.", "model": Job},
     204: {"description": "The job is deleted, with all that belongs to it."},
@@ -47,16 +52,23 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=Job,
     dependencies=[Depends(takes_json)],
-    responses=documented(*CREATION_ERRORS, errors.QueueFull, errors.Draining),
+    responses=documented(*CREATION_ERRORS, *REPEATED, errors.QueueFull, errors.Draining),
 )
-async def create_job(body: JobRequest, state: State, caller: Caller, wait: Wait) -> Response:
+async def create_job(
+    body: JobRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Create a job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
-    job = await state.manager.submit(body, caller.tenant)
-    headers = {"Location": render.job_path(job.id)}
-    if wait is not None:
-        job = await state.wait(job.id, wait, caller.reach)
-        headers |= _applied(wait)
-    return reply(render.job(job), 202, headers)
+
+    async def waited(job: JobRecord) -> Response:
+        return _accepted(await state.wait(job.id, wait or 0, caller.tenant), applied(wait))
+
+    return await answer_once(
+        state.manager.keys,
+        key_of(caller.tenant, idempotency_key, "create_job", body),
+        lambda once: state.manager.submit(body, caller.tenant, once),
+        _accepted,
+        None if wait is None else waited,
+    )
 
 
 @router.get("", response_model=JobPage, responses=documented(InvalidRequest))
@@ -66,6 +78,7 @@ async def list_jobs(
     label: LabelFilter,
     status: Status | None = None,
     kind: JobKind | None = None,
+    batch_id: Annotated[str | None, Query(max_length=64, description="Only the jobs of this batch.")] = None,
     created_after: Annotated[AwareDatetime | None, Query(description="With a time zone.")] = None,
     limit: Limit = 50,
     after: After = None,
@@ -75,6 +88,7 @@ async def list_jobs(
         tenant=caller.reach,
         status=status,
         kind=kind,
+        batch_id=batch_id,
         label=label,
         created_after=created_after,
         limit=limit,
@@ -88,8 +102,7 @@ async def get_job(request: Request, job_id: JobId, state: State, caller: Caller,
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
     tenant = caller.reach
     job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(job_id, wait, tenant))
-    headers = {} if wait is None else _applied(wait)
-    return tagged_reply(request, dump(render.job(job)), headers=headers)
+    return tagged_reply(request, dump(render.job(job)), headers=applied(wait))
 
 
 @router.delete(
@@ -113,5 +126,5 @@ async def cancel_job(
     return reply(render.job(job), 200 if ended else 202)
 
 
-def _applied(wait: float) -> dict[str, str]:
-    return {"Preference-Applied": f"wait={wait:g}"}
+def _accepted(job: JobRecord, headers: dict[str, str] | None = None) -> Response:
+    return reply(render.job(job), 202, {"Location": render.job_path(job.id), **(headers or {})})

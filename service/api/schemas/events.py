@@ -14,8 +14,15 @@ from service.jobs.job import Status
 
 
 class _Event(Wire):
-    id: int | None = Field(default=None, description="Grows within the job; absent where the event is not kept.")
+    id: int | None = Field(default=None, description="Grows within the stream, of the job or of the batch.")
     job_id: str
+    index: int | None = Field(default=None, description="In the stream of a batch: that of the job's item.")
+    at: datetime
+
+
+class _Word(Wire):
+    job_id: str | None = Field(default=None, description="In the stream of a job.")
+    batch_id: str | None = Field(default=None, description="In the stream of a batch.")
     at: datetime
 
 
@@ -98,13 +105,13 @@ class JobCancelled(_Event):
     job: Job
 
 
-class ReaderTooSlow(_Event):
+class ReaderTooSlow(_Word):
     """This reader could not keep up and is cut off; it can resume behind the last `id` it has."""
 
     type: Literal["reader.too_slow"]
 
 
-class ServerDraining(_Event):
+class ServerDraining(_Word):
     """The server is shutting down; the stream ends and can be resumed when it is back."""
 
     type: Literal["server.draining"]

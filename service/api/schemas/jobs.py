@@ -71,6 +71,8 @@ class Job(Wire):
     id: str
     kind: JobKind
     status: Status
+    batch_id: str | None = Field(default=None, description="The batch it was created with.")
+    batch_index: int | None = Field(default=None, description="Its place among the batch's items.")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

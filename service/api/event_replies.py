@@ -1,0 +1,59 @@
+"""Events as an answer: a stream that goes on, or a page of what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import Header, Query, Response
+from fastapi.sse import format_sse_event
+
+from service.api.replies import JSON, ClosingStream, dump, reply
+from service.api.schemas import events as wire
+from service.jobs.events import Event, Silence
+
+EVENT_STREAM = "text/event-stream"
+RETRY_MS = 3000
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
+
+EventId = Annotated[int | None, Query(ge=0, description="Only events with a larger id.")]
+LastEventId = Annotated[int | None, Header(ge=0, description="As `after`, and goes before it; browsers send it.")]
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The stream; each `data` is an `Event` as JSON. Or, as JSON, a page of the log.",
+        "content": {EVENT_STREAM: {"schema": {"type": "string", "contentMediaType": JSON}}},
+    },
+    204: {"description": "All has ended and nothing follows behind this id."},
+}
+
+#: How an event is shown.
+Show = Callable[[Event], wire.Event]
+
+
+def event_page(found: Sequence[Event], limit: int, show: Show) -> Response:
+    """The first `limit` of these events, of which there is one more where another page follows."""
+    cursor = str(found[limit - 1].id) if len(found) > limit else None
+    page = wire.EventPage(data=[show(event) for event in found[:limit]], next_cursor=cursor)
+    return reply(page, headers={"Cache-Control": "no-cache", "Vary": "Accept"})
+
+
+def event_stream(items: AsyncGenerator[Event | Silence, None], show: Show) -> Response:
+    """All that is followed, until that ends."""
+    return ClosingStream(_frames(items, show), 200, _STREAM_HEADERS, EVENT_STREAM)
+
+
+async def _frames(followed: AsyncGenerator[Event | Silence, None], show: Show) -> AsyncGenerator[bytes, None]:
+    async with aclosing(followed) as items:
+        yield format_sse_event(retry=RETRY_MS)
+        async for item in items:
+            yield format_sse_event(comment="silence") if isinstance(item, Silence) else _frame(item, show)
+            # Neither a full buffer nor a fast client is waited for, so a reader that catches up gives way here.
+            await asyncio.sleep(0)
+
+
+def _frame(event: Event, show: Show) -> bytes:
+    data = dump(show(event)).decode()
+    return format_sse_event(data_str=data, event=event.type, id=None if event.id is None else str(event.id))
