@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.config import QuantizationConfig
@@ -45,12 +46,38 @@ class Settings(BaseSettings):
     )
     blob_ttl_s: float = Field(default=7 * 86400.0, gt=0, description="How long an uploaded file is kept unused.")
     upload_idle_s: float = Field(default=30.0, gt=0, description="How long an upload may stand still.")
-    allow_unauthenticated: bool = Field(default=False, description="Listen on addresses that others can reach.")
+    max_open_jobs: int | None = Field(
+        default=None, ge=1, description="Of a tenant, not ended; without it there is no limit but `max_queued_jobs`."
+    )
+    requests_per_minute: int | None = Field(default=6000, ge=1, description="Of a tenant, where keys are asked for.")
+    require_keys: bool = Field(default=False, description="Ask for an API key on loopback as well.")
+    allow_unauthenticated: bool = Field(
+        default=False, description="Ask for no key on addresses that others can reach either."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     config_defaults: QuantizationConfig = Field(
         default_factory=_config_from_environment,
         description="What comes between a profile and a request: `ARROWQUANT_BIT_WIDTH` and the like.",
     )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether calls have to carry an API key."""
+        return self.require_keys or not (self.is_loopback or self.allow_unauthenticated)
+
+    @model_validator(mode="after")
+    def _contradict(self) -> Self:
+        if self.require_keys and self.allow_unauthenticated:
+            raise ValueError("require_keys and allow_unauthenticated contradict each other: set one of them")
+        return self
 
     @field_validator("model_roots", mode="before")
     @classmethod

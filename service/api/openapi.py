@@ -12,7 +12,16 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.api.auth import is_open, scope_for
+from service.api.problems import documented
+from service.errors import ForbiddenScope, RateLimited, Unauthorized
+
 PATH = Path(__file__).parents[2] / "openapi" / "openapi.json"
+_BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A key that the operator made with `arrowquant keys create`. A server on loopback may ask for none.",
+}
 #: Bodies that the framework spells out although they have a name.
 _NAMED_BODIES = {"create_job": "JobRequest"}
 
@@ -31,9 +40,11 @@ def install(app: FastAPI) -> None:
 def build(app: FastAPI) -> dict[str, Any]:
     """The document of an application."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-    for path in document["paths"].values():
-        for operation in path.values():
+    document["components"]["securitySchemes"] = {"bearer": _BEARER}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
             _name_body(operation)
+            _secure(operation, method, path)
     _tidy(document)
     return document
 
@@ -46,6 +57,20 @@ def render(document: dict[str, Any]) -> str:
 def _name_body(operation: dict[str, Any]) -> None:
     if name := _NAMED_BODIES.get(operation["operationId"]):
         operation["requestBody"]["content"]["application/json"]["schema"] = {"$ref": f"#/components/schemas/{name}"}
+
+
+def _secure(operation: dict[str, Any], method: str, path: str) -> None:
+    """What a key means to an operation; a server that asks for none ignores it."""
+    if is_open(path):
+        operation["security"] = []
+        return
+    operation["security"] = [{"bearer": []}, {}]
+    operation["x-scope"] = scope_for(method.upper(), path).value
+    for status, added in documented(Unauthorized, ForbiddenScope, RateLimited).items():
+        known = operation["responses"].setdefault(str(status), added)
+        if known is not added:
+            known["description"] += f"; {added['description']}"
+            known.setdefault("headers", {}).update(added.get("headers", {}))
 
 
 def _tidy(node: Any) -> None:

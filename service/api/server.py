@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from service.api.app import create_app
 from service.api.state import ApiState
 from service.errors import InvalidConfig
+from service.jobs.api_keys import ApiKeys
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def serve(settings: Settings) -> None:
     from starting, such as StorageFailure when another server holds the data folder.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _check_address(settings)
+    _check_keys(settings)
     listening = _listen(settings)
     app = create_app(settings)
     config = uvicorn.Config(
@@ -87,20 +87,20 @@ class DrainingServer(uvicorn.Server):
                 connection.transport.abort()
 
 
-def _check_address(settings: Settings) -> None:
-    if _is_loopback(settings.host) or settings.allow_unauthenticated:
+def _check_keys(settings: Settings) -> None:
+    if not settings.asks_for_keys:
+        return
+    with ApiKeys(settings.data_dir) as keys:
+        if keys.has_usable():
+            return
+    if settings.is_loopback:
+        log.warning("no API key is usable, so every call is refused: `arrowquant keys create` makes one")
         return
     raise InvalidConfig(
-        f"{settings.host} can be reached from other machines, and calls are not authenticated: listen on 127.0.0.1, "
-        "or set ARROWQUANT_ALLOW_UNAUTHENTICATED=true where something else keeps strangers out"
+        f"{settings.host} can be reached from other machines, and {settings.data_dir} has no usable API key: make one "
+        "with `arrowquant keys create`, or listen on 127.0.0.1, or set ARROWQUANT_ALLOW_UNAUTHENTICATED=true where "
+        "something else keeps strangers out"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _listen(settings: Settings) -> socket.socket:
