@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli import keys
 from service.cli.outcome import FAILED, USAGE, Failed, outcome, print_json, print_result
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys.app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 ServerUrl = Annotated[
@@ -27,6 +29,10 @@ ServerUrl = Annotated[
 ]
 RemoteUrl = Annotated[
     str | None, typer.Option("--server", metavar="URL", help="Let the service at this address do it, not this process.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="ARROWQUANT_API_KEY", help="Key for the server; as a variable no `ps` shows it."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with; not with --server.")]
 BlockBytes = Annotated[
@@ -77,6 +83,7 @@ def quantize(
     ] = None,
     backend: BackendName = None,
     server: RemoteUrl = None,
+    api_key: ApiKey = None,
     upload: Annotated[
         bool, typer.Option("--upload", help="Send SOURCE, which is on this disk, to --server first.")
     ] = False,
@@ -100,10 +107,11 @@ def quantize(
     body = {"kind": "quantize", "profile": profile, "config": config, "outputs": outputs}
     with outcome(as_json=as_json):
         if server is not None:
+            from service.cli.client import Server
             from service.cli.remote import quantize_there
 
-            upload_from = _path(source) if upload else None
-            job = quantize_there(server, body | {"source": _source(source)}, out.absolute(), upload_from)
+            there, upload_from = Server(server, api_key), _path(source) if upload else None
+            job = quantize_there(there, body | {"source": _source(source)}, out.absolute(), upload_from)
         elif upload:
             raise Failed({"code": "invalid_request", "detail": "--upload needs --server: where to?"}, status=USAGE)
         else:
@@ -124,6 +132,7 @@ def validate(
     min_accuracy: MinAccuracy = None,
     backend: BackendName = None,
     server: RemoteUrl = None,
+    api_key: ApiKey = None,
     threads: Threads = None,
     block_bytes: BlockBytes = None,
     as_json: Json = False,
@@ -132,9 +141,11 @@ def validate(
     body = {"kind": "validate", "profile": profile, "config": _set(min_accuracy=min_accuracy, backend=backend)}
     with outcome(as_json=as_json):
         if server is not None:
+            from service.cli.client import Server
             from service.cli.remote import run_there
 
-            job = run_there(server, body | {"original": _source(original), "quantized": _source(quantized)})
+            sources = {"original": _source(original), "quantized": _source(quantized)}
+            job = run_there(Server(server, api_key), body | sources)
         else:
             from service.cli.local import validate_here
 
@@ -151,13 +162,13 @@ def validate(
 
 
 @app.command()
-def watch(job_id: str, server: ServerUrl = LOCAL_SERVER, as_json: Json = False) -> None:
+def watch(job_id: str, server: ServerUrl = LOCAL_SERVER, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Follow a job until it has ended. Ctrl-C stops watching; the job goes on."""
     with outcome(as_json=as_json):
         from service.cli.client import Server
         from service.cli.remote import watch_job
 
-        with Server(server) as client:
+        with Server(server, api_key) as client:
             job = watch_job(client, job_id)
         if as_json:
             print_json(job)
@@ -166,12 +177,12 @@ def watch(job_id: str, server: ServerUrl = LOCAL_SERVER, as_json: Json = False) 
 
 
 @app.command()
-def cancel(job_id: str, server: ServerUrl = LOCAL_SERVER, as_json: Json = False) -> None:
+def cancel(job_id: str, server: ServerUrl = LOCAL_SERVER, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Cancel a job, and wait until its files and memory are gone."""
     with outcome(as_json=as_json):
         from service.cli.client import Server
 
-        with Server(server) as client:
+        with Server(server, api_key) as client:
             job = client.cancel(job_id)
         if job["status"] != "cancelled":
             detail = f"job {job_id} had ended before: {job['status']}"
@@ -187,13 +198,14 @@ def jobs(
     status: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="At most so many, newest first.")] = 50,
     server: ServerUrl = LOCAL_SERVER,
+    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """List the newest jobs: id, kind, status, how far, and since when."""
     with outcome(as_json=as_json):
         from service.cli.client import Server
 
-        with Server(server) as client:
+        with Server(server, api_key) as client:
             found = client.jobs(status=status, limit=limit)
         if as_json:
             print_json(found)

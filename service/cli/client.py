@@ -35,9 +35,10 @@ PASSING_CODES = {"server_unreachable", "upload_in_progress", "upload_offset_mism
 class Server:
     """A service at an address. Every call raises Failed when it is refused or gets no answer."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(30.0, read=WAIT_S + 15.0))
+        timeout = httpx.Timeout(30.0, read=WAIT_S + 15.0)
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=_authorization(api_key))
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +198,18 @@ def _chunks(path: Path, start: int, size: int, sent: Callable[[int, int], None])
 
 class Unreachable(Failed):
     """The server does not answer now; it may later."""
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    key = (api_key or "").strip()
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        # Checked here, because the client's own complaint would show the key.
+        raise Failed(
+            {"code": "invalid_request", "detail": "the API key holds characters that no key has"}, status=USAGE
+        )
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _check(response: httpx.Response) -> None:

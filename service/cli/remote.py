@@ -15,9 +15,9 @@ from service.cli.upload import upload_source
 from service.engine.progress import Happening, Notice, Progress
 
 
-def quantize_there(url: str, body: dict[str, Any], out: Path, upload: Path | None = None) -> dict[str, Any]:
+def quantize_there(server: Server, body: dict[str, Any], out: Path, upload: Path | None = None) -> dict[str, Any]:
     """Have a service quantize, and fetch into `out` all that it wrote. `upload` goes there first, as the source."""
-    with new_folder(out) as folder, Server(url) as server:
+    with new_folder(out) as folder, server:
         if upload is not None:
             body = body | {"source": upload_source(server, upload)}
         job = run_job(server, body)
@@ -25,9 +25,9 @@ def quantize_there(url: str, body: dict[str, Any], out: Path, upload: Path | Non
     return job
 
 
-def run_there(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def run_there(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     """Have a service carry out a job that writes nothing but a report; the job."""
-    with Server(url) as server:
+    with server:
         return run_job(server, body)
 
 
