@@ -20,7 +20,7 @@ import psutil
 from httpx_sse import connect_sse
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
-ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
+ADDRESS = re.compile(r"http://(?:127|0)\.0\.0\.[01]:(\d+)")
 #: Generous: these end what hangs, they measure nothing.
 START_S = 60.0
 STOP_S = 60.0

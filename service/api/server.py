@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 from contextlib import closing
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -16,6 +17,7 @@ from service.api.app import create_app
 from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
+from service.jobs.store import DATABASE
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -90,9 +92,8 @@ class DrainingServer(uvicorn.Server):
 def _check_keys(settings: Settings) -> None:
     if not settings.asks_for_keys:
         return
-    with ApiKeys(settings.data_dir) as keys:
-        if keys.has_usable():
-            return
+    if _has_keys(settings.data_dir):
+        return
     if settings.is_loopback:
         log.warning("no API key is usable, so every call is refused: `arrowquant keys create` makes one")
         return
@@ -101,6 +102,13 @@ def _check_keys(settings: Settings) -> None:
         "with `arrowquant keys create`, or listen on 127.0.0.1, or set ARROWQUANT_ALLOW_UNAUTHENTICATED=true where "
         "something else keeps strangers out"
     )
+
+
+def _has_keys(data_dir: Path) -> bool:
+    if not (data_dir / DATABASE).exists():
+        return False
+    with ApiKeys(data_dir) as keys:
+        return keys.has_usable()
 
 
 def _listen(settings: Settings) -> socket.socket:

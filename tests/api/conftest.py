@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.api.keyed import Keyed
 from tests.server import Server, body
 
 LAYERS = 6
@@ -34,3 +36,11 @@ def model(model_root: Path) -> Path:
 def finished(server: Server, model: Path) -> dict[str, Any]:
     """A job that has succeeded, with two outputs."""
     return server.run(body(model, "compressed-tensors", "parquet") | {"labels": {"model": "small"}})
+
+
+@pytest.fixture(scope="session")
+def keyed(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Iterator[Keyed]:
+    """A server that asks for keys, shared: tests take tenants of their own."""
+    running = Keyed(Server(tmp_path_factory.mktemp("keyed") / "data", [model_root], require_keys=True))
+    yield running
+    running.stop()

@@ -36,12 +36,6 @@ def test_a_server_that_cannot_write_is_not_ready(start_server: StartServer) -> N
     server.kill()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
-def test_a_server_without_keys_listens_on_loopback_only(host: str) -> None:
-    with pytest.raises(InvalidConfig, match="ALLOW_UNAUTHENTICATED"):
-        serve(Settings(host=host, port=0))
-
-
 def test_a_port_that_is_taken_is_said_plainly(server: Server) -> None:
     port = int(server.base_url.rsplit(":", 1)[1])
     with pytest.raises(InvalidConfig, match="cannot listen"):

@@ -16,7 +16,7 @@ from service.api.idempotency import IdempotencyKey, answer_once, key_of
 from service.api.negotiation import choose
 from service.api.problems import documented
 from service.api.replies import JSON, NOT_MODIFIED, dump, reply, tagged_reply
-from service.api.routes.jobs import CREATION_ERRORS, REPEATED
+from service.api.routes.jobs import CREATION_ERRORS, NO_ROOM, REPEATED
 from service.api.schemas.batches import Batch, BatchPage
 from service.api.schemas.events import EventPage
 from service.jobs.batch import Batch as BatchRecord
@@ -36,7 +36,7 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=Batch,
     dependencies=[Depends(takes_json)],
-    responses=documented(*CREATION_ERRORS, *REPEATED, errors.QueueFull, errors.Draining),
+    responses=documented(*CREATION_ERRORS, *REPEATED, *NO_ROOM),
 )
 async def create_batch(
     body: BatchRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None

@@ -41,6 +41,9 @@ CREATION_ERRORS = (
 #: What a call may be refused for that comes with an idempotency key.
 REPEATED = (errors.IdempotencyKeyReused, errors.IdempotencyKeyInFlight)
 
+#: What a call that makes jobs may be refused for whatever it asks.
+NO_ROOM = (errors.QueueFull, errors.TooManyOpenJobs, errors.StorageQuotaExceeded, errors.Draining)
+
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"description": "The job is being cancelled, or was.", "model": Job},
     204: {"description": "The job is deleted, with all that belongs to it."},
@@ -52,7 +55,7 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     status_code=202,
     response_model=Job,
     dependencies=[Depends(takes_json)],
-    responses=documented(*CREATION_ERRORS, *REPEATED, errors.QueueFull, errors.Draining),
+    responses=documented(*CREATION_ERRORS, *REPEATED, *NO_ROOM),
 )
 async def create_job(
     body: JobRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None
