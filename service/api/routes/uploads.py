@@ -79,7 +79,7 @@ async def upload_blob(
     state: State,
     content_range: ContentRange = None,  # noqa: ARG001 - documents what `span_of` reads
 ) -> Response:
-    """Send a file whole, or a piece of it with `Content-Range`. Whatever comes before a cut is kept.
+    """Send a file whole, or a piece of it with `Content-Range`. What is stored before a cut is kept.
 
     A piece has to start where the last one ended. The blob is complete when all bytes are here and
     have the SHA-256 of its name; with another one nothing is kept.
