@@ -49,8 +49,18 @@ class Server:
         self._http.close()
 
     def submit(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Create a job."""
-        return self._json("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": str(uuid.uuid4())})
+        """Create one job, however often the answer is lost: under the same key the call is carried out once."""
+        headers, lost, failures = {"Idempotency-Key": str(uuid.uuid4())}, False, 0
+        while True:
+            try:
+                return self._json("POST", "/v1/jobs", json=body, headers=headers)
+            except Failed as error:
+                lost = lost or isinstance(error, Lost)
+                is_passing = isinstance(error, Unreachable) or error.problem.get("code") == "idempotency_key_in_flight"
+                if not (lost and is_passing) or failures >= RECONNECTS:
+                    raise
+            failures += 1
+            time.sleep(min(0.1 * 2**failures, 3.0))
 
     def job(self, job_id: str, *, wait_s: int = 0) -> dict[str, Any]:
         """The job; with `wait_s` as soon as it has ended, or after that time."""
@@ -181,7 +191,8 @@ class Server:
             yield
         except (httpx.TransportError, SSEError) as error:
             what = str(error) or type(error).__name__
-            raise Unreachable({"code": "server_unreachable", "detail": f"no answer from {self.url}: {what}"}) from error
+            kind = Unreachable if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) else Lost
+            raise kind({"code": "server_unreachable", "detail": f"no answer from {self.url}: {what}"}) from error
         except (httpx.InvalidURL, json.JSONDecodeError) as error:
             raise Failed({"code": "not_arrowquant", "detail": f"{self.url} is not this service: {error}"}) from error
 
@@ -198,6 +209,10 @@ def _chunks(path: Path, start: int, size: int, sent: Callable[[int, int], None])
 
 class Unreachable(Failed):
     """The server does not answer now; it may later."""
+
+
+class Lost(Unreachable):
+    """The connection broke in the middle: the call may have been carried out."""
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:
