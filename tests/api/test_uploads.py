@@ -13,7 +13,9 @@ import httpx
 import numpy as np
 import pytest
 
+from service.jobs.api_keys import Scope
 from tests.api.conftest import save_model
+from tests.api.keyed import Keyed
 from tests.conftest import StartServer
 from tests.server import Json, Server, body, validation
 
@@ -358,3 +360,24 @@ def test_blobs_expire_unless_a_job_that_has_not_ended_uses_them(start_server: St
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.client.head(address(unused)).status_code == 404
+
+
+def test_a_tenant_learns_nothing_of_what_another_has_sent(keyed: Keyed, model: Path) -> None:
+    ada, bob = keyed.client("uploads-ada"), keyed.client("uploads-bob")
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    source = {"type": "blobs", "files": {name: f"sha256:{sha256(data)}" for name, data in files.items()}}
+    for client in (ada, bob):
+        for data in files.values():
+            assert client.head(address(sha256(data))).headers["upload-offset"] == "0"
+            refused = client.post("/v1/jobs", json=body(source, "parquet"))
+            assert (refused.status_code, refused.json()["code"]) == (404, "blob_not_found")
+            half = {"Content-Range": f"bytes 0-{len(data) // 2 - 1}/{len(data)}"}
+            assert client.put(address(sha256(data)), content=data[: len(data) // 2], headers=half).status_code == 202
+            assert client.head(address(sha256(data))).headers["upload-offset"] == str(len(data) // 2)
+            assert client.put(address(sha256(data)), content=data).status_code == 201
+        client.run(body(source, "parquet"))
+    folder = keyed.server.data_dir / "blobs" / "sha256"
+    for data in files.values():
+        assert len(list(folder.rglob(sha256(data)))) == 1
+    admin = keyed.client("uploads-admin", Scope.ADMIN)
+    assert admin.head(address(sha256(data))).status_code == 404, "a blob is nobody's but those who sent it"
