@@ -21,9 +21,10 @@ OPERATIONS = {
     "create_job", "list_jobs", "get_job", "cancel_job", "stream_job_events", "get_job_report", "list_job_artifacts",
     "download_job_artifact", "download_job_archive", "create_plan", "quantize_tensors", "dequantize_tensors",
     "compare_tensors", "list_profiles", "list_schemes", "list_methods", "list_formats", "list_backends", "get_health",
-    "get_readiness", "get_problem",
+    "get_readiness", "get_problem", "create_batch", "list_batches", "get_batch", "cancel_batch", "stream_batch_events",
+    "check_blob", "upload_blob",
 }  # fmt: skip
-VERBS = {"create", "list", "get", "cancel", "stream", "download", "quantize", "dequantize", "compare"}
+VERBS = {"create", "list", "get", "cancel", "stream", "download", "quantize", "dequantize", "compare", "check", "upload"}
 
 JOB_BODY = """
 {

@@ -46,6 +46,7 @@ def test_the_curl_session_works_when_pasted(server: Server, minilm: Path, tmp_pa
     assert "\n304\n" in shown
     assert "\nparquet/manifest.json\n" in shown
     assert re.search(r"\n(cancelling|cancelled)\ncancelled\n200\n", shown), shown
+    assert re.search(r"\n(batch_\S+) and again \1\n2\n{'total': 2,.*'succeeded': 2,.*}\n200\n", shown), shown
     assert '"pointer":"/config/bit_width"' in shown
     assert '"code":"not_found"' in shown
     assert (tmp_path / "demo-output" / "report.parquet").read_bytes()[:4] == b"PAR1"
