@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 from tests.api.conftest import save_model
 from tests.cli.test_cli import ARROWQUANT
 from tests.server import Server
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,15 @@ def test_a_key_of_odd_characters_is_refused_and_not_shown(server: Server) -> Non
     done = run("jobs", "--server", server.base_url, api_key="sec\nret")
     assert done.returncode == 2
     assert "sec" not in done.stdout + done.stderr
+
+
+def test_the_commands_of_the_readme_work_when_pasted(server: Server, tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Keys and tenants\n")[1].split("\n## ")[0]
+    (script,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    script = f'arrowquant() {{ {shlex.join(ARROWQUANT)} "$@"; }}\n{script}'
+    variables = {"SERVER": server.base_url, "ARROWQUANT_DATA_DIR": str(server.data_dir)}
+    environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
+    command = ["bash", "-eu", "-o", "pipefail", "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.isdecimal()] == ["200", "401"]
