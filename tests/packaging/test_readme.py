@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from service.__main__ import app
 from tests.server import Server
@@ -50,6 +53,21 @@ def test_the_curl_session_works_when_pasted(server: Server, minilm: Path, tmp_pa
     assert '"pointer":"/config/bit_width"' in shown
     assert '"code":"not_found"' in shown
     assert (tmp_path / "demo-output" / "report.parquet").read_bytes()[:4] == b"PAR1"
+
+
+def test_the_upload_session_works_when_pasted(server: Server, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    save_file({"blocks.0.weight": rng.standard_normal((256, 512), np.float32)}, tmp_path / "m.safetensors")
+    size = (tmp_path / "m.safetensors").stat().st_size
+    environment = os.environ | {"SERVER": server.base_url, "FILE": str(tmp_path / "m.safetensors")}
+    script = ["bash", "-eu", "-o", "pipefail", "-c", blocks("Uploading a model", "bash")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    half, sent, known, job = done.stdout.splitlines()
+    assert half == f"{size // 2} of {size} bytes are there"
+    assert sent == "201"
+    assert known == "HTTP/1.1 200 OK"
+    assert json.loads(job)["status"] == "succeeded"
 
 
 def test_the_demo_shows_the_figures_of_the_readme(tmp_path: Path) -> None:
