@@ -339,7 +339,7 @@ class NotFinished(ServiceError):
 class NotTerminal(ServiceError):
     """The job has not ended.
 
-    Only a job that has ended can be purged. Cancel it first.
+    Only a job or a batch that has ended can be purged. Cancel it first.
     """
 
     code = "job_not_terminal"
@@ -379,13 +379,20 @@ class UploadOffsetMismatch(ServiceError):
 
 
 class IdempotencyKeyReused(ServiceError):
-    """This idempotency key was used with another body."""
+    """This idempotency key was used with another body.
+
+    A key stands for one call for 24 hours. Make a new one, such as a UUID, for each thing that you want made.
+    """
 
     code = "idempotency_key_reused"
 
 
 class IdempotencyKeyInFlight(ServiceError):
-    """The first call with this idempotency key is still in flight."""
+    """The first call with this idempotency key is still in flight.
+
+    It is until it has been answered, which with `Prefer: wait` may take a minute. Send the call again then, and it gets
+    the same answer.
+    """
 
     code = "idempotency_key_in_flight"
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from service.jobs.store import DATABASE
+from tests.api.keyed import Keyed
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
 from tests.server import Json, Server, body
@@ -197,6 +198,19 @@ def test_whenever_the_server_is_killed_a_retry_finds_one_job(start_server: Start
     assert len(ids) == len(keys)
     for job_id in ids:
         assert server.finish(job_id)["status"] == "succeeded"
+
+
+def test_tenants_may_use_the_same_key_and_the_keys_of_one_tenant_are_one(keyed: Keyed, model: Path) -> None:
+    ours, colleague, theirs = keyed.client("ours"), keyed.client("ours"), keyed.client("theirs")
+    asked, headers = body(model, "parquet"), {"Idempotency-Key": "monday"}
+    first, again, other = (c.post("/v1/jobs", json=asked, headers=headers) for c in (ours, colleague, theirs))
+    check_same(first, again)
+    assert (other.status_code, "idempotency-replayed" in other.headers) == (202, False)
+    assert other.json()["id"] != first.json()["id"]
+    changed = theirs.post("/v1/jobs", json=asked | {"priority": 1}, headers=headers)
+    assert changed.json()["code"] == "idempotency_key_reused"
+    for client, answer in ((ours, first), (theirs, other)):
+        client.get(answer.headers["location"], headers={"Prefer": "wait=60"})
 
 
 def test_an_expired_key_is_removed_and_free_again(start_server: StartServer, model: Path) -> None:
