@@ -156,7 +156,7 @@ class Store:
             for job in jobs
         ]
         labels = [(key, value, job.id, job.tenant) for job in jobs for key, value in job.request.labels.items()]
-        with self._transaction() as db:
+        with self.transaction() as db:
             if kept is not None:
                 key_table.keep(db, *kept)
             if batch is not None:
@@ -168,7 +168,7 @@ class Store:
     def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         """Store new states of known jobs and append events, all or nothing."""
         changes = [(job.status, to_record(job), _stored_bytes(job), job.id) for job in jobs]
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.executemany("UPDATE jobs SET status = ?, record = ?, stored_bytes = ? WHERE id = ?", changes)
             _append(db, events)
 
@@ -251,7 +251,7 @@ class Store:
 
     def delete(self, job_id: str, tenant: str | None = None) -> bool:
         """Remove this tenant's job with its events; False when there was none. None is any tenant."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             query = "DELETE FROM jobs WHERE id = ? AND tenant = coalesce(?, tenant)"
             return db.execute(query, (job_id, tenant)).rowcount > 0
 
@@ -267,12 +267,9 @@ class Store:
         with self._lock, database_faults():
             yield self._db
 
-    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """The database for some statements that hold together: all of them or none."""
-        return self._transaction()
-
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database for some statements that hold together: all of them or none."""
         with self._lock, database_faults():
             self._db.execute("BEGIN IMMEDIATE")
             try:

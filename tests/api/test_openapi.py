@@ -24,7 +24,9 @@ OPERATIONS = {
     "get_readiness", "get_problem", "create_batch", "list_batches", "get_batch", "cancel_batch", "stream_batch_events",
     "check_blob", "upload_blob",
 }  # fmt: skip
-VERBS = {"create", "list", "get", "cancel", "stream", "download", "quantize", "dequantize", "compare", "check", "upload"}
+VERBS = {
+    "create", "list", "get", "cancel", "stream", "download", "quantize", "dequantize", "compare", "check", "upload",
+}  # fmt: skip
 
 JOB_BODY = """
 {

@@ -235,6 +235,15 @@ def test_many_tiny_blobs_count_as_the_blocks_that_they_take(tmp_path: Path, stor
         send(blobs, "ada", b"c")
 
 
+def test_a_quota_of_the_tenants_own_goes_before_that_of_all(tmp_path: Path, store: Store) -> None:
+    blobs = open_blobs(tmp_path, store, max_stored_bytes=10_000)
+    with store.transaction() as db:
+        db.execute("INSERT INTO tenants (id, max_stored_bytes) VALUES ('ada', 20000)")
+    send(blobs, "ada", DATA)
+    with pytest.raises(StorageQuotaExceeded):
+        send(blobs, "bob", DATA)
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
