@@ -15,10 +15,12 @@ from service.api.key_ring import HOLD_S, KeyRing
 from service.api.problems import respond
 from service.api.rate_limits import Quota, RateLimits
 from service.api.uploads_body import EarlyReply
-from service.errors import ArrowQuantError, ForbiddenScope, RateLimited, Unauthorized
+from service.errors import ArrowQuantError, ForbiddenScope, NotReady, RateLimited, Unauthorized
 from service.jobs.api_keys import ApiKey
 from service.jobs.quotas import Limits
 
+#: What a call is refused for here; anything else is a fault, and answered as such.
+_REFUSALS = (Unauthorized, ForbiddenScope, RateLimited, NotReady)
 REALM = 'Bearer realm="arrowquant"'
 
 
@@ -42,7 +44,7 @@ class Authentication:
         try:
             text = _key_in(request)
             scope["principal"] = await self._admit(request, text, headers)
-        except ArrowQuantError as error:
+        except _REFUSALS as error:
             reply = respond(error, request, headers | _challenge(error, request))
             await (EarlyReply(reply) if _has_body(request) else reply)(scope, receive, send)
             return

@@ -92,6 +92,7 @@ class DrainingServer(uvicorn.Server):
 def _check_keys(settings: Settings) -> None:
     if not settings.asks_for_keys:
         return
+    _check_roots(settings)
     if _has_keys(settings.data_dir):
         return
     if settings.is_loopback:
@@ -102,6 +103,17 @@ def _check_keys(settings: Settings) -> None:
         "with `arrowquant keys create`, or listen on 127.0.0.1, or set ARROWQUANT_ALLOW_UNAUTHENTICATED=true where "
         "something else keeps strangers out"
     )
+
+
+def _check_roots(settings: Settings) -> None:
+    """Tenants share the model roots: what is in one is anybody's."""
+    data_dir = settings.data_dir.resolve()
+    for root in (root.resolve() for root in settings.model_roots):
+        if data_dir.is_relative_to(root) or root.is_relative_to(data_dir):
+            raise InvalidConfig(
+                f"the data folder {data_dir} and the model root {root} hold one another, so that any tenant could read "
+                "all others' files: take folders apart from each other"
+            )
 
 
 def _has_keys(data_dir: Path) -> bool:

@@ -51,7 +51,7 @@ def create(
         if as_json:
             print_json(_document(key) | {"key": text})
             return
-        print(f"{key.id} of tenant {tenant}; the key itself is shown only now:", file=sys.stderr)
+        print(f"{key.id} of tenant {tenant} in {keys.data_dir}; it is shown only now:", file=sys.stderr)
         print(text)
 
 
@@ -62,7 +62,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List all keys, the revoked and the expired as well; what they read like is known to their owners alone."""
-    with outcome(as_json=as_json), _open(data_dir) as keys:
+    with outcome(as_json=as_json), _open(data_dir, must_exist=True) as keys:
         found = keys.all(tenant)
         if as_json:
             print_json([_document(key) for key in found])
@@ -75,7 +75,7 @@ def list_(
 @app.command()
 def revoke(key_id: str, data_dir: DataDir = None, as_json: Json = False) -> None:
     """End a key for good. A running server refuses it within a second."""
-    with outcome(as_json=as_json), _open(data_dir) as keys:
+    with outcome(as_json=as_json), _open(data_dir, must_exist=True) as keys:
         key = keys.revoke(key_id)
         if as_json:
             print_json(_document(key))
@@ -111,11 +111,16 @@ def limits(
             print(f"{limit:<20} {'as for all' if value is None else value}")
 
 
-def _open(data_dir: Path | None) -> ApiKeys:
+def _open(data_dir: Path | None, *, must_exist: bool = False) -> ApiKeys:
+    from service.errors import InvalidConfig
     from service.jobs.api_keys import ApiKeys
+    from service.jobs.store import DATABASE
     from service.settings import load_settings
 
-    return ApiKeys(load_settings(data_dir=data_dir).data_dir)
+    folder = load_settings(data_dir=data_dir).data_dir.absolute()
+    if must_exist and not (folder / DATABASE).exists():
+        raise InvalidConfig(f"{folder} is no data folder of a server: name it with --data-dir")
+    return ApiKeys(folder)
 
 
 def _scopes(names: list[str]) -> set[Any]:

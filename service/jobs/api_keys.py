@@ -67,6 +67,7 @@ class ApiKeys:
 
     def __init__(self, data_dir: Path) -> None:
         """Open the database, which is made when there is none."""
+        self.data_dir = data_dir
         self._lock = threading.Lock()
         self._db = connect(data_dir)
 

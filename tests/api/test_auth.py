@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from service.api.app import ROUTERS
-from service.api.auth import is_open
+from service.api.app import ROUTERS, create_app
+from service.api.auth import is_open, scope_for
 from service.api.key_ring import HOLD_S
+from service.api.openapi import build
 from service.api.server import serve
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys, Scope
+from service.jobs.store import DATABASE
 from service.settings import Settings, load_settings
 from tests.api.keyed import Client, Keyed
 from tests.api.test_jobs import large_model
@@ -169,6 +172,37 @@ def test_the_log_never_holds_a_key(start_server: StartServer) -> None:
     assert text.rsplit("_", 1)[1] not in server.log
 
 
+def test_a_database_that_cannot_be_read_is_a_fault_and_lets_nobody_in(start_server: StartServer) -> None:
+    server = start_server(require_keys=True)
+    with ApiKeys(server.data_dir) as keys:
+        _, text = keys.create("a", [Scope.READ])
+    db = sqlite3.connect(server.data_dir / DATABASE)
+    db.execute("ALTER TABLE api_keys RENAME TO lost")
+    db.close()
+    with Client(server, None, text) as client:
+        response = client.get("/v1/jobs")
+    assert (response.status_code, code_of(response)) == (500, "internal_error")
+    assert "api_keys" not in response.text
+    # The log tells of the fault, which is what other tests forbid.
+    server.stop()
+    server.log_path.write_text("")
+
+
+def test_the_document_says_what_a_key_means_to_each_call() -> None:
+    document = build(create_app(Settings()))
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if is_open(path):
+                assert operation["security"] == []
+                continue
+            assert operation["security"] == [{"bearer": []}, {}], "a server may ask for none"
+            assert operation["x-scope"] == scope_for(method.upper(), path)
+            for status, code in (("401", "unauthorized"), ("403", "forbidden_scope"), ("429", "rate_limited")):
+                assert code in operation["responses"][status]["description"], (method, path)
+            assert "Retry-After" in operation["responses"]["429"]["headers"]
+
+
 # --- when keys are asked for ---
 
 
@@ -187,6 +221,15 @@ def test_without_a_usable_key_no_server_listens_elsewhere(host: str, tmp_path: P
         revoked, _ = keys.create("a", [Scope.READ])
         keys.revoke(revoked.id)
     with pytest.raises(InvalidConfig, match="ALLOW_UNAUTHENTICATED"):
+        serve(settings)
+
+
+@pytest.mark.parametrize(("data", "root"), [("models/data", "models"), ("data", "data/artifacts"), ("data", "data")])
+def test_with_keys_the_data_folder_lies_apart_from_the_model_roots(tmp_path: Path, data: str, root: str) -> None:
+    with ApiKeys(tmp_path / data) as keys:
+        keys.create("a", [Scope.READ])
+    settings = Settings(require_keys=True, port=0, data_dir=tmp_path / data, model_roots=(tmp_path / root,))
+    with pytest.raises(InvalidConfig, match="hold one another"):
         serve(settings)
 
 

@@ -67,6 +67,8 @@ def test_keys_are_made_listed_and_revoked_as_json(tmp_path: Path) -> None:
     assert "expires_at" in listed
     assert "revoked_at" in keys(tmp_path, "revoke", made["id"])
     assert keys(tmp_path, "list", "--tenant", "other") == []
+    unknown = run("keys", "revoke", "key0", data_dir=tmp_path)
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (1, 1)
     assert "revoked" in run("keys", "list", data_dir=tmp_path).stdout
 
 
@@ -84,13 +86,20 @@ def test_limits_of_a_tenant_are_set_one_by_one_and_reset(tmp_path: Path) -> None
         (("create", "--scope", "root"), 2),
         (("create", "--tenant", "../up"), 2),
         (("create", "--days", "0"), 2),
-        (("revoke", "key0"), 1),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, arguments: tuple[str, ...], status: int) -> None:
     done = run("keys", *arguments, data_dir=tmp_path)
     assert (done.returncode, done.stdout) == (status, "")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("revoke", "key0")])
+def test_a_folder_of_no_server_is_not_made_one_by_looking(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = run("keys", *arguments, data_dir=tmp_path / "typo")
+    assert done.returncode == 2
+    assert str(tmp_path / "typo") in done.stderr
+    assert not (tmp_path / "typo").exists()
 
 
 def test_commands_send_the_key_that_they_are_given(server: Server, model_root: Path, tmp_path: Path) -> None:
