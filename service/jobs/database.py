@@ -1,4 +1,4 @@
-"""The thread of the store, for statements on tables that have modules of their own."""
+"""The thread of the store."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ T = TypeVar("T")
 
 
 class Database:
-    """Has work done in the one thread that the store is used from; awaited on the event loop."""
+    """Has work done in the one thread that the store is used from; awaited on the event loop.
+
+    `read` and `change` are for the tables that have modules of their own.
+    """
 
     def __init__(self, store: Callable[[], Store], thread: Executor) -> None:
         """`store` gives the open store, or raises."""
         self._store = store
         self._thread = thread
 
+    async def run(self, work: Callable[[Store], T]) -> T:
+        """What something gives that is done with the store."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._store()))
+
     async def read(self, look: Callable[[sqlite3.Connection], T]) -> T:
         """What queries give."""
 
-        def work() -> T:
-            with self._store().reading() as db:
+        def work(store: Store) -> T:
+            with store.reading() as db:
                 return look(db)
 
-        return await self._run(work)
+        return await self.run(work)
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """What statements give that hold together: all of them or none."""
 
-        def change() -> T:
-            with self._store().transaction() as db:
+        def change(store: Store) -> T:
+            with store.transaction() as db:
                 return work(db)
 
-        return await self._run(change)
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self.run(change)

@@ -1,79 +1,137 @@
-"""What is submitted together, and is accepted together or not at all."""
+"""From what is submitted to jobs that wait: checked, claimed, stored in one transaction, shown, queued."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 
-import uuid_utils
-
-from service.jobs.admission import Admission, Admitted
+from service.errors import QueueFull
+from service.jobs.admission import Admission, Admitted, Claims
 from service.jobs.batch import Batch
-from service.jobs.idempotency import Key, Once
+from service.jobs.batches import Batches
+from service.jobs.database import Database
+from service.jobs.events import EVENT_OF_STATUS, READER_LIMIT, Event, LiveLog
 from service.jobs.job import Job, Status
-from service.jobs.request import JobRequest
-from service.jobs.sources import pointing
+from service.jobs.live import LiveJob
+from service.jobs.quotas import NO_LIMITS, Limits, check_room
+from service.jobs.scheduler import Scheduler
+from service.jobs.submission import Submission
+
+#: Makes a job live: its record, its log, the folders that it alone may write to.
+Adopt = Callable[[Job, LiveLog, tuple[Path, ...]], LiveJob]
 
 
-@dataclass(frozen=True, slots=True)
 class Intake:
-    """One job, or with `labels` the jobs of a batch; and how the answer is stored with them, if it is."""
+    """Accepts jobs; everything on the event loop."""
 
-    requests: Sequence[JobRequest]
-    tenant: str
-    labels: dict[str, str] | None = None
-    once_job: Once[Job] | None = None
-    once_batch: Once[Batch] | None = None
+    def __init__(
+        self,
+        database: Database,
+        admission: Admission,
+        scheduler: Scheduler,
+        batches: Batches,
+        live: Mapping[str, LiveJob],
+        adopt: Adopt,
+        forget: Callable[[Job], None],
+        *,
+        max_queued_jobs: int,
+        tenant_limits: Limits = NO_LIMITS,
+        reader_limit: int = READER_LIMIT,
+    ) -> None:
+        """`live` are the jobs that have not ended; `forget` undoes `adopt`."""
+        self._database = database
+        self._admission = admission
+        self._scheduler = scheduler
+        self._batches = batches
+        self._live = live
+        self._adopt = adopt
+        self._forget = forget
+        self._max_queued_jobs = max_queued_jobs
+        self._tenant_limits = tenant_limits
+        self._reader_limit = reader_limit
+        self._admitting = 0
 
-    def at(self, index: int) -> AbstractContextManager[None]:
-        """Has errors point into the body that was sent."""
-        return nullcontext() if self.labels is None else pointing(f"/items/{index}")
+    async def take(self, submission: Submission, check_open: Callable[[], None]) -> tuple[list[Job], Batch | None]:
+        """All of a submission's jobs, stored and queued, and their batch.
 
-    def admit(self, admission: Admission) -> list[Admitted]:
-        """What may be made of each request; raises what `Admission.admit` raises. Blocks on files."""
-        admitted = []
-        for index, request in enumerate(self.requests):
-            with self.at(index):
-                admitted.append(admission.admit(request, self.tenant))
-        return admitted
+        Raises what `check_open` raises, QueueFull, TooManyOpenJobs, StorageQuotaExceeded, or why a
+        request cannot be carried out; then nothing is left of any.
+        """
+        count = len(submission.requests)
+        with self._room_for(count):
+            admitted = await asyncio.to_thread(submission.admit, self._admission)
+            await self._check_quotas(submission.tenant, count)
+            check_open()
+            jobs, batch, live_jobs = self._accept(submission, admitted)
+            try:
+                events = self._queued_events(submission, live_jobs)
+                kept = submission.kept(jobs, batch)
+                await self._database.run(lambda store: store.add_all(jobs, events, batch, kept))
+            except BaseException:
+                self._unaccept(jobs, batch)
+                raise
+        for live, event in zip(live_jobs, events, strict=True):
+            live.publish(event)
+        for live in live_jobs:
+            if live.status is Status.QUEUED:
+                self._scheduler.put(live.job.id, live.job.request.priority)
+        return jobs, batch
 
-    def jobs(self, admitted: Sequence[Admitted], now: datetime) -> list[Job]:
-        """The new jobs."""
-        batch_id = None if self.labels is None else f"batch_{uuid_utils.uuid7()}"
-        return [
-            Job(
-                id=f"job_{uuid_utils.uuid7()}",
-                request=request,
-                config=entry.config,
-                status=Status.QUEUED,
-                created_at=now,
-                tenant=self.tenant,
-                batch_id=batch_id,
-                batch_index=None if batch_id is None else index,
+    @contextmanager
+    def _room_for(self, count: int) -> Iterator[None]:
+        """Hold places in the queue until the jobs are in it; raises QueueFull."""
+        waiting = self._scheduler.depth + self._admitting
+        if waiting + count > self._max_queued_jobs:
+            raise QueueFull(
+                f"{waiting} jobs wait already, and {self._max_queued_jobs} may: there is no room for {count} more, "
+                "try again later"
             )
-            for index, (request, entry) in enumerate(zip(self.requests, admitted, strict=True))
-        ]
+        self._admitting += count
+        try:
+            yield
+        finally:
+            self._admitting -= count
 
-    def batch(self, jobs: Sequence[Job]) -> Batch | None:
-        """The batch of the new jobs, if they are one."""
-        batch_id, labels = jobs[0].batch_id, self.labels
-        if batch_id is None or labels is None:
-            return None
-        ids = tuple(job.id for job in jobs)
-        return Batch(batch_id, self.tenant, labels, ids, jobs[0].created_at, counts={Status.QUEUED: len(ids)})
+    async def _check_quotas(self, tenant: str, new_jobs: int) -> None:
+        """Raise TooManyOpenJobs or StorageQuotaExceeded; up to the next `await` it then holds."""
+        usage = await self._database.run(lambda store: store.usage(tenant))
+        open_jobs = sum(live.tenant == tenant for live in self._live.values())
+        limits = usage.overrides.over(self._tenant_limits)
+        check_room(limits, open_jobs=open_jobs, new_jobs=new_jobs, stored_bytes=usage.stored_bytes)
 
-    def kept(self, jobs: Sequence[Job], batch: Batch | None) -> tuple[Key, str] | None:
-        """The key of the call and the answer to it."""
+    def _accept(
+        self, submission: Submission, admitted: Sequence[Admitted]
+    ) -> tuple[list[Job], Batch | None, list[LiveJob]]:
+        """The new jobs, which from now on hold their targets; nothing is awaited between check and claim."""
+        claims = Claims(target for live in self._live.values() for target in live.targets)
+        for index, entry in enumerate(admitted):
+            with submission.at(index):
+                for target in entry.targets:
+                    claims.add(target)
+        # The time first: a job's id is never of an earlier millisecond than its created_at.
+        jobs = submission.jobs(admitted, datetime.now(UTC))
+        batch = submission.batch(jobs)
         if batch is not None:
-            return (self.once_batch.key, self.once_batch.answer(batch)) if self.once_batch else None
-        return (self.once_job.key, self.once_job.answer(jobs[0])) if self.once_job else None
+            self._batches.open(batch.id, len(jobs))
+        live_jobs = []
+        for job, entry in zip(jobs, admitted, strict=True):
+            log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
+            live_jobs.append(self._adopt(job, log, entry.targets))
+        return jobs, batch, live_jobs
 
-    def order(self) -> list[int]:
-        """Of each request: how many of the others go before it in the queue."""
-        first = sorted(range(len(self.requests)), key=lambda index: -self.requests[index].priority)
-        ranks = [0] * len(first)
-        for rank, index in enumerate(first):
-            ranks[index] = rank
-        return ranks
+    def _unaccept(self, jobs: Sequence[Job], batch: Batch | None) -> None:
+        for job in jobs:
+            self._forget(job)
+        if batch is not None:
+            self._batches.forget(batch.id)
+
+    def _queued_events(self, submission: Submission, live_jobs: Sequence[LiveJob]) -> list[Event]:
+        ahead = {request.priority: self._scheduler.ahead_of(request.priority) for request in submission.requests}
+        type_, status = EVENT_OF_STATUS[Status.QUEUED], Status.QUEUED.value
+        return [
+            live.event(type_, {"status": status, "queue_position": ahead[request.priority] + others})
+            for live, request, others in zip(live_jobs, submission.requests, submission.order(), strict=True)
+        ]

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,16 +21,15 @@ from service.engine.formats.registry import open_model
 from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
-from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
+from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal
 from service.jobs import key_table
-from service.jobs.admission import Admission, Admitted, Claims, output_specs
+from service.jobs.admission import Admission, output_specs
 from service.jobs.backend_pool import BackendPool
 from service.jobs.batch import Batch
 from service.jobs.batches import Batches
 from service.jobs.blobs import BlobLimits, Blobs
 from service.jobs.database import Database
 from service.jobs.events import (
-    EVENT_OF_STATUS,
     READER_LIMIT,
     SERVER_DRAINING,
     Event,
@@ -48,7 +47,7 @@ from service.jobs.journal import Journal
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.publisher import Publisher, load_report
-from service.jobs.quotas import NO_LIMITS, Limits, check_room
+from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
 from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
@@ -56,6 +55,7 @@ from service.jobs.scheduler import Scheduler, run_in_thread
 from service.jobs.sources import Sources
 from service.jobs.stop import Reason
 from service.jobs.store import Store
+from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
 from service.storage.faults import storage_faults
 
@@ -87,8 +87,6 @@ class JobManager:
         """
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
-        self._max_queued_jobs = max_queued_jobs
-        self._tenant_limits = tenant_limits
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
@@ -114,7 +112,18 @@ class JobManager:
             lambda key: database.read(lambda db: key_table.find(db, key)),
             lambda key, answer: database.change(lambda db: key_table.replace(db, key, answer)),
         )
-        self._admitting = 0
+        self._intake = Intake(
+            database,
+            self._admission,
+            self._scheduler,
+            self.batches,
+            self._live,
+            self._adopt,
+            self._forget,
+            max_queued_jobs=max_queued_jobs,
+            tenant_limits=tenant_limits,
+            reader_limit=reader_limit,
+        )
         self._draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -172,14 +181,14 @@ class JobManager:
         Raises Draining, QueueFull, TooManyOpenJobs, StorageQuotaExceeded, or why the request cannot be carried out
         (see `Admission`).
         """
-        jobs, _ = await self._take(Intake([request], tenant, once_job=once))
+        jobs, _ = await self._take(Submission([request], tenant, once_job=once))
         return jobs[0]
 
     async def submit_batch(
         self, request: BatchRequest, tenant: str = DEFAULT_TENANT, once: Once[Batch] | None = None
     ) -> Batch:
         """Accept several jobs or none of them; raises what `submit` raises, which points to the item."""
-        _, batch = await self._take(Intake(request.items, tenant, request.labels, once_batch=once))
+        _, batch = await self._take(Submission(request.items, tenant, request.labels, once_batch=once))
         assert batch is not None, "labels make it one"
         return batch
 
@@ -356,71 +365,10 @@ class JobManager:
             store.close()
             raise
 
-    async def _take(self, intake: Intake) -> tuple[list[Job], Batch | None]:
-        count = len(intake.requests)
+    async def _take(self, submission: Submission) -> tuple[list[Job], Batch | None]:
         self._check_open()
-        if self._scheduler.depth + self._admitting + count > self._max_queued_jobs:
-            raise QueueFull(
-                f"{self._scheduler.depth} jobs wait already, with {count} more there would be more than "
-                f"{self._max_queued_jobs}: try again later"
-            )
-        self._admitting += count
         # A client that hangs up in the middle leaves no half-accepted job.
-        return await asyncio.shield(self._spawn(self._submit(intake)))
-
-    async def _submit(self, intake: Intake) -> tuple[list[Job], Batch | None]:
-        try:
-            admitted = await asyncio.to_thread(intake.admit, self._admission)
-            await self._check_room(intake.tenant, len(intake.requests))
-            self._check_open()
-            jobs, batch, live_jobs = self._accept(intake, admitted)
-            try:
-                events = self._queued_events(intake, live_jobs)
-                kept = intake.kept(jobs, batch)
-                await self._in_store_thread(lambda: self._opened_store.add_all(jobs, events, batch, kept))
-            except BaseException:
-                self._unaccept(jobs, batch)
-                raise
-        finally:
-            self._admitting -= len(intake.requests)
-        for live, event in zip(live_jobs, events, strict=True):
-            live.publish(event)
-        for live in live_jobs:
-            if live.status is Status.QUEUED:
-                self._scheduler.put(live.job.id, live.job.request.priority)
-        return jobs, batch
-
-    def _accept(self, intake: Intake, admitted: Sequence[Admitted]) -> tuple[list[Job], Batch | None, list[LiveJob]]:
-        """The new jobs, which from now on hold their targets; nothing is awaited between check and claim."""
-        claims = Claims(target for live in self._live.values() for target in live.targets)
-        for index, entry in enumerate(admitted):
-            with intake.at(index):
-                for target in entry.targets:
-                    claims.add(target)
-        # The time first: a job's id is never of an earlier millisecond than its created_at.
-        jobs = intake.jobs(admitted, datetime.now(UTC))
-        batch = intake.batch(jobs)
-        if batch is not None:
-            self.batches.open(batch.id, len(jobs))
-        live_jobs = []
-        for job, entry in zip(jobs, admitted, strict=True):
-            log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=self._reader_limit)
-            live_jobs.append(self._adopt(job, log, entry.targets))
-        return jobs, batch, live_jobs
-
-    def _unaccept(self, jobs: Sequence[Job], batch: Batch | None) -> None:
-        for job in jobs:
-            del self._live[job.id]
-        if batch is not None:
-            self.batches.forget(batch.id)
-
-    def _queued_events(self, intake: Intake, live_jobs: Sequence[LiveJob]) -> list[Event]:
-        ahead = {request.priority: self._scheduler.ahead_of(request.priority) for request in intake.requests}
-        type_, status = EVENT_OF_STATUS[Status.QUEUED], Status.QUEUED.value
-        return [
-            live.event(type_, {"status": status, "queue_position": ahead[request.priority] + others})
-            for live, request, others in zip(live_jobs, intake.requests, intake.order(), strict=True)
-        ]
+        return await asyncio.shield(self._spawn(self._intake.take(submission, self._check_open)))
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
         """End those that have not ended. All waiting ones are out of the queue before a lane is freed."""
@@ -438,13 +386,6 @@ class JobManager:
         live = LiveJob(job, log, self._journal, self._forget, targets, place)
         self._live[job.id] = live
         return live
-
-    async def _check_room(self, tenant: str, new_jobs: int) -> None:
-        """Raise TooManyOpenJobs or StorageQuotaExceeded; up to the next `await` it then holds."""
-        usage = await self._in_store_thread(lambda: self._opened_store.usage(tenant))
-        open_jobs = sum(live.tenant == tenant for live in self._live.values())
-        limits = usage.overrides.over(self._tenant_limits)
-        check_room(limits, open_jobs=open_jobs, new_jobs=new_jobs, stored_bytes=usage.stored_bytes)
 
     def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
         """The job that has not ended, if it is this tenant's; None is any."""
