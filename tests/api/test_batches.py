@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from httpx_sse import connect_sse
 from jsonschema import Draft202012Validator
 
+from service.jobs.store import DATABASE
 from tests.api.conftest import save_model
 from tests.api.test_events import frames
 from tests.api.test_jobs import large_model
@@ -342,3 +346,37 @@ def test_a_killed_server_loses_no_item_and_tells_nothing_twice(
         assert [e["type"] for e in events if e["index"] == index] == [e["type"] for e in server.follow(job_id)]
     large = [server.files(job_id) for job_id in batch["job_ids"][1:]]
     assert large[0] == large[1]
+
+
+def test_whenever_the_server_is_killed_a_batch_is_there_whole_or_not_at_all(
+    start_server: StartServer, model: Path
+) -> None:
+    server = start_server()
+    asked = {"items": [body(model, "parquet")] * 100}
+
+    def send(key: str) -> httpx.Response:
+        return server.client.post("/v1/batches", json=asked, headers={"Idempotency-Key": key})
+
+    found = []
+    for attempt in range(5):
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(send, f"key-{attempt}")
+            # A hundred items take some tens of milliseconds: before, within and after the transaction.
+            time.sleep(0.02 * attempt)
+            server.process.kill()
+            with suppress(httpx.TransportError):
+                sending.result(30)
+        server.kill()
+        with closing(sqlite3.connect(server.data_dir / DATABASE)) as db:
+            stored = db.execute("SELECT batch_id, count(*) FROM jobs GROUP BY batch_id").fetchall()
+            assert {count for _, count in stored} <= {100}
+            assert sorted(id_ for id_, _ in stored) == sorted(row[0] for row in db.execute("SELECT id FROM batches"))
+            found.append(len(stored) > attempt)
+        server.start()
+        answer = send(f"key-{attempt}")
+        assert answer.status_code == 202, answer.text
+        assert ("idempotency-replayed" in answer.headers) == found[-1]
+        server.client.delete(answer.headers["location"])
+        finish(server, answer.json())
+    print(f"whole after the kill: {found}")
+    assert len(server.client.get("/v1/batches").json()["data"]) == 5
