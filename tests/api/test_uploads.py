@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from service.jobs.api_keys import Scope
 from tests.api.conftest import save_model
 from tests.api.keyed import Keyed
 from tests.conftest import StartServer
+from tests.jobs.test_disk_full import REPOSITORY, may_mount
 from tests.server import Json, Server, body, validation
 
 WAIT_S = 30.0
@@ -360,6 +363,39 @@ def test_blobs_expire_unless_a_job_that_has_not_ended_uses_them(start_server: St
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.client.head(address(unused)).status_code == 404
+
+
+FULL_DISK = """
+import hashlib, sys
+from pathlib import Path
+from tests.server import Server
+disk, data = Path(sys.argv[1]), bytes(range(256)) * 4 * 8192
+server = Server(disk / "data", [disk], log_path=Path(sys.argv[2])).start()
+(disk / "filler").write_bytes(bytes(12 << 20))
+address = "/v1/blobs/sha256:" + hashlib.sha256(data).hexdigest()
+full = server.client.put(address, content=data)
+offset = int(full.headers["upload-offset"])
+assert 0 < offset < len(data), offset
+assert server.client.get("/healthz").status_code == 200
+(disk / "filler").unlink()
+assert server.client.head(address).headers["upload-offset"] == str(offset)
+rest = {"Content-Range": f"bytes {offset}-{len(data) - 1}/{len(data)}"}
+done = server.client.put(address, content=data[offset:], headers=rest)
+print(full.status_code, full.json()["code"], done.status_code)
+server.stop()
+"""
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs a mount namespace to make a small disk in")
+def test_a_full_disk_is_told_and_what_has_come_is_kept(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small_disk = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", small_disk, str(disk)]
+    program = [sys.executable, "-c", FULL_DISK, str(disk), str(tmp_path / "log")]
+    done = subprocess.run([*command, *program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["507", "disk_full", "201"]
 
 
 def test_a_tenant_learns_nothing_of_what_another_has_sent(keyed: Keyed, model: Path) -> None:
