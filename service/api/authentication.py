@@ -17,6 +17,7 @@ from service.api.rate_limits import Quota, RateLimits
 from service.api.uploads_body import EarlyReply
 from service.errors import ArrowQuantError, ForbiddenScope, NotReady, RateLimited, Unauthorized
 from service.jobs.api_keys import ApiKey
+from service.jobs.api_keys import Scope as KeyScope
 from service.jobs.quotas import Limits
 
 #: What a call is refused for here; anything else is a fault, and answered as such.
@@ -59,7 +60,7 @@ class Authentication:
             headers["Retry-After"] = str(math.ceil(wait_s))
             raise RateLimited(f"more calls came than RateLimit-Policy allows: the next may come in {wait_s:.2f} s")
         principal = Principal(key.tenant, key.scopes, key.id)
-        principal.check_may(scope_for(request.method, request.url.path))
+        principal.check_may(_scope_of(request))
         return principal
 
 
@@ -115,13 +116,17 @@ def _challenge(error: ArrowQuantError, request: Request) -> dict[str, str]:
     """RFC 6750: a call without a key is not told of an error, others are."""
     match error:
         case ForbiddenScope():
-            scope = scope_for(request.method, request.url.path)
-            return {"WWW-Authenticate": f'{REALM}, error="insufficient_scope", scope="{scope}"'}
+            return {"WWW-Authenticate": f'{REALM}, error="insufficient_scope", scope="{_scope_of(request)}"'}
         case Unauthorized() if "authorization" in request.headers:
             return {"WWW-Authenticate": f'{REALM}, error="invalid_token"'}
         case Unauthorized():
             return {"WWW-Authenticate": REALM}
     return {}
+
+
+def _scope_of(request: Request) -> KeyScope:
+    # The path that the router sees; `request.url` is put together with the client's own Host header.
+    return scope_for(request.method, request.scope["path"])
 
 
 def _has_body(request: Request) -> bool:

@@ -89,6 +89,14 @@ def test_metrics_take_the_scope_admin(keyed: Keyed) -> None:
     assert keyed.client("scopes", Scope.ADMIN).get("/metrics").status_code in (200, 404)
 
 
+@pytest.mark.parametrize("host", ["x/?", "x/#", "x\\", "x/a?b=", "[::1", "", "127.0.0.1/healthz?", "u@x/problems/a?"])
+def test_a_host_header_opens_nothing(keyed: Keyed, host: str) -> None:
+    reader = keyed.client("scopes", Scope.READ)
+    assert keyed.anonymous.get("/v1/jobs", headers={"Host": host}).status_code in (400, 401)
+    assert reader.get("/metrics", headers={"Host": host}).status_code in (400, 403)
+    assert reader.post("/v1/jobs", headers={"Host": host}).status_code in (400, 403)
+
+
 def test_admin_may_do_all(keyed: Keyed) -> None:
     admin = keyed.client("scopes", Scope.ADMIN)
     for method, path in CLOSED:
