@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
+from fastapi import Request
 
 from service.api.stalls import StallMonitor
 from service.jobs.batch import Batch
@@ -39,24 +40,31 @@ class ApiState:
         self.closing.set()
         await self.manager.drain(self.settings.drain_timeout_s)
 
-    async def wait(self, job_id: str, seconds: float, tenant: str | None = None) -> Job:
-        """The tenant's job when it has ended, after so many seconds, or when the server closes; None is any tenant."""
-        manager = self.manager
-        return await self._before_closing(manager.wait(job_id, seconds, tenant), lambda: manager.get(job_id, tenant))
+    async def wait(self, call: Request, job_id: str, seconds: float, tenant: str | None = None) -> Job:
+        """The tenant's job when it has ended, after so many seconds, or when the server closes or the caller has gone.
 
-    async def wait_for_batch(self, batch_id: str, seconds: float, tenant: str | None = None) -> Batch:
+        None is any tenant.
+        """
+        manager = self.manager
+        return await self._wait(call, manager.wait(job_id, seconds, tenant), lambda: manager.get(job_id, tenant))
+
+    async def wait_for_batch(self, call: Request, batch_id: str, seconds: float, tenant: str | None = None) -> Batch:
         """As `wait`, for a batch."""
         batches = self.manager.batches
-        return await self._before_closing(
-            batches.wait(batch_id, seconds, tenant), lambda: batches.get(batch_id, tenant)
-        )
+        return await self._wait(call, batches.wait(batch_id, seconds, tenant), lambda: batches.get(batch_id, tenant))
 
-    async def _before_closing(self, end: Coroutine[Any, Any, T], now: Callable[[], Awaitable[T]]) -> T:
+    async def _wait(self, call: Request, end: Coroutine[Any, Any, T], now: Callable[[], Awaitable[T]]) -> T:
         ended = asyncio.create_task(end)
-        closing = asyncio.create_task(self.closing.wait())
+        others = {asyncio.create_task(self.closing.wait()), asyncio.create_task(_hung_up(call))}
         try:
-            await asyncio.wait({ended, closing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, *others}, return_when=asyncio.FIRST_COMPLETED)
             return await ended if ended.done() else await now()
         finally:
-            ended.cancel()
-            closing.cancel()
+            for task in (ended, *others):
+                task.cancel()
+
+
+async def _hung_up(call: Request) -> None:
+    """Returns when the caller has gone; the body has been read."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass

@@ -163,6 +163,29 @@ def test_a_call_that_still_waits_is_in_flight_and_its_last_answer_is_kept(
     assert job_ids(server) == ids
 
 
+def test_a_caller_that_hangs_up_while_it_waits_can_call_again_at_once(
+    start_server: StartServer, model_root: Path
+) -> None:
+    server = start_server(max_running_jobs=1)
+    # Nothing but a cancel ends the second job.
+    blocker = server.submit(body(large_model(model_root), "parquet", backend="reference"))
+    asked, key = body(large_model(model_root), "parquet", backend="reference"), str(uuid4())
+    headers = {"Idempotency-Key": key, "Prefer": "wait=60"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.base_url}/v1/jobs", json=asked, headers=headers, timeout=1.0)
+    begun = time.monotonic()
+    while (again := create(server, asked, key)).status_code == 409:
+        assert again.json()["code"] == "idempotency_key_in_flight"
+        assert time.monotonic() < begun + 30, "it waits for nobody"
+        time.sleep(0.01)
+    assert again.headers["idempotency-replayed"] == "true"
+    assert again.json()["status"] in ("queued", "running")
+    assert job_ids(server) == [again.json()["id"], blocker["id"]]
+    for job_id in job_ids(server):
+        server.cancel(job_id)
+        server.finish(job_id)
+
+
 def test_a_key_lives_through_a_restart_and_a_kill(start_server: StartServer, model: Path) -> None:
     server = start_server()
     asked, key = body(model, "parquet"), str(uuid4())

@@ -39,12 +39,17 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     responses=documented(*CREATION_ERRORS, *REPEATED, *NO_ROOM),
 )
 async def create_batch(
-    body: BatchRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None
+    request: Request,
+    body: BatchRequest,
+    state: State,
+    caller: Caller,
+    wait: Wait,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Create several jobs, all of them or none. With `Prefer: wait=N` the answer comes when all have ended."""
 
     async def waited(batch: BatchRecord) -> Response:
-        ended = await state.wait_for_batch(batch.id, wait or 0, caller.tenant)
+        ended = await state.wait_for_batch(request, batch.id, wait or 0, caller.tenant)
         return _accepted(ended, applied(wait))
 
     return await answer_once(
@@ -69,7 +74,7 @@ async def get_batch(request: Request, batch_id: BatchId, state: State, caller: C
     if wait is None:
         batch = await state.manager.batches.get(batch_id, caller.reach)
     else:
-        batch = await state.wait_for_batch(batch_id, wait, caller.reach)
+        batch = await state.wait_for_batch(request, batch_id, wait, caller.reach)
     return tagged_reply(request, dump(render.batch(batch)), headers=applied(wait))
 
 

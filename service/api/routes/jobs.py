@@ -58,12 +58,12 @@ _CANCELLED: dict[int | str, dict[str, Any]] = {
     responses=documented(*CREATION_ERRORS, *REPEATED, *NO_ROOM),
 )
 async def create_job(
-    body: JobRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None
+    request: Request, body: JobRequest, state: State, caller: Caller, wait: Wait, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Create a job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
 
     async def waited(job: JobRecord) -> Response:
-        return _accepted(await state.wait(job.id, wait or 0, caller.tenant), applied(wait))
+        return _accepted(await state.wait(request, job.id, wait or 0, caller.tenant), applied(wait))
 
     return await answer_once(
         state.manager.keys,
@@ -104,7 +104,7 @@ async def list_jobs(
 async def get_job(request: Request, job_id: JobId, state: State, caller: Caller, wait: Wait) -> Response:
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
     tenant = caller.reach
-    job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(job_id, wait, tenant))
+    job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(request, job_id, wait, tenant))
     return tagged_reply(request, dump(render.job(job)), headers=applied(wait))
 
 
