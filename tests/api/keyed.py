@@ -65,4 +65,4 @@ class Keyed:
         self.server.stop()
         log = self.server.log
         assert "Traceback" not in log, self.server.log_end
-        assert not any(client.text and client.text.rsplit("_", 1)[1] in log for client in self._clients)
+        assert not any(client.text and client.text.split("_", 2)[2] in log for client in self._clients)
