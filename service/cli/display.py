@@ -55,8 +55,8 @@ class LineDisplay:
                 if step > self._step or stage != self._stage:
                     self._step, self._stage = step, stage
                     self._say(_line(happening))
-            case Notice(text=text):
-                self._say(f"warning: {text}")
+            case Notice():
+                self._say(f"warning: {happening.sentence}")
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -80,8 +80,8 @@ class BarDisplay:
                     tensors=_tensors(happening),
                     rate=_rate(happening),
                 )
-            case Notice(text=text):
-                self._bars.console.print(f"warning: {text}", markup=False, highlight=False)
+            case Notice():
+                self._bars.console.print(f"warning: {happening.sentence}", markup=False, highlight=False)
 
 
 def _line(progress: Progress) -> str:

@@ -73,5 +73,5 @@ def _happening(event: str, text: str) -> Happening | None:
             return Progress(**({"eta_s": None} | json.loads(text)["progress"]))
         case "job.warning":
             data = json.loads(text)
-            return Notice(data["code"], data["text"], data.get("tensor"))
+            return Notice(data["code"], data["text"], data.get("tensor"), data.get("output"))
     return None

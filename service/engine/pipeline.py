@@ -136,7 +136,7 @@ class _Run:
         return output.format.writer(folder, context)
 
     def _warn(self, notice: Notice) -> None:
-        self._warnings.append(f"{notice.tensor}: {notice.text}" if notice.tensor else notice.text)
+        self._warnings.append(notice.sentence)
         self._tools.report(notice)
 
     def _tell(self, reports: Iterable[TensorReport]) -> None:

@@ -87,10 +87,10 @@ class TensorRun:
         return tuple(self._reports[index] for index in range(len(self._outputs)))
 
     def _warn_of_notable(self, warn: Warn) -> None:
-        notable = [d for d in self._decisions if d.notable]
-        for decision in dict.fromkeys(notable):
-            code = "group_size_changed" if decision.scheme else "tensor_copied"
-            warn(Notice(code, decision.rule, self._info.name))
+        for output, decision in zip(self._outputs, self._decisions, strict=True):
+            if decision.notable:
+                code = "group_size_changed" if decision.scheme else "tensor_copied"
+                warn(Notice(code, decision.rule, self._info.name, output.name))
 
     def _find_grids(self, attempts: list[_Attempt]) -> None:
         """The extra pass that one grid for a whole tensor takes."""
@@ -171,9 +171,9 @@ class TensorRun:
         scheme = attempt.decision.scheme
         if scheme is None:
             return None
-        config, name = self._config(output), self._info.name
+        config, name, where = self._config(output), self._info.name, self._outputs[output].name
         if not attempt.sums.finite:
-            warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name))
+            warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name, where))
             return Decision("holds a NaN or an infinity")
         cosine, floor = attempt.sums.cosine_similarity, config.min_accuracy or 0.0
         if cosine >= floor:
@@ -186,13 +186,13 @@ class TensorRun:
                 tensor=name,
             )
         if config.on_failure == "warn":
-            warn(Notice("accuracy_missed", missed, name))
+            warn(Notice("accuracy_missed", missed, name, where))
             return None
         wider = _wider(scheme)
         if wider is None:
-            warn(Notice("fallback_copied", f"{missed}: copied as it was", name))
+            warn(Notice("fallback_copied", f"{missed}: copied as it was", name, where))
             return Decision(f"{missed}: copied")
-        warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name))
+        warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name, where))
         return replace(attempt.decision, rule=f"{missed}: {wider.id} instead", scheme=wider)
 
     def _commit(self, attempt: _Attempt, output: int) -> None:

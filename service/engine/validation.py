@@ -46,7 +46,7 @@ def validate(
         report(reports[-1].completed(quantized.format_id))
         if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled):
             notice = Notice("copy_differs", f"{info.dtype} is not compared as numbers, and its bytes differ", info.name)
-            warnings.append(f"{info.name}: {notice.text}")
+            warnings.append(notice.sentence)
             report(notice)
     output = OutputReport(
         name=quantized.format_id,
