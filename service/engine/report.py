@@ -101,10 +101,12 @@ class OutputReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the whole and each tensor reach `min_accuracy`."""
-        worst = self.worst[:1]
-        lowest = [q.cosine_similarity for t in worst if (q := t.quality)]
-        return all(c >= self.min_accuracy for c in (*lowest, self.quality.cosine_similarity) if self.sums.count)
+        """Whether the whole and each tensor reach `min_accuracy`, and are about as large as they were."""
+        measured = [t.sums for t in self.tensors if t.sums]
+        return all(
+            sums.cosine_similarity >= self.min_accuracy and sums.keeps_magnitude
+            for sums in (*measured, *([self.sums] if measured else []))
+        )
 
     def summary(self) -> dict[str, Any]:
         """The figures of the output as a whole."""

@@ -14,11 +14,11 @@ from service.engine.formats.base import ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan
+from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan, with_scale
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import SCALE_RANGES, Scheme
 from service.engine.schemes.registry import build_scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo
 from service.errors import AccuracyTooLow, NonFiniteWeights
@@ -48,6 +48,7 @@ class _Attempt:
     decision: Decision
     outputs: list[int]
     sums: ErrorSums = field(default_factory=ErrorSums)
+    largest_scale: float = 0.0
     grid: Grid | None = None
 
 
@@ -133,6 +134,7 @@ class TensorRun:
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors
+        attempt.largest_scale = max(attempt.largest_scale, float(rows.scale.max()))
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
                 f"tensor {self._info.name} holds a NaN or an infinity; mend it, name it in `skip`,"
@@ -175,10 +177,14 @@ class TensorRun:
         if not attempt.sums.finite:
             warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name, where))
             return Decision("holds a NaN or an infinity")
-        cosine, floor = attempt.sums.cosine_similarity, config.min_accuracy or 0.0
-        if cosine >= floor:
+        if attempt.decision.auto_scale and not _fits_scale(scheme, attempt.largest_scale):
+            wide = with_scale(scheme, "F32")
+            text = f"its scales are out of the range of {scheme.scale_dtype}: they are stored in F32"
+            warn(Notice("scale_widened", text, name, where))
+            return replace(attempt.decision, rule=f"{attempt.decision.rule}; {text}", scheme=wide)
+        missed = _missed(attempt.sums, scheme, config.min_accuracy or 0.0)
+        if missed is None:
             return None
-        missed = f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
         if config.on_failure == "fail":
             raise AccuracyTooLow(
                 f"tensor {name}: {missed}; give it more bits with `layers`, lower `min_accuracy`,"
@@ -189,7 +195,7 @@ class TensorRun:
             warn(Notice("accuracy_missed", missed, name, where))
             return None
         wider = _wider(scheme)
-        if wider is None:
+        if wider is None or wider.stored_bytes(self._info.rows, self._info.cols) >= self._info.nbytes:
             warn(Notice("fallback_copied", f"{missed}: copied as it was", name, where))
             return Decision(f"{missed}: copied")
         warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name, where))
@@ -252,6 +258,22 @@ def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
         key = (decision.scheme, decision.method)
         attempts.setdefault(key, _Attempt(decision, [])).outputs.append(output)
     return list(attempts.values())
+
+
+def _missed(sums: ErrorSums, scheme: Scheme, floor: float) -> str | None:
+    """Why these errors are too large, or None."""
+    cosine = sums.cosine_similarity
+    if cosine < floor:
+        return f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
+    if not sums.keeps_magnitude:
+        return f"{scheme.id} does not keep the magnitude of the weights (relative error {sums.relative_error:.3g})"
+    return None
+
+
+def _fits_scale(scheme: Scheme, largest: float) -> bool:
+    """Whether scales of up to this size are stored with all the digits of their dtype."""
+    smallest_normal, limit = SCALE_RANGES[scheme.scale_dtype]
+    return smallest_normal <= largest < limit
 
 
 def _wider(scheme: Scheme) -> Scheme | None:
