@@ -15,7 +15,7 @@ from bench.common import GB, Samples, measure, note, seconds, table, write_resul
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, tidy
 from bench.models import Model, Shapes, equal, layered, scratch, warm, write_model
 from service.engine.backends.base import Backend
-from service.engine.formats.safetensors import SafetensorsReader
+from service.engine.read_ahead import ReadAhead
 
 MODEL_BYTES = 1_000_000_000
 REPEATS = 3
@@ -38,10 +38,10 @@ GB/s is bytes of source by the median time, and *spread* the distance between th
 The engine's files are synced, hashed and complete when the clock stops; `cp` only leaves its copy in the page cache,
 so `cp` with a sync of the copy stands beside it.
 
-Where the time goes, in seconds of the median run: *read* is the source into memory, by one core;
-*compute* scales, codes, packing and errors, by all cores; *write* everything else done tensor by tensor: laying out
-codes for the format, writing, the journal, and for Parquet a hash of each row; *finish* completing the files (Parquet
-is assembled from what was spooled), hashing them while they are synced, each by one core. SHA-256 runs at
+Where the time goes, in seconds of the median run: *read* is waiting for the source, as far as it was not read ahead by
+one core; *compute* scales, codes, packing and errors, by all cores; *write* everything else done tensor by tensor:
+laying out codes for the format, writing, the journal, and for Parquet a hash of each row; *finish* completing the files
+(Parquet is assembled from what was spooled), hashing them while they are synced, each by one core. SHA-256 runs at
 {{hash_rate:.2f}} GB/s here: no output can be finished faster.
 """
 ABOUT_SMALL = """
@@ -167,7 +167,7 @@ def _parts(job: Job, backend: Backend) -> Parts:
     """One run, taken apart from outside: the engine knows nothing of it."""
     read, compute = Stopwatch(), Stopwatch()
     undo_all = [
-        read.around(SafetensorsReader, "rows", "raw"),
+        read.around(ReadAhead, "rows", "raw"),
         compute.around(backend, "quantize", "observe", "tensor_grid"),
     ]
     begun = time.perf_counter()
