@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypeAliasType
 
 from service.engine.config import Profile, QuantizationConfig
 
+
+def _without_colon(key: str) -> str:
+    if ":" in key:
+        raise ValueError("must not hold a colon: a filter `label=key:value` could not name it")
+    return key
+
+
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+LabelKey = Annotated[Label, AfterValidator(_without_colon)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -56,7 +64,9 @@ class _JobBody(_Body):
     config: QuantizationConfig | None = None
     timeout_s: float | None = Field(default=None, gt=0, le=30 * 86400)
     priority: int = Field(default=0, ge=-100, le=100)
-    labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)
+    labels: dict[LabelKey, Label] = Field(
+        default_factory=dict, max_length=32, description="To find the job by; no colon in the names."
+    )
 
 
 class QuantizeRequest(_JobBody):

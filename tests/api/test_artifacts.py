@@ -40,6 +40,8 @@ def test_lists_come_in_pages(server: Server, finished: dict[str, Any]) -> None:
             break
         parameters["after"] = page["next_cursor"]
     assert seen == [a["path"] for a in server.artifacts(finished["id"])]
+    wrong = server.client.get(finished["links"]["artifacts"], params={"after": "garbage"})
+    assert (wrong.status_code, wrong.json()["errors"][0]["parameter"]) == (422, "after")
 
 
 def test_the_entity_tag_is_the_hash(server: Server, address: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
@@ -80,6 +81,20 @@ def test_an_id_that_is_no_number_is_refused(server: Server, finished: dict[str, 
     response = server.client.get(finished["links"]["events"], headers={"Last-Event-ID": "soon"})
     assert response.status_code == 422
     assert response.json()["errors"][0]["parameter"].lower() == "last-event-id"
+
+
+@pytest.mark.parametrize(
+    "id_", ["9223372036854775808", "9" * 20, "9" * 5000], ids=["2**63", "20 digits", "5000 digits"]
+)
+def test_an_id_beyond_all_ids_is_refused(server: Server, finished: dict[str, Any], id_: str) -> None:
+    address = finished["links"]["events"]
+    for accept in ("text/event-stream", "application/json"):
+        by_parameter = server.client.get(address, params={"after": id_}, headers={"Accept": accept})
+        by_header = server.client.get(address, headers={"Last-Event-ID": id_, "Accept": accept})
+        for response, name in ((by_parameter, "after"), (by_header, "last-event-id")):
+            assert response.status_code == 422, response.text
+            assert response.json()["errors"][0]["parameter"].lower() == name
+    assert server.client.get(address, params={"after": 2**63 - 1}).status_code == 204
 
 
 def test_the_page_holds_what_the_stream_replays(server: Server, finished: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from fastapi.sse import format_sse_event
 
 from service import errors
 from service.api import render
-from service.api.dependencies import JobId, Limit, Manager
+from service.api.dependencies import JobId, KnownParameters, Limit, Manager
 from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.negotiation import choose
 from service.api.problems import documented
@@ -21,13 +21,17 @@ from service.api.schemas.events import EventPage
 from service.jobs.events import Event, Silence
 from service.jobs.manager import JobManager
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 EVENT_STREAM = "text/event-stream"
 RETRY_MS = 3000
+#: What the database can hold; nothing is ever given a larger id.
+MAX_EVENT_ID = 2**63 - 1
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
-_EventId = Annotated[int | None, Query(ge=0, description="Only events with a larger id.")]
-_LastEventId = Annotated[int | None, Header(ge=0, description="As `after`, and goes before it; browsers send it.")]
+_EventId = Annotated[int | None, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a larger id.")]
+_LastEventId = Annotated[
+    int | None, Header(ge=0, le=MAX_EVENT_ID, description="As `after`, and goes before it; browsers send it.")
+]
 
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {

@@ -9,7 +9,17 @@ from pydantic import AwareDatetime
 
 from service import errors
 from service.api import render
-from service.api.dependencies import After, JobId, LabelFilter, Limit, Manager, State, Wait, takes_json
+from service.api.dependencies import (
+    AfterJob,
+    JobId,
+    KnownParameters,
+    LabelFilter,
+    Limit,
+    Manager,
+    State,
+    Wait,
+    takes_json,
+)
 from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
 from service.api.problems import documented
 from service.api.replies import NOT_MODIFIED, dump, reply, tagged_reply
@@ -17,7 +27,7 @@ from service.api.schemas.jobs import Job, JobKind, JobPage
 from service.jobs.job import Status
 from service.jobs.request import JobRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 CREATION_ERRORS = (
     MalformedBody,
@@ -65,7 +75,7 @@ async def list_jobs(
     kind: JobKind | None = None,
     created_after: Annotated[AwareDatetime | None, Query(description="With a time zone.")] = None,
     limit: Limit = 50,
-    after: After = None,
+    after: AfterJob = None,
 ) -> Response:
     """Jobs, newest first."""
     jobs, cursor = await manager.find(
