@@ -31,8 +31,6 @@
         ├── NotTerminal               job_not_terminal
         ├── QueueFull                 queue_full
         ├── Draining                  draining
-        ├── IdempotencyKeyReused      idempotency_key_reused
-        ├── IdempotencyKeyInFlight    idempotency_key_in_flight
         └── IllegalTransition         illegal_transition
 
 The first line of a docstring is the problem's title, the rest explains it to a user: both are
@@ -278,18 +276,6 @@ class Draining(ServiceError):
     """The server is shutting down and takes no new jobs."""
 
     code = "draining"
-
-
-class IdempotencyKeyReused(ServiceError):
-    """This idempotency key was used with another body."""
-
-    code = "idempotency_key_reused"
-
-
-class IdempotencyKeyInFlight(ServiceError):
-    """The first call with this idempotency key is still in flight."""
-
-    code = "idempotency_key_in_flight"
 
 
 class IllegalTransition(ServiceError):
