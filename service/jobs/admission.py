@@ -84,6 +84,12 @@ def job_config(job: Job) -> ResolvedConfig:
     return ResolvedConfig.model_validate(job.config)
 
 
+def target_pointers(request: JobRequest) -> list[str]:
+    """Where in the request each of its targets stands, as JSON pointers."""
+    outputs = request.outputs if isinstance(request, QuantizeRequest) else []
+    return [f"/outputs/{index}/uri" for index, output in enumerate(outputs) if output.uri is not None]
+
+
 def check_free(target: Path, taken: Sequence[Path]) -> None:
     """Raise TargetInUse when a target is, holds, or lies in one of the others."""
     for other in taken:

@@ -24,7 +24,7 @@ from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
 from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, QueueFull
-from service.jobs.admission import Admission, Admitted, check_free, output_specs
+from service.jobs.admission import Admission, Admitted, check_free, output_specs, target_pointers
 from service.jobs.backend_pool import BackendPool
 from service.jobs.events import (
     EVENT_OF_STATUS,
@@ -46,7 +46,7 @@ from service.jobs.recovery import Leftover, recover
 from service.jobs.request import JobRequest, QuantizeRequest
 from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
 from service.jobs.scheduler import Scheduler, run_in_thread
-from service.jobs.sources import Sources
+from service.jobs.sources import Sources, pointing
 from service.jobs.stop import Reason
 from service.jobs.store import Store
 from service.storage.faults import storage_faults
@@ -333,8 +333,9 @@ class JobManager:
     def _accept(self, request: JobRequest, admitted: Admitted) -> tuple[Job, LiveJob]:
         """The new job, which from now on holds its targets; nothing is awaited between check and claim."""
         taken = [target for live in self._live.values() for target in live.targets]
-        for target in admitted.targets:
-            check_free(target, taken)
+        for pointer, target in zip(target_pointers(request), admitted.targets, strict=True):
+            with pointing(pointer):
+                check_free(target, taken)
         # The time first: a job's id is never of an earlier millisecond than its created_at.
         now = datetime.now(UTC)
         job = Job(f"job_{uuid_utils.uuid7()}", request, admitted.config, Status.QUEUED, now)
