@@ -76,4 +76,6 @@ def _manager(settings: Settings) -> JobManager:
         max_running_jobs=settings.max_running_jobs,
         max_queued_jobs=settings.max_queued_jobs,
         config_defaults=settings.config_defaults,
+        silence_s=settings.stream_silence_s,
+        reader_limit=settings.max_unread_events,
     )
