@@ -180,6 +180,21 @@ def test_schemes_and_tensors_that_its_loaders_do_not_know_are_refused() -> None:
     assert "*.weight" in str(CompressedTensorsFormat.refuses_tensor(Item("a.kernel", normal(4, 4)).info, INT4))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("size", [32, None])
+def test_of_few_rows_only_packed_zero_points_of_four_bits_in_groups_are_refused(
+    rows: int, bits: int, symmetric: bool, size: int | None
+) -> None:
+    scheme = build_scheme(
+        f"int{bits}", symmetric=symmetric, granularity="group" if size else "channel", group_size=size
+    )
+    refusal = CompressedTensorsFormat.refuses_tensor(Item("a.weight", normal(rows, 96)).info, scheme)
+    assert (refusal is not None) == (rows <= 8 and bits == 4 and not symmetric and size is not None)
+    assert refusal is None or f"{rows} rows" in refusal
+
+
 def test_two_tensors_that_would_have_one_name_are_refused(output: MakeOutput) -> None:
     made = output(FORMAT, [Item("a.weight_scale", normal(4)), Item("a.weight", normal(4, 64), INT4)])
     with pytest.raises(UnsupportedModel, match=r"a\.weight_scale"):
