@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from service.cli.outcome import mute
 from service.engine.progress import Happening, Notice, Progress
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ class LineDisplay:
                 self._say(f"warning: {happening.sentence}")
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            # Nobody watches any more, which is no reason to stop.
+            mute(sys.stderr)
 
 
 class BarDisplay:

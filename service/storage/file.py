@@ -38,7 +38,7 @@ def resolve_model(uri: str, roots: Sequence[Path]) -> Path:
     Raises InvalidConfig for what is no file address, ForbiddenPath for anything that lies or
     leads outside the roots, ModelNotFound, and UnsupportedModel for pipes, devices and sockets.
     """
-    path = _inside(_path_of(uri), roots)
+    path = _inside(path_of(uri), roots)
     mode = _mode(path)
     if mode is None:
         raise ModelNotFound(f"there is no model at {uri!r} that this server can read")
@@ -54,7 +54,7 @@ def locate_target(uri: str, roots: Sequence[Path]) -> Path:
 
     Its parent has to exist under a root. Raises InvalidConfig and ForbiddenPath.
     """
-    path = _path_of(uri)
+    path = path_of(uri)
     parent = _inside(path.parent, roots)
     if len(os.fsencode(path.name)) > MAX_TARGET_NAME_BYTES:
         raise InvalidConfig(f"the last part of {uri!r} is longer than {MAX_TARGET_NAME_BYTES} bytes")
@@ -78,7 +78,7 @@ def resolve_target(uri: str, roots: Sequence[Path]) -> Path:
     return target
 
 
-def _path_of(uri: str) -> Path:
+def path_of(uri: str) -> Path:
     """The absolute path in a file address, percent-decoded; touches no file."""
     match = _URI.fullmatch(uri)
     if match is None:
