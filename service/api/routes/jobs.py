@@ -100,7 +100,13 @@ async def get_job(request: Request, job_id: JobId, state: State, wait: Wait) -> 
 async def cancel_job(
     job_id: JobId,
     manager: Manager,
-    purge: Annotated[bool, Query(description="Delete a job that has ended: record, events, report and files.")] = False,
+    purge: Annotated[
+        bool,
+        Query(
+            description="Delete a job that has ended: record, events, report and artifacts. "
+            "Outputs written to a `uri` of their own stay."
+        ),
+    ] = False,
 ) -> Response:
     """Cancel a job; one that has ended is answered as it is, so that a repeated call does no harm."""
     if purge:
