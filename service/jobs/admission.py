@@ -45,16 +45,18 @@ class Admission:
         """All that can be refused without reading a model.
 
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, UnsupportedModel
-        (PickledWeights, AlreadyQuantized) or TargetInUse, with a pointer where there is one.
+        (PickledWeights, AlreadyQuantized), CorruptModel or TargetInUse, with a pointer where there is one.
         """
         config = self.resolve(request)
         targets: tuple[Path, ...] = ()
         with storage_faults("looking at the request's addresses"):
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
-                targets = self._targets(request.outputs)
-            for path in self._sources.of(request):
+            sources = self._sources.of(request)
+            for path in sources:
                 _check_readable(path)
+            if isinstance(request, QuantizeRequest):
+                targets = self._targets(request.outputs, sources)
         return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
 
     def resolve(self, request: JobRequest) -> ResolvedConfig:
@@ -64,13 +66,14 @@ class Admission:
             choose_backend(config.backend or "auto")
         return config
 
-    def _targets(self, outputs: Sequence[OutputRequest]) -> tuple[Path, ...]:
+    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Path]) -> tuple[Path, ...]:
         targets: list[Path] = []
         for index, output in enumerate(outputs):
             if output.uri is not None:
                 with pointing(f"/outputs/{index}/uri"):
                     targets.append(resolve_target(output.uri, self._roots))
                     check_free(targets[-1], targets[:-1])
+                    _check_apart(targets[-1], sources)
         return tuple(targets)
 
 
@@ -95,6 +98,13 @@ def check_free(target: Path, taken: Sequence[Path]) -> None:
     for other in taken:
         if target.is_relative_to(other) or other.is_relative_to(target):
             raise TargetInUse("another output is being written to this address: choose another, or wait for its job")
+
+
+def _check_apart(target: Path, sources: Sequence[Path]) -> None:
+    """Raise InvalidConfig when a target lies in a model that is read, or around it."""
+    for source in sources:
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise InvalidConfig("the output would lie in the model that it is made of, or around it: write elsewhere")
 
 
 def _output_spec(index: int, request: QuantizeRequest, output: OutputRequest, config: ResolvedConfig) -> OutputSpec:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ import uuid_utils
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
-from service.engine.formats.registry import open_model
 from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
@@ -229,8 +227,7 @@ class JobManager:
 
         def make() -> Plan:
             config = self._admission.resolve(request)
-            (path,) = self._sources.of(request)
-            with storage_faults("reading the model"), closing(open_model(path)) as reader:
+            with storage_faults("reading the model"), self._sources.opened(request) as (reader,):
                 return make_plan(reader, output_specs(request, config))
 
         return await asyncio.to_thread(make)
