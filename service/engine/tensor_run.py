@@ -10,7 +10,7 @@ import numpy as np
 
 from service.engine.backends.base import Backend, Grid
 from service.engine.config import ResolvedConfig
-from service.engine.formats.base import ModelReader, ModelWriter
+from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums, Quality
@@ -20,7 +20,7 @@ from service.engine.publish import stop_when
 from service.engine.report import TensorReport
 from service.engine.schemes.base import SCALE_RANGES, Scheme
 from service.engine.schemes.registry import build_scheme
-from service.engine.tensors import Array, QuantizedRows, TensorInfo
+from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
 #: Widths that `on_failure: fallback` climbs.
@@ -137,7 +137,7 @@ class TensorRun:
         attempt.largest_scale = max(attempt.largest_scale, float(rows.scale.max()))
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
-                f"tensor {self._info.name} holds a NaN or an infinity; mend it, name it in `skip`,"
+                f"tensor {self._info.name} {non_finite(self._info)}; mend it, name it in `skip`,"
                 " or set `on_non_finite` to `copy`",
                 tensor=self._info.name,
             )
@@ -175,8 +175,8 @@ class TensorRun:
             return None
         config, name, where = self._config(output), self._info.name, self._outputs[output].name
         if not attempt.sums.finite:
-            warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name, where))
-            return Decision("holds a NaN or an infinity")
+            warn(Notice("non_finite_copied", f"{non_finite(self._info)}: copied as it was", name, where))
+            return Decision(non_finite(self._info))
         if attempt.decision.auto_scale and not _fits_scale(scheme, attempt.largest_scale):
             wide = with_scale(scheme, "F32")
             text = f"its scales are out of the range of {scheme.scale_dtype}: they are stored in F32"
@@ -194,7 +194,7 @@ class TensorRun:
         if config.on_failure == "warn":
             warn(Notice("accuracy_missed", missed, name, where))
             return None
-        wider = _wider(scheme)
+        wider = _wider(scheme, self._info, self._outputs[output].format)
         if wider is None or wider.stored_bytes(self._info.rows, self._info.cols) >= self._info.nbytes:
             warn(Notice("fallback_copied", f"{missed}: copied as it was", name, where))
             return Decision(f"{missed}: copied")
@@ -276,10 +276,12 @@ def _fits_scale(scheme: Scheme, largest: float) -> bool:
     return smallest_normal <= largest < limit
 
 
-def _wider(scheme: Scheme) -> Scheme | None:
-    """The same granularity at the next width, as integers, or None behind the last."""
-    bits = next((b for b in FALLBACK_BITS if b > scheme.bits), None)
-    if bits is None:
-        return None
+def _wider(scheme: Scheme, info: TensorInfo, format_: type[Format]) -> Scheme | None:
+    """The same granularity at the next width that the format holds, as integers, or None behind the last."""
     parameters = scheme.model_dump(include={"granularity", "group_size", "scale_dtype"})
-    return build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
+    for bits in FALLBACK_BITS:
+        if bits > scheme.bits:
+            wider = build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
+            if format_.refuses_tensor(info, wider) is None:
+                return wider
+    return None

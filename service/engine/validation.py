@@ -12,7 +12,7 @@ from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import row_blocks
-from service.engine.tensors import TensorInfo
+from service.engine.tensors import TensorInfo, non_finite
 from service.errors import ModelsDiffer, NonFiniteWeights
 
 NAMES_SHOWN = 5
@@ -110,7 +110,7 @@ def _compare(
         sums += backend.compare(original.rows(info, start, stop), quantized.rows(other, start, stop))
         meter.within_tensor(info.nbytes * stop // max(1, info.rows))
     if not sums.finite:
-        raise NonFiniteWeights(f"tensor {info.name} holds a NaN or an infinity in one of the models", tensor=info.name)
+        raise NonFiniteWeights(f"tensor {info.name} {non_finite(info)}, in one of the models", tensor=info.name)
     return sums
 
 
