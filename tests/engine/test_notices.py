@@ -30,4 +30,4 @@ def test_every_warning_of_a_tensor_says_which_output_it_is_in(tmp_path: Path) ->
     for code in ("non_finite_copied", "fallback_taken"):
         assert {n.output for n in notices if n.code == code} == {"compressed-tensors", "parquet"}
     assert report.warnings == tuple(n.sentence for n in notices)
-    assert all(text.startswith((f"{n.tensor} in {n.output}: ")) for n, text in zip(notices, report.warnings, strict=True))
+    assert all(text.startswith(f"{n.tensor} in {n.output}: ") for n, text in zip(notices, report.warnings, strict=True))
