@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +12,13 @@ from service.engine.formats import base
 from service.engine.formats.base import Format, FormatOptions
 from service.engine.formats.registry import find_format, formats, open_model
 from service.engine.schemes.base import Scheme
-from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.schemes.registry import build_scheme
 from service.errors import UnsupportedByFormat, UnsupportedModel
+from tests.contract.cases import all_schemes
 from tests.engine.formats.outputs import BACKEND, Item, Output, contents, label, normal
 from tests.engine.helpers import run, save_folder, specs
 
 WRITABLE = [id_ for id_, cls in formats().items() if cls.can_write]
-
-
-def all_schemes() -> Iterator[Scheme]:
-    """Every scheme id with every symmetry and granularity that it has."""
-    for id_ in schemes():
-        for symmetric in (True, False):
-            for granularity, size in (("tensor", None), ("channel", None), ("group", 32)):
-                try:
-                    yield build_scheme(id_, symmetric=symmetric, granularity=granularity, group_size=size)
-                except ValueError:
-                    continue
 
 
 @pytest.mark.parametrize("format_id", WRITABLE)
