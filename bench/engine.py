@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -54,11 +54,10 @@ def make_backend(threads: int) -> Backend:
     return backend
 
 
-def run(job: Job, backend: Backend, wrap: Callable[[Any], None] = lambda _: None) -> RunReport:
-    """Quantize into `job.work`, which is removed first; `wrap` may change the open reader."""
+def run(job: Job, backend: Backend) -> RunReport:
+    """Quantize into `job.work`, which is removed first."""
     shutil.rmtree(job.work, ignore_errors=True)
     with closing(open_model(job.source)) as reader:
-        wrap(reader)
         return quantize(
             make_plan(reader, job.outputs()),
             reader,

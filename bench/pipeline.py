@@ -15,7 +15,7 @@ from bench.common import GB, Samples, measure, note, seconds, table, write_resul
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, tidy
 from bench.models import Model, Shapes, equal, layered, scratch, warm, write_model
 from service.engine.backends.base import Backend
-from service.engine.formats.base import ModelReader
+from service.engine.read_ahead import ReadAhead
 
 MODEL_BYTES = 1_000_000_000
 REPEATS = 3
@@ -38,11 +38,11 @@ GB/s is bytes of source by the median time, and *spread* the distance between th
 The engine's files are synced, hashed and complete when the clock stops; `cp` only leaves its copy in the page cache,
 so `cp` with a sync of the copy stands beside it.
 
-Where the time goes, in seconds of the median run: *read* is the source into memory, by one core; *compute* scales,
-codes, packing and errors, by all cores; *write* everything else done tensor by tensor: laying out codes for the format,
-writing, the journal, and for Parquet a hash of each row; *finish* completing the files (Parquet is assembled from what
-was spooled), hashing them while they are synced, each by one core. SHA-256 runs at {{hash_rate:.2f}} GB/s here: no
-output can be finished faster.
+Where the time goes, in seconds of the median run: *read* is waiting for the source, as far as it was not read ahead by
+one core; *compute* scales, codes, packing and errors, by all cores; *write* everything else done tensor by tensor:
+laying out codes for the format, writing, the journal, and for Parquet a hash of each row; *finish* completing the files
+(Parquet is assembled from what was spooled), hashing them while they are synced, each by one core. SHA-256 runs at
+{{hash_rate:.2f}} GB/s here: no output can be finished faster.
 """
 ABOUT_SMALL = """
 What a tensor costs beside its bytes: names, checks, kernel calls, reports and a line of the journal for each. F32, both
@@ -68,13 +68,14 @@ class Stopwatch:
         self.seconds = 0.0
 
     def around(self, owner: object, *names: str) -> Callable[[], None]:
-        """Measure these methods of this object; call what is returned to stop."""
-        for name in names:
-            setattr(owner, name, self._timed(getattr(owner, name)))
+        """Measure these methods of this object or class; call what is returned to stop."""
+        before = {name: getattr(owner, name) for name in names}
+        for name, call in before.items():
+            setattr(owner, name, self._timed(call))
 
         def undo() -> None:
-            for name in names:
-                delattr(owner, name)
+            for name, call in before.items():
+                setattr(owner, name, call)
 
         return undo
 
@@ -165,16 +166,16 @@ def _quantized(job: Job, repeats: int, backend: Backend) -> list[Parts]:
 def _parts(job: Job, backend: Backend) -> Parts:
     """One run, taken apart from outside: the engine knows nothing of it."""
     read, compute = Stopwatch(), Stopwatch()
-
-    def watch_reader(reader: ModelReader) -> None:
-        read.around(reader, "rows", "raw")
-
-    undo = compute.around(backend, "quantize", "observe", "tensor_grid")
+    undo_all = [
+        read.around(ReadAhead, "rows", "raw"),
+        compute.around(backend, "quantize", "observe", "tensor_grid"),
+    ]
     begun = time.perf_counter()
     try:
-        report = run(job, backend, watch_reader)
+        report = run(job, backend)
     finally:
-        undo()
+        for undo in undo_all:
+            undo()
     total = time.perf_counter() - begun
     tensors = report.stages["quantizing"]
     rest = max(0.0, tensors - read.seconds - compute.seconds)

@@ -37,6 +37,12 @@ class Settings(BaseSettings):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Of a backend, for all jobs.")
     max_running_jobs: int = Field(default=2, ge=1)
     max_queued_jobs: int = Field(default=1000, ge=1)
+    stream_silence_s: float = Field(
+        default=15.0, gt=0, le=30, description="Between two comments on an event stream that has nothing to tell."
+    )
+    max_unread_events: int = Field(
+        default=4096, ge=1, description="A reader of events that is further behind is cut off, and can resume."
+    )
     drain_timeout_s: float = Field(default=30.0, ge=0, description="From SIGTERM to the end.")
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Of a request's JSON.")
     max_table_bytes: int = Field(default=64 << 20, ge=1024, description="Of a table sent to `/v1/tensors:…`.")

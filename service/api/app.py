@@ -99,4 +99,6 @@ def _manager(settings: Settings) -> JobManager:
         config_defaults=settings.config_defaults,
         tenant_limits=_tenant_limits(settings),
         blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes, settings.blob_ttl_s),
+        silence_s=settings.stream_silence_s,
+        reader_limit=settings.max_unread_events,
     )

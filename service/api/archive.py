@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 
-from service.api.replies import CHUNK_BYTES
+from service.api.replies import CHUNK_BYTES, SourceGone
 from service.jobs.job import Artifact
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -37,13 +37,17 @@ async def archive(artifacts: Sequence[Artifact]) -> AsyncGenerator[bytes, None]:
 
 
 async def file_range(path: Path, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-    """Bytes start to stop of a file; fewer when it is shorter, which cuts the answer off where it is known."""
-    async with await anyio.open_file(path, "rb") as file:
+    """Bytes start to stop of a file. Raises SourceGone when it is not there any more, or shorter than that."""
+    try:
+        opened = await anyio.open_file(path, "rb")
+    except FileNotFoundError as error:
+        raise SourceGone(f"{path} was removed") from error
+    async with opened as file:
         await file.seek(start)
         while start < stop:
             piece = await file.read(min(CHUNK_BYTES, stop - start))
             if not piece:
-                return
+                raise SourceGone(f"{path} was cut short")
             start += len(piece)
             yield piece
 

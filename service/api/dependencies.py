@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import StringConstraints
 
-from service.api.http_errors import InvalidRequest, UnsupportedMediaType
+from service.api.http_errors import UnsupportedMediaType
 from service.api.negotiation import wait_of
 from service.api.state import ApiState
 from service.jobs.manager import JobManager
@@ -39,12 +41,30 @@ def takes_arrow(request: Request) -> None:
     _takes(ARROW_STREAM, request)
 
 
+def wrong_parameter(name: str, detail: str) -> RequestValidationError:
+    """The error of a query parameter that has the right type and yet no meaning."""
+    return RequestValidationError([{"type": "value_error", "loc": ("query", name), "msg": detail, "input": None}])
+
+
+def _known_parameters(request: Request) -> None:
+    known = sorted(_parameters_of(request.scope["route"].dependant))
+    for name in request.query_params:
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise wrong_parameter(name, f"this call has no such parameter; {takes}")
+
+
+def _parameters_of(dependant: Any) -> set[str]:
+    """Names of the query parameters of a route, or of something it depends on."""
+    return {field.alias for field in dependant.query_params}.union(*map(_parameters_of, dependant.dependencies))
+
+
 def _label(label: Annotated[str | None, Query(description="`key:value`.", max_length=257)] = None) -> Label:
     if label is None:
         return None
     key, colon, value = label.partition(":")
     if not (key and colon and value):
-        raise InvalidRequest(f"label is {label!r}; write it as key:value")
+        raise wrong_parameter("label", f"{label!r} is not of the form key:value")
     return key, value
 
 
@@ -70,3 +90,14 @@ JobId = Annotated[str, Path(description="`job_` and a UUID.")]
 BatchId = Annotated[str, Path(description="`batch_` and a UUID.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="Length of a page.")]
 After = Annotated[str | None, Query(max_length=1024, description="The `next_cursor` of the page before.")]
+#: Of a list of jobs the cursor is a job's id; the job may have been purged since. Batches likewise.
+AfterJob = Annotated[
+    Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")] | None,
+    Query(description="The `next_cursor` of the page before."),
+]
+AfterBatch = Annotated[
+    Annotated[str, StringConstraints(pattern=r"^batch_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")] | None,
+    Query(description="The `next_cursor` of the page before."),
+]
+#: On a router: a parameter that a call does not have is refused. Ignored, a misspelt filter would find everything.
+KnownParameters = Depends(_known_parameters)

@@ -18,8 +18,13 @@ EVENT_STREAM = "text/event-stream"
 RETRY_MS = 3000
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
-EventId = Annotated[int | None, Query(ge=0, description="Only events with a larger id.")]
-LastEventId = Annotated[int | None, Header(ge=0, description="As `after`, and goes before it; browsers send it.")]
+#: What the database can hold; nothing is ever given a larger id.
+MAX_EVENT_ID = 2**63 - 1
+
+EventId = Annotated[int | None, Query(ge=0, le=MAX_EVENT_ID, description="Only events with a larger id.")]
+LastEventId = Annotated[
+    int | None, Header(ge=0, le=MAX_EVENT_ID, description="As `after`, and goes before it; browsers send it.")
+]
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {

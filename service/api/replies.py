@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -12,6 +13,8 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from service.api.schemas.common import Wire
+
+log = logging.getLogger(__name__)
 
 #: Bytes handed to the server at once.
 CHUNK_BYTES = 1 << 20
@@ -69,8 +72,15 @@ def bytes_reply(
     return ClosingStream(pieces(), 200, {**(headers or {}), "Content-Length": str(len(view))}, media_type)
 
 
+class SourceGone(Exception):
+    """What an answer is made from was removed or cut short while it was sent, as by a purge."""
+
+
 class ClosingStream(StreamingResponse):
-    """Closes its generator when the client has gone, at once and not when it is collected."""
+    """Closes its generator when the client has gone, at once and not when it is collected.
+
+    A generator that raises SourceGone has the connection cut, by which the client sees that the answer is not whole.
+    """
 
     def __init__(
         self,
@@ -84,8 +94,12 @@ class ClosingStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send all of it."""
-        async with aclosing(self._generator):
-            await super().stream_response(send)
+        try:
+            async with aclosing(self._generator):
+                await super().stream_response(send)
+        except SourceGone as gone:
+            # Nothing else can be told any more; an answer that is not completed makes the server hang up.
+            log.warning("a download was cut off: %s", gone)
 
 
 #: For operations that answer with `tagged`.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli import keys
-from service.cli.outcome import FAILED, USAGE, Failed, outcome, print_json, print_result
+from service.cli.outcome import FAILED, USAGE, Failed, finish, outcome, print_json
 
 if TYPE_CHECKING:
     from service.cli.local import Means
@@ -91,7 +91,10 @@ def quantize(
     block_bytes: BlockBytes = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model into OUT/<format>/, with OUT/report.json beside. Ctrl-C cancels and leaves nothing behind."""
+    """Quantize a model into OUT/<format>/, with OUT/report.json beside. Ctrl-C cancels and leaves nothing behind.
+
+    Exit status 1 when the result is below --min-accuracy, which it can be with `--on-failure warn`; it is written then.
+    """
     config = _set(
         bit_width=bits,
         group_size=group_size,
@@ -110,6 +113,7 @@ def quantize(
             from service.cli.client import Server
             from service.cli.remote import quantize_there
 
+            _refuse_means(threads, block_bytes)
             there, upload_from = Server(server, api_key), _path(source) if upload else None
             job = quantize_there(there, body | {"source": _source(source)}, out.absolute(), upload_from)
         elif upload:
@@ -118,10 +122,7 @@ def quantize(
             from service.cli.local import quantize_here
 
             job = quantize_here(body, _path(source), out.absolute(), _means(threads, block_bytes))
-        if as_json:
-            print_json(job | {"out": str(out.absolute())})
-        else:
-            print_result(job, where=str(out))
+        finish(job, as_json=as_json, out=out)
 
 
 @app.command()
@@ -144,36 +145,29 @@ def validate(
             from service.cli.client import Server
             from service.cli.remote import run_there
 
+            _refuse_means(threads, block_bytes)
             sources = {"original": _source(original), "quantized": _source(quantized)}
             job = run_there(Server(server, api_key), body | sources)
         else:
             from service.cli.local import validate_here
 
             job = validate_here(body, _path(original), _path(quantized), _means(threads, block_bytes))
-        if not job["result"]["passed"]:
-            detail = f"{quantized} is below the accuracy asked for"
-            if not as_json:
-                print_result(job)
-            raise Failed({"code": "accuracy_too_low", "detail": detail}, job=job)
-        if as_json:
-            print_json(job)
-        else:
-            print_result(job)
+        finish(job, as_json=as_json)
 
 
 @app.command()
 def watch(job_id: str, server: ServerUrl = LOCAL_SERVER, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Follow a job until it has ended. Ctrl-C stops watching; the job goes on."""
+    """Follow a job until it has ended. Ctrl-C stops watching; the job goes on.
+
+    Exit status 1 when it has not succeeded, or is below the accuracy that it was asked for.
+    """
     with outcome(as_json=as_json):
         from service.cli.client import Server
         from service.cli.remote import watch_job
 
         with Server(server, api_key) as client:
             job = watch_job(client, job_id)
-        if as_json:
-            print_json(job)
-        else:
-            print_result(job)
+        finish(job, as_json=as_json)
 
 
 @app.command()
@@ -215,6 +209,12 @@ def jobs(
             print(f"{job['id']}  {job['kind']:<8}  {job['status']:<10}  {done:4.0%}  {job['created_at']}")
 
 
+def _refuse_means(threads: int | None, block_bytes: int | None) -> None:
+    if threads is not None or block_bytes is not None:
+        detail = "--threads and --block-bytes are of this process: with --server the service has its own"
+        raise Failed({"code": "invalid_request", "detail": detail}, status=USAGE)
+
+
 def _means(threads: int | None, block_bytes: int | None) -> Means:
     from service.cli.local import Means
 
@@ -233,7 +233,11 @@ def _set(**values: Any) -> dict[str, Any]:
 
 
 def _path(source: str) -> Path:
-    return Path(source.removeprefix("file://")).absolute()
+    if "://" not in source:
+        return Path(source).absolute()
+    from service.storage.file import path_of
+
+    return path_of(source)
 
 
 def _source(source: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from service.cli.outcome import mute
 from service.engine.progress import Happening, Notice, Progress
 
 if TYPE_CHECKING:
@@ -67,11 +68,15 @@ class LineDisplay:
                 if step > self._step or stage != self._stage:
                     self._step, self._stage = step, stage
                     self._say(_line(happening))
-            case Notice(text=text):
-                self._say(f"warning: {text}")
+            case Notice():
+                self._say(f"warning: {happening.sentence}")
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            # Nobody watches any more, which is no reason to stop.
+            mute(sys.stderr)
 
 
 class BarDisplay:
@@ -92,8 +97,8 @@ class BarDisplay:
                     tensors=_count(happening),
                     rate=_rate(happening),
                 )
-            case Notice(text=text):
-                self._bars.console.print(f"warning: {text}", markup=False, highlight=False)
+            case Notice():
+                self._bars.console.print(f"warning: {happening.sentence}", markup=False, highlight=False)
 
 
 def _line(progress: Progress | Transfer) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.cli.display import open_display
-from service.cli.target import new_folder, write_report
+from service.cli.target import new_folder, refuse_inside, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
@@ -53,6 +53,7 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
     config = resolve(request.profile, [means.defaults, request.config])
     specs = output_specs(request, config)
     check_outputs(specs)
+    refuse_inside(out, source)
     with (
         new_folder(out) as folder,
         open_display() as display,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from service.errors import ArrowQuantError, Cancelled
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
+#: As if SIGPIPE had ended it: whoever read the output, such as `head`, has gone.
+UNREAD = 141
 
 #: Codes of requests that no server could carry out as they were typed.
 USAGE_CODES = {"invalid_config", "invalid_request", "unsupported_by_format"}
@@ -36,6 +42,20 @@ class Failed(Exception):
 def outcome(*, as_json: bool) -> Iterator[None]:
     """Turn whatever goes wrong inside into one line on stderr, and into an exit status."""
     try:
+        try:
+            with _told(as_json=as_json):
+                yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        mute(sys.stdout)
+        mute(sys.stderr)
+        raise typer.Exit(UNREAD) from None
+
+
+@contextmanager
+def _told(*, as_json: bool) -> Iterator[None]:
+    try:
         with _terminate_like_interrupt():
             yield
     except KeyboardInterrupt:
@@ -44,8 +64,17 @@ def outcome(*, as_json: bool) -> Iterator[None]:
         _end(failure.problem, failure.job, failure.status, as_json=as_json)
     except ArrowQuantError as error:
         _end(problem_of(error), None, _status(error), as_json=as_json)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _end({"code": "storage_failure", "detail": str(error)}, None, FAILED, as_json=as_json)
+
+
+def mute(stream: TextIO) -> None:
+    """Let a stream that nobody reads lead nowhere, so that what is buffered does not fail again at the exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def problem_of(error: ArrowQuantError) -> dict[str, Any]:
@@ -66,6 +95,18 @@ def sentence(problem: dict[str, Any]) -> str:
 def print_json(document: Any) -> None:
     """The one JSON document of a command, on stdout."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def finish(job: dict[str, Any], *, as_json: bool, out: Path | None = None) -> None:
+    """Print what a job that has succeeded achieved. Raises Failed when that is below the accuracy asked for."""
+    if out is not None:
+        job = job | {"out": str(out.absolute())}
+    if not as_json:
+        print_result(job, where=str(out) if out is not None else None)
+    if not job["result"]["passed"]:
+        raise Failed({"code": "accuracy_too_low", "detail": "the result is below the accuracy asked for"}, job=job)
+    if as_json:
+        print_json(job)
 
 
 def print_result(job: dict[str, Any], *, where: str | None = None) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 from service.cli.client import Server
 from service.cli.display import open_display
 from service.cli.outcome import INTERRUPTED, Failed, mib
-from service.cli.target import new_folder, write_report
+from service.cli.target import new_folder, refuse_inside, write_report
 from service.cli.upload import upload_source
 from service.engine.progress import Happening, Notice, Progress
 
 
 def quantize_there(server: Server, body: dict[str, Any], out: Path, upload: Path | None = None) -> dict[str, Any]:
     """Have a service quantize, and fetch into `out` all that it wrote. `upload` goes there first, as the source."""
+    if upload is not None:
+        refuse_inside(out, upload)
     with new_folder(out) as folder, server:
         if upload is not None:
             body = body | {"source": upload_source(server, upload)}
@@ -76,5 +78,5 @@ def _happening(event: str, text: str) -> Happening | None:
             return Progress(**({"eta_s": None} | json.loads(text)["progress"]))
         case "job.warning":
             data = json.loads(text)
-            return Notice(data["code"], data["text"], data.get("tensor"))
+            return Notice(data["code"], data["text"], data.get("tensor"), data.get("output"))
     return None

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from service.engine.publish import publish
-from service.errors import TargetInUse
+from service.errors import InvalidConfig, TargetInUse
 
 REPORT = "report.json"
 
@@ -19,6 +19,13 @@ def refuse_occupied(out: Path) -> None:
     """Raise TargetInUse unless `out` is absent or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TargetInUse(f"{out} exists and is not an empty folder; choose another with --out")
+
+
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise InvalidConfig when `out` would lie in the model folder `source`, or around it."""
+    inner, outer = out.resolve(), source.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise InvalidConfig(f"{out} lies in the model {source}, or around it; choose another with --out")
 
 
 @contextmanager

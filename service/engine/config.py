@@ -61,7 +61,7 @@ class TensorConfig(BaseModel):
         description="Whether to do without zero points. By default what loaders of the output format read best.",
     )
     scale_dtype: ScaleDtypeChoice | None = Field(default=None, description="`auto` follows the tensor's dtype.")
-    method: str | None = Field(default=None, description="How scales are found, one of `minmax`, `mse`.")
+    method: str | None = Field(default=None, description="How scales are found, one of `/v1/methods`.")
 
     @field_validator("scheme")
     @classmethod

@@ -51,7 +51,7 @@ def describe(plan: Plan, backend: Backend, block_bytes: int) -> dict[str, Any]:
         "backend": backend.id,
         "source_bytes": plan.source_bytes,
         "predicted": asdict(estimate(plan, backend, block_bytes)),
-        "notes": [*plan.layout.warnings, *plan.notes],
+        "notes": [*plan.layout.warnings, *(notice.text for notice in plan.warnings), *plan.notes],
         "outputs": [
             {
                 "name": output.name,

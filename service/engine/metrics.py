@@ -40,6 +40,11 @@ class ErrorSums:
         return max(-1.0, min(1.0, self.sum_xy / (math.sqrt(self.sum_xx) * math.sqrt(self.sum_yy))))
 
     @property
+    def keeps_magnitude(self) -> bool:
+        """Whether y is about as large as x, which the cosine does not see: within a factor of two."""
+        return self.sum_xx / 4 <= self.sum_yy <= self.sum_xx * 4
+
+    @property
     def relative_error(self) -> float:
         """Frobenius norm of the difference over that of x; 0 for equal x and y, else inf for x = 0."""
         if self.sum_dd == 0.0:

@@ -22,6 +22,7 @@ from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
 from service.engine.progress import Cancelled, Notice, Report, Stage
 from service.engine.publish import Advance, copy_companions, seal, stop_when
+from service.engine.read_ahead import ReadAhead
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import TensorRun, Tools
 from service.storage.durable import remove
@@ -59,8 +60,9 @@ class _Run:
     """The state of one run."""
 
     def __init__(self, plan: Plan, reader: ModelReader, work: Path, tools: Tools) -> None:
-        self._plan, self._reader, self._work, self._tools = plan, reader, work, tools
-        self._journal = Journal(work / JOURNAL, _fingerprint(plan, tools))
+        self._plan, self._work, self._tools = plan, work, tools
+        self._reader = ReadAhead(reader, plan, tools.block_bytes)
+        self._journal = Journal(work / JOURNAL, _fingerprint(plan, reader, tools))
         self._meter = Meter(tools.report, len(plan.tensors), plan.source_bytes)
         self._reports: list[tuple[TensorReport, ...]] = []
         self._warnings: list[str] = []
@@ -74,6 +76,8 @@ class _Run:
         if not done:
             for text in self._plan.layout.warnings:
                 self._warn(Notice("source", text))
+            for notice in self._plan.warnings:
+                self._warn(notice)
         for tensor in self._plan.tensors[done:]:
             stop_when(self._tools.cancelled)
             begun = len(self._warnings)
@@ -100,6 +104,7 @@ class _Run:
 
     def close(self) -> None:
         """Let go of the files; harmless after `execute`."""
+        self._reader.close()
         self._journal.close()
         for writer in self._writers:
             writer.discard()
@@ -136,7 +141,7 @@ class _Run:
         return output.format.writer(folder, context)
 
     def _warn(self, notice: Notice) -> None:
-        self._warnings.append(f"{notice.tensor}: {notice.text}" if notice.tensor else notice.text)
+        self._warnings.append(notice.sentence)
         self._tools.report(notice)
 
     def _tell(self, reports: Iterable[TensorReport]) -> None:
@@ -188,9 +193,12 @@ def _usual_bits(tensors: Iterable[TensorReport]) -> int | None:
     return widths.most_common(1)[0][0] if widths else None
 
 
-def _fingerprint(plan: Plan, tools: Tools) -> str:
-    """Names all that the bytes of the outputs depend on."""
+def _fingerprint(plan: Plan, reader: ModelReader, tools: Tools) -> str:
+    """Names all that the bytes of the outputs depend on; of the source's files also that they are the same ones."""
     parts: list[Any] = [service.__version__, plan.layout.fingerprint, tools.backend.id, tools.block_bytes]
+    for path in reader.files:
+        stat = path.stat()
+        parts.append([path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns])
     for output in plan.outputs:
         parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
         parts.append(output.config.model_dump(mode="json"))

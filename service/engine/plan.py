@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from service.engine.backends.registry import choose_backend
-from service.engine.config import ResolvedConfig, TensorConfig, build, matches
+from service.engine.config import DEFAULT_SKIP, ResolvedConfig, TensorConfig, build, matches
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
-from service.engine.schemes.base import Scheme
+from service.engine.progress import Notice
+from service.engine.schemes.base import ScaleDtype, Scheme
 from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
 
@@ -59,6 +60,7 @@ class Decision:
     scheme: Scheme | None = None
     method: Method | None = None
     notable: bool = False
+    auto_scale: bool = False  # the scale dtype may be changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Plan:
     outputs: tuple[OutputPlan, ...]
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
+    warnings: tuple[Notice, ...]
 
     @property
     def source_bytes(self) -> int:
@@ -114,7 +117,7 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
             tensor=coded.name,
         )
     tensors = tuple(TensorPlan(info, tuple(decide(info, output) for output in checked)) for info in reader.tensors)
-    return Plan(reader.layout, checked, tensors, _notes(checked))
+    return Plan(reader.layout, checked, tensors, _notes(checked), tuple(_warnings(checked, tensors)))
 
 
 def decide(info: TensorInfo, output: OutputPlan) -> Decision:
@@ -131,9 +134,12 @@ def decide(info: TensorInfo, output: OutputPlan) -> Decision:
     scheme, regrouped = fit_group(build(config, info.dtype), info.cols, output.format)
     if refusal := output.format.refuses_tensor(info, scheme):
         return Decision(f"{output.format.id} cannot hold it: {refusal}", notable=True)
+    if scheme.stored_bytes(info.rows, info.cols) >= info.nbytes:
+        return Decision(f"{scheme.id} with its scales would take no fewer bytes", notable=True)
     rule = f"layers pattern {override!r}" if override is not None else f"profile {output.config.profile}"
     rule = f"{rule}; {regrouped}" if regrouped else rule
-    return Decision(rule, scheme, _method(config), notable=bool(regrouped))
+    auto_scale = config.scale_dtype in (None, "auto")
+    return Decision(rule, scheme, _method(config), notable=bool(regrouped), auto_scale=auto_scale)
 
 
 def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme, str | None]:
@@ -151,6 +157,11 @@ def with_group(scheme: Scheme, size: int | None) -> Scheme:
     """The same scheme with another group size, or per channel when it is None."""
     changed = {"granularity": "group" if size else "channel", "group_size": size}
     return type(scheme).model_validate(scheme.model_dump() | changed)
+
+
+def with_scale(scheme: Scheme, dtype: ScaleDtype) -> Scheme:
+    """The same scheme with its scales in another dtype."""
+    return type(scheme).model_validate(scheme.model_dump() | {"scale_dtype": dtype})
 
 
 def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
@@ -208,3 +219,15 @@ def _notes(outputs: Sequence[OutputPlan]) -> tuple[str, ...]:
     if any(o.config.enable_time_aware or o.config.enable_spatial for o in outputs):
         return ("time-aware and spatial steps are left out: they need calibration data, and none was given",)
     return ()
+
+
+def _warnings(outputs: Sequence[OutputPlan], tensors: Sequence[TensorPlan]) -> Iterator[Notice]:
+    """What a user hardly meant: nothing to quantize, and patterns that name nothing."""
+    for index, output in enumerate(outputs):
+        if all(tensor.decisions[index].scheme is None for tensor in tensors):
+            yield Notice("nothing_quantized", f"output {output.name}: no tensor is quantized, all are copied")
+        patterns = [override.match for override in output.config.layers or ()]
+        patterns += [pattern for pattern in output.config.skip or () if pattern not in DEFAULT_SKIP]
+        for pattern in patterns:
+            if not any(matches(tensor.info.name, pattern) for tensor in tensors):
+                yield Notice("pattern_unmatched", f"output {output.name}: no tensor is named {pattern!r}")

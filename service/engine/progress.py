@@ -46,6 +46,13 @@ class Notice:
     code: str
     text: str
     tensor: str | None = None
+    output: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The text, and before it what it is about: `tensor in output: text`."""
+        about = " in ".join(filter(None, (self.tensor, self.output)))
+        return f"{about}: {self.text}" if about else self.text
 
 
 Happening = Progress | TensorCompleted | Notice

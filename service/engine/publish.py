@@ -10,16 +10,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from service.engine.formats.base import FileEntry, ModelLayout
+from service.engine.formats.source import SourceFile
+from service.engine.formats.weights import MANIFEST
 from service.errors import Cancelled, TargetInUse
 from service.storage.durable import copy_folder, sync
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 CHUNK_BYTES = 4 << 20
 MEDIA_TYPES = {".parquet": "application/vnd.apache.parquet", ".safetensors": "application/octet-stream"}
@@ -29,18 +30,29 @@ Advance = Callable[[int], None]
 
 
 def copy_companions(layout: ModelLayout, folder: Path, advance: Advance) -> None:
-    """Copy the files that go along, except those that the writer made anew."""
+    """Copy the files that go along, except those that the writer made anew.
+
+    Raises SourceChanged when one is no longer the file that was there when the model was opened.
+    """
     for relative in layout.companions:
         target = folder / relative
-        if relative.name != MANIFEST and not target.exists():
+        if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             # Under its own name only when it is whole: a killed run is gone on from.
             beside = target.with_name(target.name + PARTIAL)
-            with (layout.root / relative).open("rb") as source, beside.open("wb") as sink:
-                for chunk in _chunks(source.read):
-                    sink.write(chunk)
-                    advance(len(chunk))
+            _copy(layout, relative, beside, advance)
             beside.replace(target)
+
+
+def _copy(layout: ModelLayout, relative: PurePosixPath, target: Path, advance: Advance) -> None:
+    with (
+        closing(SourceFile(layout.root, relative, layout.identities[relative])) as source,
+        target.open("wb") as sink,
+    ):
+        for start in range(0, source.size, CHUNK_BYTES):
+            chunk = source.read(start, min(CHUNK_BYTES, source.size - start))
+            sink.write(chunk.data)
+            advance(chunk.nbytes)
 
 
 def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEntry, ...]:

@@ -15,6 +15,8 @@ from service.engine.progress import TensorCompleted
 from service.errors import NotFound
 
 WORST = 10
+#: Warnings shown with a job; a model of many tensors can have thousands, which the report keeps.
+WARNINGS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,12 @@ class OutputReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the whole and each tensor reach `min_accuracy`."""
-        worst = self.worst[:1]
-        lowest = [q.cosine_similarity for t in worst if (q := t.quality)]
-        return all(c >= self.min_accuracy for c in (*lowest, self.quality.cosine_similarity) if self.sums.count)
+        """Whether the whole and each tensor reach `min_accuracy`, and are about as large as they were."""
+        measured = [t.sums for t in self.tensors if t.sums]
+        return all(
+            sums.cosine_similarity >= self.min_accuracy and sums.keeps_magnitude
+            for sums in (*measured, *([self.sums] if measured else []))
+        )
 
     def summary(self) -> dict[str, Any]:
         """The figures of the output as a whole."""
@@ -165,7 +169,7 @@ class RunReport:
         return all(output.passed for output in self.outputs)
 
     def result(self) -> dict[str, Any]:
-        """The `result` of a job: the first output's figures on top, then each output's."""
+        """The `result` of a job: the first output's figures on top, then each output's; the first warnings only."""
         summaries = [_drop_none(output.summary()) for output in self.outputs]
         top = {k: v for k, v in summaries[0].items() if k not in ("name", "format")}
         shared = {
@@ -173,7 +177,8 @@ class RunReport:
             "quantization_time_s": self.seconds,
             "backend": self.backend,
             "passed": self.passed,
-            "warnings": list(self.warnings),
+            "warnings": list(self.warnings[:WARNINGS_SHOWN]),
+            "warnings_total": len(self.warnings),
         }
         return top | shared | {"outputs": summaries}
 

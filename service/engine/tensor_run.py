@@ -10,17 +10,17 @@ import numpy as np
 
 from service.engine.backends.base import Backend, Grid
 from service.engine.config import ResolvedConfig
-from service.engine.formats.base import ModelReader, ModelWriter
+from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan
+from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan, with_scale
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import SCALE_RANGES, Scheme
 from service.engine.schemes.registry import build_scheme
-from service.engine.tensors import Array, QuantizedRows, TensorInfo
+from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
 #: Widths that `on_failure: fallback` climbs.
@@ -48,6 +48,7 @@ class _Attempt:
     decision: Decision
     outputs: list[int]
     sums: ErrorSums = field(default_factory=ErrorSums)
+    largest_scale: float = 0.0
     grid: Grid | None = None
 
 
@@ -87,10 +88,10 @@ class TensorRun:
         return tuple(self._reports[index] for index in range(len(self._outputs)))
 
     def _warn_of_notable(self, warn: Warn) -> None:
-        notable = [d for d in self._decisions if d.notable]
-        for decision in dict.fromkeys(notable):
-            code = "group_size_changed" if decision.scheme else "tensor_copied"
-            warn(Notice(code, decision.rule, self._info.name))
+        for output, decision in zip(self._outputs, self._decisions, strict=True):
+            if decision.notable:
+                code = "group_size_changed" if decision.scheme else "tensor_copied"
+                warn(Notice(code, decision.rule, self._info.name, output.name))
 
     def _find_grids(self, attempts: list[_Attempt]) -> None:
         """The extra pass that one grid for a whole tensor takes."""
@@ -133,9 +134,10 @@ class TensorRun:
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors
+        attempt.largest_scale = max(attempt.largest_scale, float(rows.scale.max()))
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
-                f"tensor {self._info.name} holds a NaN or an infinity; mend it, name it in `skip`,"
+                f"tensor {self._info.name} {non_finite(self._info)}; mend it, name it in `skip`,"
                 " or set `on_non_finite` to `copy`",
                 tensor=self._info.name,
             )
@@ -171,14 +173,18 @@ class TensorRun:
         scheme = attempt.decision.scheme
         if scheme is None:
             return None
-        config, name = self._config(output), self._info.name
+        config, name, where = self._config(output), self._info.name, self._outputs[output].name
         if not attempt.sums.finite:
-            warn(Notice("non_finite_copied", "holds a NaN or an infinity: copied as it was", name))
-            return Decision("holds a NaN or an infinity")
-        cosine, floor = attempt.sums.cosine_similarity, config.min_accuracy or 0.0
-        if cosine >= floor:
+            warn(Notice("non_finite_copied", f"{non_finite(self._info)}: copied as it was", name, where))
+            return Decision(non_finite(self._info))
+        if attempt.decision.auto_scale and not _fits_scale(scheme, attempt.largest_scale):
+            wide = with_scale(scheme, "F32")
+            text = f"its scales are out of the range of {scheme.scale_dtype}: they are stored in F32"
+            warn(Notice("scale_widened", text, name, where))
+            return replace(attempt.decision, rule=f"{attempt.decision.rule}; {text}", scheme=wide)
+        missed = _missed(attempt.sums, scheme, config.min_accuracy or 0.0)
+        if missed is None:
             return None
-        missed = f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
         if config.on_failure == "fail":
             raise AccuracyTooLow(
                 f"tensor {name}: {missed}; give it more bits with `layers`, lower `min_accuracy`,"
@@ -186,13 +192,13 @@ class TensorRun:
                 tensor=name,
             )
         if config.on_failure == "warn":
-            warn(Notice("accuracy_missed", missed, name))
+            warn(Notice("accuracy_missed", missed, name, where))
             return None
-        wider = _wider(scheme)
-        if wider is None:
-            warn(Notice("fallback_copied", f"{missed}: copied as it was", name))
+        wider = _wider(scheme, self._info, self._outputs[output].format)
+        if wider is None or wider.stored_bytes(self._info.rows, self._info.cols) >= self._info.nbytes:
+            warn(Notice("fallback_copied", f"{missed}: copied as it was", name, where))
             return Decision(f"{missed}: copied")
-        warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name))
+        warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name, where))
         return replace(attempt.decision, rule=f"{missed}: {wider.id} instead", scheme=wider)
 
     def _commit(self, attempt: _Attempt, output: int) -> None:
@@ -254,10 +260,28 @@ def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
     return list(attempts.values())
 
 
-def _wider(scheme: Scheme) -> Scheme | None:
-    """The same granularity at the next width, as integers, or None behind the last."""
-    bits = next((b for b in FALLBACK_BITS if b > scheme.bits), None)
-    if bits is None:
-        return None
+def _missed(sums: ErrorSums, scheme: Scheme, floor: float) -> str | None:
+    """Why these errors are too large, or None."""
+    cosine = sums.cosine_similarity
+    if cosine < floor:
+        return f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
+    if not sums.keeps_magnitude:
+        return f"{scheme.id} does not keep the magnitude of the weights (relative error {sums.relative_error:.3g})"
+    return None
+
+
+def _fits_scale(scheme: Scheme, largest: float) -> bool:
+    """Whether scales of up to this size are stored with all the digits of their dtype."""
+    smallest_normal, limit = SCALE_RANGES[scheme.scale_dtype]
+    return smallest_normal <= largest < limit
+
+
+def _wider(scheme: Scheme, info: TensorInfo, format_: type[Format]) -> Scheme | None:
+    """The same granularity at the next width that the format holds, as integers, or None behind the last."""
     parameters = scheme.model_dump(include={"granularity", "group_size", "scale_dtype"})
-    return build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
+    for bits in FALLBACK_BITS:
+        if bits > scheme.bits:
+            wider = build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
+            if format_.refuses_tensor(info, wider) is None:
+                return wider
+    return None

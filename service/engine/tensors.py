@@ -98,3 +98,10 @@ class QuantizedRows:
     def rows(self) -> int:
         """Number of rows in this piece."""
         return int(self.packed.shape[0])
+
+
+def non_finite(info: TensorInfo) -> str:
+    """What a tensor holds in which sums of float32 are not finite, as the end of a sentence about it."""
+    if info.dtype == "F64":
+        return "holds a NaN, an infinity or a number too large for float32, in which weights are quantized"
+    return "holds a NaN or an infinity"

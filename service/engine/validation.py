@@ -12,7 +12,7 @@ from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import row_blocks
-from service.engine.tensors import TensorInfo
+from service.engine.tensors import TensorInfo, non_finite
 from service.errors import ModelsDiffer, NonFiniteWeights
 
 NAMES_SHOWN = 5
@@ -46,7 +46,7 @@ def validate(
         report(reports[-1].completed(quantized.format_id))
         if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled):
             notice = Notice("copy_differs", f"{info.dtype} is not compared as numbers, and its bytes differ", info.name)
-            warnings.append(f"{info.name}: {notice.text}")
+            warnings.append(notice.sentence)
             report(notice)
     output = OutputReport(
         name=quantized.format_id,
@@ -110,7 +110,7 @@ def _compare(
         sums += backend.compare(original.rows(info, start, stop), quantized.rows(other, start, stop))
         meter.within_tensor(info.nbytes * stop // max(1, info.rows))
     if not sums.finite:
-        raise NonFiniteWeights(f"tensor {info.name} holds a NaN or an infinity in one of the models", tensor=info.name)
+        raise NonFiniteWeights(f"tensor {info.name} {non_finite(info)}, in one of the models", tensor=info.name)
     return sums
 
 

@@ -45,17 +45,18 @@ class Admission:
         """All that a tenant's request can be refused for without reading a model.
 
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
-        (PickledWeights, AlreadyQuantized) or TargetInUse, with a pointer where there is one.
+        (PickledWeights, AlreadyQuantized), CorruptModel or TargetInUse, with a pointer where there is one.
         """
         config = self.resolve(request)
         targets: tuple[Path, ...] = ()
         with storage_faults("looking at the request's addresses"):
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
-                targets = self._targets(request.outputs)
             with self._sources.looked_at(request, tenant) as paths:
                 for path in paths:
                     _check_readable(path)
+                if isinstance(request, QuantizeRequest):
+                    targets = self._targets(request.outputs, paths)
         return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
 
     def resolve(self, request: JobRequest) -> ResolvedConfig:
@@ -65,7 +66,7 @@ class Admission:
             choose_backend(config.backend or "auto")
         return config
 
-    def _targets(self, outputs: Sequence[OutputRequest]) -> tuple[Path, ...]:
+    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Path]) -> tuple[Path, ...]:
         targets: list[Path] = []
         claims = Claims()
         for index, output in enumerate(outputs):
@@ -73,6 +74,7 @@ class Admission:
                 with pointing(f"/outputs/{index}/uri"):
                     targets.append(resolve_target(output.uri, self._roots))
                     claims.add(targets[-1])
+                    _check_apart(targets[-1], sources)
         return tuple(targets)
 
 
@@ -84,6 +86,12 @@ def output_specs(request: QuantizeRequest, config: ResolvedConfig) -> list[Outpu
 def job_config(job: Job) -> ResolvedConfig:
     """The configuration that was resolved when the job was accepted."""
     return ResolvedConfig.model_validate(job.config)
+
+
+def target_pointers(request: JobRequest) -> list[str]:
+    """Where in the request each of its targets stands, as JSON pointers."""
+    outputs = request.outputs if isinstance(request, QuantizeRequest) else []
+    return [f"/outputs/{index}/uri" for index, output in enumerate(outputs) if output.uri is not None]
 
 
 class Claims:
@@ -105,6 +113,13 @@ class Claims:
     def _claim(self, target: Path) -> None:
         self._claimed.add(target)
         self._above.update(target.parents)
+
+
+def _check_apart(target: Path, sources: Sequence[Path]) -> None:
+    """Raise InvalidConfig when a target lies in a model that is read, or around it."""
+    for source in sources:
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise InvalidConfig("the output would lie in the model that it is made of, or around it: write elsewhere")
 
 
 def _output_spec(index: int, request: QuantizeRequest, output: OutputRequest, config: ResolvedConfig) -> OutputSpec:

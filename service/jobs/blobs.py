@@ -95,6 +95,8 @@ class Blobs:
 
     def __init__(self, root: Path, store: Callable[[], Store], limits: BlobLimits) -> None:
         """`store` gives the opened store, or raises NotReady."""
+        #: Where all of them lie.
+        self.root = root
         self._files = BlobFiles(root)
         self._store = store
         self._limits = limits

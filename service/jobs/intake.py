@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from service.errors import QueueFull
-from service.jobs.admission import Admission, Admitted, Claims
+from service.jobs.admission import Admission, Admitted, Claims, target_pointers
 from service.jobs.batch import Batch
 from service.jobs.batches import Batches
 from service.jobs.database import Database
@@ -18,6 +18,7 @@ from service.jobs.job import Job, Status
 from service.jobs.live import LiveJob
 from service.jobs.quotas import NO_LIMITS, Limits, check_room
 from service.jobs.scheduler import Scheduler
+from service.jobs.sources import pointing
 from service.jobs.submission import Submission
 
 #: Makes a job live: its record, its log, the folders that it alone may write to.
@@ -107,9 +108,9 @@ class Intake:
     ) -> tuple[list[Job], Batch | None, list[LiveJob]]:
         """The new jobs, which from now on hold their targets; nothing is awaited between check and claim."""
         claims = Claims(target for live in self._live.values() for target in live.targets)
-        for index, entry in enumerate(admitted):
-            with submission.at(index):
-                for target in entry.targets:
+        for index, (request, entry) in enumerate(zip(submission.requests, admitted, strict=True)):
+            for pointer, target in zip(target_pointers(request), entry.targets, strict=True):
+                with submission.at(index), pointing(pointer):
                     claims.add(target)
         # The time first: a job's id is never of an earlier millisecond than its created_at.
         jobs = submission.jobs(admitted, datetime.now(UTC))

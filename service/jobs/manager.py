@@ -10,14 +10,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
-from service.engine.formats.registry import open_model
 from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
@@ -280,8 +278,8 @@ class JobManager:
             config = self._admission.resolve(request)
             with (
                 storage_faults("reading the model"),
-                self._sources.looked_at(request, tenant) as (path,),
-                closing(open_model(path)) as reader,
+                self._folders.scratch() as inputs,
+                self._sources.opened(request, tenant, inputs) as (reader,),
             ):
                 return make_plan(reader, output_specs(request, config))
 

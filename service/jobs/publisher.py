@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.formats.weights import MANIFEST
 from service.engine.progress import Cancelled as Stopped
-from service.engine.publish import MANIFEST, publish, stop_when
+from service.engine.publish import publish, stop_when
 from service.engine.report import RunReport
 from service.errors import RequestError, StorageFailure
 from service.jobs.folders import Folders

@@ -10,7 +10,15 @@ from typing_extensions import TypeAliasType
 from service.engine.config import Profile, QuantizationConfig
 from service.jobs.blob_paths import MAX_PATH_BYTES, check_path, check_together
 
+
+def _without_colon(key: str) -> str:
+    if ":" in key:
+        raise ValueError("must not hold a colon: a filter `label=key:value` could not name it")
+    return key
+
+
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+LabelKey = Annotated[Label, AfterValidator(_without_colon)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 BlobPath = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATH_BYTES), AfterValidator(check_path)]
@@ -80,7 +88,9 @@ class _JobBody(_Body):
     config: QuantizationConfig | None = None
     timeout_s: float | None = Field(default=None, gt=0, le=30 * 86400)
     priority: int = Field(default=0, ge=-100, le=100)
-    labels: dict[Label, Label] = Field(default_factory=dict, max_length=32)
+    labels: dict[LabelKey, Label] = Field(
+        default_factory=dict, max_length=32, description="To find the job by; no colon in the names."
+    )
 
 
 class QuantizeRequest(_JobBody):
@@ -106,6 +116,6 @@ class BatchRequest(_Body):
     """Several jobs at once: all of them are accepted, or none."""
 
     items: list[JobRequest] = Field(min_length=1, max_length=1000)
-    labels: dict[Label, Label] = Field(
-        default_factory=dict, max_length=32, description="Of the batch; jobs have theirs."
+    labels: dict[LabelKey, Label] = Field(
+        default_factory=dict, max_length=32, description="Of the batch; jobs have theirs. No colon in the names."
     )

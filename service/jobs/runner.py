@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
 from service.engine.plan import make_plan
 from service.engine.progress import Report
@@ -116,9 +114,8 @@ class Runner:
             "report": report,
             "cancelled": stop.is_set,
         }
-        with ExitStack() as stack:
-            paths = self._sources.of(job.request, job.tenant, self._folders.inputs(job.id))
-            readers = [stack.enter_context(closing(open_model(path))) for path in paths]
+        inputs = self._folders.inputs(job.id)
+        with self._sources.opened(job.request, job.tenant, inputs) as readers:
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
                 return quantize(plan, readers[0], work, **tools)

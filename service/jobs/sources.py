@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.formats.base import ModelReader
+from service.engine.formats.layout import files_under
+from service.engine.formats.registry import open_model
 from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound
 from service.jobs.blobs import Blobs
 from service.jobs.blobs import Key as BlobKey
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.request import BlobsSource, JobRequest, JobSource, OutputRequest, QuantizeRequest, Source
-from service.storage.file import locate_target, resolve_model
+from service.storage.file import check_links, resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a model lies, and the folders that its files must not lead out of."""
+
+    path: Path
+    roots: tuple[Path, ...]
 
 
 class Sources:
@@ -32,11 +44,10 @@ class Sources:
 
         Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already.
         Only the tenant's own jobs and blobs are sources: any other's are as good as unknown.
-        Raises InvalidConfig, ForbiddenPath, ModelNotFound, BlobNotFound or UnsupportedModel, with a pointer.
+        Raises InvalidConfig, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel or, for an index,
+        CorruptModel, with a pointer.
         """
-        return tuple(
-            self._resolve(source, f"/{name}", tenant, inputs / name) for name, source in _named_sources(request)
-        )
+        return tuple(place.path for place in self._places(request, tenant, inputs))
 
     @contextmanager
     def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Path, ...]]:
@@ -44,18 +55,35 @@ class Sources:
         with self._folders.scratch() as inputs:
             yield self.of(request, tenant, inputs)
 
-    def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> Path:
+    @contextmanager
+    def opened(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[list[ModelReader]]:
+        """The sources in the order of `of`, open until the block ends; raises what `of` and `open_model` raise."""
+        with ExitStack() as stack:
+            readers = []
+            for place in self._places(request, tenant, inputs):
+                reader = stack.enter_context(closing(open_model(place.path)))
+                # Once more: a file may have become a link since. From here on the reader knows its files.
+                check_links(reader.files, place.roots)
+                readers.append(reader)
+            yield readers
+
+    def _places(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[_Place]:
+        for name, source in _named_sources(request):
+            yield self._resolve(source, f"/{name}", tenant, inputs / name)
+
+    def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> _Place:
         if isinstance(source, JobSource):
             with pointing(pointer):
                 return self._output_of_job(source, tenant)
         if isinstance(source, BlobsSource):
             with pointing(pointer):
                 self._blobs.lay_out(tenant, source.digests, inputs)
-                return inputs
+                # Where there are no hard links, what lies in `inputs` are links to where the blobs lie.
+                return _Place(inputs, (inputs, self._blobs.root))
         with pointing(f"{pointer}/uri"):
-            return resolve_model(source.uri, self._roots)
+            return self._at(source.uri)
 
-    def _output_of_job(self, source: JobSource, tenant: str) -> Path:
+    def _output_of_job(self, source: JobSource, tenant: str) -> _Place:
         job = self._find_job(source.job_id, tenant)
         if job is None:
             raise ModelNotFound(f"there is no job {source.job_id!r}", pointer="/job_id")
@@ -63,8 +91,14 @@ class Sources:
             raise InvalidConfig(f"job {job.id} is {job.status} and has written no model", pointer="/job_id")
         output = _choose(job.request.outputs, source.output)
         if output.uri is not None:
-            return locate_target(output.uri, self._roots)
-        return self._folders.artifacts(job.id) / output.folder
+            return self._at(output.uri)  # where anybody may have put links since
+        artifacts = self._folders.artifacts(job.id)
+        return _Place(artifacts / output.folder, (artifacts,))
+
+    def _at(self, uri: str) -> _Place:
+        path = resolve_model(uri, self._roots)
+        check_links(files_under(path), self._roots)
+        return _Place(path, self._roots)
 
 
 def blobs_used(job: Job) -> Iterator[BlobKey]:

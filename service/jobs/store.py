@@ -375,9 +375,17 @@ def _stored_bytes(job: Job) -> int:
 
 def _text(time: datetime) -> str:
     """A time so that texts sort as times do."""
-    return time.astimezone(UTC).isoformat(timespec="microseconds")
+    return _in_utc(time).isoformat(timespec="microseconds")
 
 
 def _first_id_at(time: datetime) -> str:
     """The smallest job id of this millisecond: a UUIDv7 begins with it."""
-    return f"job_{UUID(int=max(0, int(time.timestamp() * 1000)) << 80)}"
+    return f"job_{UUID(int=max(0, int(_in_utc(time).timestamp() * 1000)) << 80)}"
+
+
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        # Within a day of either end of the calendar the time in UTC may lie beyond it.
+        return time.replace(tzinfo=UTC)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -37,8 +37,9 @@ def resolve_model(uri: str, roots: Sequence[Path]) -> Path:
 
     Raises InvalidConfig for what is no file address, ForbiddenPath for anything that lies or
     leads outside the roots, ModelNotFound, and UnsupportedModel for pipes, devices and sockets.
+    What a file names, as an index does, is not known here: see `check_links`.
     """
-    path = _inside(_path_of(uri), roots)
+    path = _inside(path_of(uri), roots)
     mode = _mode(path)
     if mode is None:
         raise ModelNotFound(f"there is no model at {uri!r} that this server can read")
@@ -49,12 +50,24 @@ def resolve_model(uri: str, roots: Sequence[Path]) -> Path:
     return path
 
 
+def check_links(files: Iterable[Path], roots: Sequence[Path]) -> None:
+    """Raise ForbiddenPath when one of the files of a model, its links resolved, lies outside the roots."""
+    real_roots = _real(roots)
+    for path in files:
+        # Alike for all that lies outside, there or not; the name is one that the user put under a root.
+        if not _is_under(Path(os.path.realpath(path)), real_roots):
+            raise ForbiddenPath(
+                f"{path.name!r} in the model is a link that leads outside the model roots of this server:"
+                " put the file itself there, or have the operator add a root with --model-root"
+            )
+
+
 def locate_target(uri: str, roots: Sequence[Path]) -> Path:
     """The folder that an output address names, whether it is free or not.
 
     Its parent has to exist under a root. Raises InvalidConfig and ForbiddenPath.
     """
-    path = _path_of(uri)
+    path = path_of(uri)
     parent = _inside(path.parent, roots)
     if len(os.fsencode(path.name)) > MAX_TARGET_NAME_BYTES:
         raise InvalidConfig(f"the last part of {uri!r} is longer than {MAX_TARGET_NAME_BYTES} bytes")
@@ -78,7 +91,7 @@ def resolve_target(uri: str, roots: Sequence[Path]) -> Path:
     return target
 
 
-def _path_of(uri: str) -> Path:
+def path_of(uri: str) -> Path:
     """The absolute path in a file address, percent-decoded; touches no file."""
     match = _URI.fullmatch(uri)
     if match is None:
@@ -107,7 +120,7 @@ def _listed(schemes: Sequence[str]) -> str:
 
 def _inside(path: Path, roots: Sequence[Path]) -> Path:
     """The path with its links resolved, when it lies under a root before and after."""
-    real_roots = [Path(os.path.realpath(root)) for root in roots]
+    real_roots = _real(roots)
     # By name first, so that nothing outside the roots is even looked at.
     if not _is_under(path, [*(root.absolute() for root in roots), *real_roots]):
         raise ForbiddenPath(_FORBIDDEN)
@@ -115,6 +128,10 @@ def _inside(path: Path, roots: Sequence[Path]) -> Path:
     if not _is_under(real, real_roots):
         raise ForbiddenPath(_FORBIDDEN)
     return real
+
+
+def _real(roots: Sequence[Path]) -> list[Path]:
+    return [Path(os.path.realpath(root)) for root in roots]
 
 
 def _is_under(path: Path, roots: Sequence[Path]) -> bool:
@@ -134,15 +151,10 @@ def _check_folder(folder: Path, roots: Sequence[Path]) -> None:
         if count >= MAX_ENTRIES:
             raise UnsupportedModel(f"the folder holds more than {MAX_ENTRIES} files: give the model's own folder")
         if entry.is_symlink():
-            _inside_folder(path, roots)
+            check_links([path], roots)
         mode = _mode(path)
         if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UnsupportedModel(f"the folder holds {entry.name!r}, which is neither a file nor a folder")
-
-
-def _inside_folder(path: Path, roots: Sequence[Path]) -> None:
-    if not _is_under(Path(os.path.realpath(path)), [Path(os.path.realpath(root)) for root in roots]):
-        raise ForbiddenPath(_FORBIDDEN)
 
 
 def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], Path]]:
@@ -157,7 +169,7 @@ def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], Path]]:
         seen.add(real)
         for entry in _entries(current):
             yield entry, Path(entry.path)
-            if entry.is_dir():
+            if Path(entry.path).is_dir():  # unlike the entry, asks about a ring of links without raising
                 waiting.append(Path(entry.path))
 
 

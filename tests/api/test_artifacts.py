@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tarfile
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from service.api.archive import archive, archive_bytes
 from service.api.ranges import Unsatisfiable, parse_range
 from service.jobs.job import Artifact
+from tests.api.test_jobs import large_model
+from tests.conftest import StartServer
 from tests.server import Server, body
 
 WEIGHTS = "compressed-tensors/model.safetensors"
@@ -40,6 +45,8 @@ def test_lists_come_in_pages(server: Server, finished: dict[str, Any]) -> None:
             break
         parameters["after"] = page["next_cursor"]
     assert seen == [a["path"] for a in server.artifacts(finished["id"])]
+    wrong = server.client.get(finished["links"]["artifacts"], params={"after": "garbage"})
+    assert (wrong.status_code, wrong.json()["errors"][0]["parameter"]) == (422, "after")
 
 
 def test_the_entity_tag_is_the_hash(server: Server, address: str) -> None:
@@ -115,6 +122,23 @@ def test_a_file_that_was_removed_elsewhere_is_404(server: Server, model: Any, mo
     (target / path.removeprefix("parquet/")).unlink()
     assert server.client.get(f"{job['links']['artifacts']}/{path}").status_code == 404
     assert server.client.get(job["links"]["archive"]).status_code == 404
+
+
+def test_a_purge_in_the_middle_of_a_download_cuts_it_off_and_is_no_crash(
+    start_server: StartServer, model_root: Path
+) -> None:
+    server = start_server()
+    job = server.run(body(large_model(model_root), "parquet", "compressed-tensors", bit_width=8, method="minmax"))
+    address = f"{server.base_url}{job['links']['archive']}"
+    with httpx.stream("GET", address, timeout=90) as response:
+        arriving = response.iter_raw(1 << 16)
+        next(arriving)
+        assert server.client.delete(job["links"]["self"], params={"purge": "true"}).status_code == 204
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(arriving)
+    assert server.client.get("/healthz").status_code == 200
+    assert re.search(r"WARNING .*a download was cut off: .* was removed", server.log), server.log_end
+    assert "Traceback" not in server.log
 
 
 async def test_names_of_any_length_and_script_fit_into_the_archive(tmp_path: Any) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import pytest
 
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
+from tests.engine.helpers import save_folder
 from tests.server import Server, body
+
+#: So slow that a job on a large model goes on until it is cancelled.
+SLOW = {"backend": "reference", "method": "mse"}
 
 
 def frames(text: str) -> list[dict[str, str]]:
@@ -82,6 +89,20 @@ def test_an_id_that_is_no_number_is_refused(server: Server, finished: dict[str, 
     assert response.json()["errors"][0]["parameter"].lower() == "last-event-id"
 
 
+@pytest.mark.parametrize(
+    "id_", ["9223372036854775808", "9" * 20, "9" * 5000], ids=["2**63", "20 digits", "5000 digits"]
+)
+def test_an_id_beyond_all_ids_is_refused(server: Server, finished: dict[str, Any], id_: str) -> None:
+    address = finished["links"]["events"]
+    for accept in ("text/event-stream", "application/json"):
+        by_parameter = server.client.get(address, params={"after": id_}, headers={"Accept": accept})
+        by_header = server.client.get(address, headers={"Last-Event-ID": id_, "Accept": accept})
+        for response, name in ((by_parameter, "after"), (by_header, "last-event-id")):
+            assert response.status_code == 422, response.text
+            assert response.json()["errors"][0]["parameter"].lower() == name
+    assert server.client.get(address, params={"after": 2**63 - 1}).status_code == 204
+
+
 def test_the_page_holds_what_the_stream_replays(server: Server, finished: dict[str, Any]) -> None:
     assert stored(server, finished["id"]) == server.follow(finished["id"])
 
@@ -132,6 +153,50 @@ def test_readers_that_leave_are_forgotten(start_server: StartServer, model_root:
     assert server.open_files() < files + 10
     server.stop()
     assert "was destroyed but it is pending" not in server.log
+
+
+def test_silence_is_broken_by_comments(start_server: StartServer, model_root: Path) -> None:
+    server = start_server(max_running_jobs=1, stream_silence_s=0.05)
+    blocker, waiting = (server.submit(body(large_model(model_root), "parquet", **SLOW)) for _ in range(2))
+    lines: list[str] = []
+    with httpx.stream("GET", f"{server.base_url}{waiting['links']['events']}", timeout=90) as response:
+        for line in response.iter_lines():
+            lines += [line] if line else []
+            if lines.count(": silence") == 5:
+                break
+    assert [line for line in lines if line.startswith("event: ")] == ["event: job.queued"]
+    for job in (waiting, blocker):
+        server.cancel(job["id"])
+        server.finish(job["id"])
+
+
+def test_a_reader_that_is_too_slow_is_told_so_and_resumes_without_a_gap(
+    start_server: StartServer, model_root: Path
+) -> None:
+    server = start_server(max_running_jobs=1, max_unread_events=8)
+    # Long names make long events: no buffer on the way holds all of them.
+    tensors = {f"{'n' * 5000}.{i}.weight": np.ones((16, 32), np.float32) for i in range(200)}
+    save_folder(model_root / "long-names", tensors)
+    blocker = server.submit(body(large_model(model_root), "parquet", **SLOW))
+    job = server.submit(body(model_root / "long-names", "parquet"))
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.client.base_url.port))
+        call = f"GET {job['links']['events']} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        slow.sendall(call.encode())
+        # It has begun to follow, and reads nothing until the job has ended.
+        assert slow.recv(1)
+        server.cancel(blocker["id"])
+        assert server.finish(job["id"])["status"] == "succeeded"
+        received = b"".join(iter(lambda: slow.recv(1 << 20), b"")).decode()
+    events = [json.loads(line[len("data: ") :]) for line in received.splitlines() if line.startswith("data: ")]
+    assert events[-1]["type"] == "reader.too_slow"
+    assert "id" not in events[-1]
+    seen = [e for e in events[:-1] if e["type"] != "job.progress"]
+    assert seen
+    rest = server.follow(job["id"], max(e["id"] for e in events[:-1]))
+    assert len(rest) > 8
+    assert seen + rest == server.follow(job["id"])
 
 
 def test_events_are_told_apart_by_their_type(server: Server, finished: dict[str, Any]) -> None:

@@ -6,7 +6,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.api.conftest import save_model
+from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
 from tests.server import Server, body
 
@@ -138,8 +141,42 @@ def test_lists_are_filtered(start_server: StartServer, model: Path) -> None:
     assert ids(status="running") == []
     assert ids(kind="validate") == []
     assert ids(created_after=first["created_at"]) == [second["id"]]
-    for wrong in ({"label": "team"}, {"status": "asleep"}, {"created_after": "2026-01-01T00:00:00"}):
-        assert server.client.get("/v1/jobs", params=wrong).status_code == 422
+    assert ids(created_after="0001-01-01T00:00:00+14:00") == [second["id"], first["id"]]
+    assert ids(created_after="9999-12-31T23:59:59-14:00") == []
+    for wrong in (
+        {"label": "team"},
+        {"status": "asleep"},
+        {"created_after": "2026-01-01T00:00:00"},
+        {"after": "garbage"},
+        {"after": ""},
+        {"stauts": "running"},
+    ):
+        problem = problem_of(server.client.get("/v1/jobs", params=wrong), 422, "invalid_request")
+        assert [e["parameter"] for e in problem["errors"]] == list(wrong)
+
+
+@pytest.mark.parametrize(
+    "end", ["/jobs", "/jobs/{}", "/jobs/{}/events", "/jobs/{}/report", "/jobs/{}/artifacts", "/jobs/{}/archive"]
+)
+def test_a_parameter_that_a_call_does_not_have_is_refused(server: Server, finished: dict[str, Any], end: str) -> None:
+    response = server.client.get(f"/v1{end.format(finished['id'])}", params={"limt": "5"})
+    assert problem_of(response, 422, "invalid_request")["errors"][0]["parameter"] == "limt"
+
+
+def test_a_misspelt_purge_cancels_nothing(server: Server, model_root: Path) -> None:
+    job = server.submit(body(large_model(model_root), "parquet"))
+    response = server.client.delete(f"/v1/jobs/{job['id']}", params={"pruge": "true"})
+    assert "it takes purge" in problem_of(response, 422, "invalid_request")["detail"]
+    assert server.job(job["id"])["status"] in ("queued", "running")
+    server.cancel(job["id"])
+    server.finish(job["id"])
+
+
+def test_a_label_that_no_filter_could_name_is_refused(server: Server, model: Path) -> None:
+    response = server.client.post("/v1/jobs", json=body(model, "parquet") | {"labels": {"team:a": "b"}})
+    problem = problem_of(response, 422, "invalid_request")
+    assert [e["pointer"] for e in problem["errors"]] == ["/labels/team:a"]
+    assert "colon" in problem["detail"]
 
 
 def test_cancelling_a_running_job_answers_202_and_again_200(server: Server, model_root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from service import errors
 from service.api.app import create_app
 from service.api.problem_codes import CODES
 from service.api.problems import STATUS, status_of
@@ -136,6 +138,14 @@ def test_every_code_has_a_page_that_explains_it(server: Server) -> None:
 def test_every_class_of_the_table_is_used() -> None:
     assert {status_of(cls) for cls in CODES.values()} <= set(STATUS.values())
     assert all(any(issubclass(cls, known) for cls in CODES.values()) for known in STATUS)
+
+
+def test_every_error_that_is_documented_can_occur() -> None:
+    root = Path(errors.__file__).parent
+    sources = [p.read_text() for p in root.rglob("*.py") if p.name not in ("errors.py", "http_errors.py")]
+    used = re.compile(r"\b(?:errors\.)?([A-Z][A-Za-z]+)\b(?!: \d)")  # a line of the table of statuses is no use
+    names = {name for text in sources for name in used.findall(text)}
+    assert [cls.__name__ for cls in CODES.values() if cls.__name__ not in names] == []
 
 
 def test_a_crash_shows_an_id_that_the_log_has_and_nothing_else(

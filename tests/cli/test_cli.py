@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.server import Server
+from tests.server import Server, body
 
 ARROWQUANT = (sys.executable, "-m", "service")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -158,6 +158,78 @@ def test_validate_fails_below_the_accuracy_asked_for(models: Path, tmp_path: Pat
     done = run("validate", models / "small", tmp_path / "out" / "compressed-tensors", "--min-accuracy", "0.9999")
     assert done.returncode == 1
     assert "accuracy_too_low" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_quantize_below_the_accuracy_asked_for_writes_and_ends_with_status_1(
+    where: str, models: Path, server: Server, tmp_path: Path
+) -> None:
+    remote = ("--server", server.base_url) if where == "there" else ()
+    wish = ("quantize", models / "small", "--bits", "2", "--min-accuracy", "0.9999", "--on-failure", "warn", *remote)
+    done = run(*wish, "--out", tmp_path / "text")
+    assert done.returncode == 1
+    assert "below min_accuracy" in done.stdout
+    assert "[accuracy_too_low]" in done.stderr
+    assert "warning: blocks.0.weight in compressed-tensors: cosine similarity" in done.stderr
+    done = run(*wish, "--out", tmp_path / "json", "--json")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    assert (document["result"]["passed"], document["out"]) == (False, str(tmp_path / "json"))
+    for name in ("text", "json"):
+        assert (tmp_path / name / "compressed-tensors" / "model.safetensors").exists()
+
+
+def test_watch_ends_with_status_1_when_the_job_is_below_its_accuracy(models: Path, server: Server) -> None:
+    asked = body(models / "small", "parquet", bit_width=2, min_accuracy=0.9999, on_failure="warn")
+    done = run("watch", server.run(asked)["id"], "--server", server.base_url)
+    assert done.returncode == 1
+    assert "[accuracy_too_low]" in done.stderr
+
+
+def test_a_file_address_is_decoded(models: Path, tmp_path: Path) -> None:
+    make_model(models / "with a space", tensors=1, rows=16)
+    address = (models / "with a space").as_uri()
+    assert "%20" in address
+    assert run("quantize", address, "--out", tmp_path / "out").returncode == 0
+    weights = f"{address}/model.safetensors"
+    assert run("validate", weights, (tmp_path / "out" / "compressed-tensors").as_uri()).returncode == 0
+    other = run("quantize", "hf://owner/name", "--out", tmp_path / "other")
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    assert "hf:// is not supported" in other.stderr
+
+
+@pytest.mark.parametrize("option", [("--threads", "2"), ("--block-bytes", "65536")])
+def test_what_only_this_process_can_heed_is_refused_with_a_server(
+    option: tuple[str, str], models: Path, server: Server, tmp_path: Path
+) -> None:
+    for command in (("quantize", models / "small", "--out", tmp_path / "out"), ("validate", models, models)):
+        done = run(*command, "--server", server.base_url, *option)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert option[0] in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_reader_that_goes_away_ends_a_list_without_a_word(
+    form: tuple[str, ...], models: Path, server: Server
+) -> None:
+    server.run(body(models / "small", "parquet"))
+    with start("jobs", "--server", server.base_url, *form) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_a_reader_of_progress_that_goes_away_stops_nothing(models: Path, tmp_path: Path) -> None:
+    with start("quantize", models / "small", "--out", tmp_path / "out", "--backend", "reference") as process:
+        read_until(process, "quantizing")
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.stdout is not None
+        assert "cosine similarity" in process.stdout.read()
+        assert process.wait() == 0
+    assert (tmp_path / "out" / "report.json").exists()
 
 
 @pytest.mark.parametrize("where", ["here", "there"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +12,13 @@ from service.engine.formats import base
 from service.engine.formats.base import Format, FormatOptions
 from service.engine.formats.registry import find_format, formats, open_model
 from service.engine.schemes.base import Scheme
-from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.schemes.registry import build_scheme
 from service.errors import UnsupportedByFormat, UnsupportedModel
+from tests.contract.cases import all_schemes
 from tests.engine.formats.outputs import BACKEND, Item, Output, contents, label, normal
+from tests.engine.helpers import run, save_folder, specs
 
 WRITABLE = [id_ for id_, cls in formats().items() if cls.can_write]
-
-
-def all_schemes() -> Iterator[Scheme]:
-    """Every scheme id with every symmetry and granularity that it has."""
-    for id_ in schemes():
-        for symmetric in (True, False):
-            for granularity, size in (("tensor", None), ("channel", None), ("group", 32)):
-                try:
-                    yield build_scheme(id_, symmetric=symmetric, granularity=granularity, group_size=size)
-                except ValueError:
-                    continue
 
 
 @pytest.mark.parametrize("format_id", WRITABLE)
@@ -50,6 +40,23 @@ def test_a_writable_format_round_trips_every_scheme_it_does_not_refuse(
     assert (info.shape, info.stored_as, info.is_float) == ((70, 96), scheme.id, True)
     read = np.concatenate([reader.rows(info, start, min(start + 9, 70)) for start in range(0, 70, 9)])
     assert BACKEND.compare(item.data, read).sum_dd == pytest.approx(sums["layer.weight"].sum_dd, rel=1e-9)
+    reader.close()
+
+
+@pytest.mark.parametrize("format_id", WRITABLE)
+def test_an_output_reads_back_whatever_lies_beside_its_source(tmp_path: Path, format_id: str) -> None:
+    source = save_folder(tmp_path / "model", {"w.weight": normal(64, 128)})
+    strays = [f"model-0000{i}.parquet" for i in range(3)] + ["adapter_model.safetensors", "model.fp16.safetensors",
+              "model-00001-of-00002.safetensors", "metadata.json", "manifest.json", "sub/manifest.json"]  # fmt: skip
+    (source / "sub").mkdir()
+    for name in strays:
+        (source / name).write_text("{}")
+    report = run(source, tmp_path / "work", specs(format_id))
+    assert {str(f.path) for f in report.outputs[0].files} >= {"tokenizer.json", "sub/manifest.json"}
+    stored = tmp_path / "work" / format_id
+    (stored / "model-00009.parquet").write_text("put there later")
+    reader = open_model(stored)
+    assert (reader.format_id, [t.name for t in reader.tensors]) == (format_id, ["w.weight"])
     reader.close()
 
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from service.engine.backends.cpu import CpuBackend
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.formats.registry import open_model
 from service.engine.plan import OutputSpec
@@ -260,3 +261,77 @@ def test_cancelling_between_any_two_blocks_stops_the_run(model: Path, tmp_path: 
                 block_bytes=1,
                 cancelled=lambda left=left: next(left, True),
             )
+
+
+@pytest.mark.parametrize("magnitude", [1e-8, 1e-5, 1e8, 1e9, 1e30])
+def test_scales_out_of_the_range_of_float16_are_stored_in_float32(tmp_path: Path, magnitude: float) -> None:
+    ordinary, extreme = normal(64, 128), normal(64, 128) * np.float32(magnitude)
+    save(tmp_path / "m.safetensors", {"ordinary.weight": ordinary, "extreme.weight": extreme})
+    for backend in (ReferenceBackend(), CpuBackend()):
+        work = tmp_path / backend.id
+        report = run(tmp_path / "m.safetensors", work, specs(*BOTH, method="mse"), backend=backend)
+        for output in report.outputs:
+            tensors = {t.name: t for t in output.tensors}
+            assert tensors["ordinary.weight"].scale_dtype == "F16"
+            assert tensors["extreme.weight"].scale_dtype == "F32"
+            assert tensors["extreme.weight"].scheme == "int4"
+            qualities = [t.quality for t in tensors.values()]
+            assert all(q and q.sqnr_db and q.sqnr_db > 16 for q in qualities)
+            assert len(report.warnings) == 2
+
+
+def test_weights_of_the_wrong_magnitude_miss_whatever_their_direction(tmp_path: Path) -> None:
+    mask = np.triu(np.full((256, 256), -1e9, np.float32))
+    save(tmp_path / "m.safetensors", {"mask": mask})
+    outputs = specs("parquet", scale_dtype="F16", min_accuracy=0.9)
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", outputs)
+    assert report.outputs[0].tensors[0].scheme == "none"
+    assert "magnitude" in report.outputs[0].tensors[0].rule
+
+
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
+def test_weights_at_the_end_of_float32_are_searched_without_a_complaint(tmp_path: Path, backend: type) -> None:
+    x = normal(64, 128)
+    save(tmp_path / "m.safetensors", {"a.weight": x / np.abs(x).max() * np.float32(3.4e38)})
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", specs("parquet", method="mse"), backend=backend())
+    assert report.passed
+
+
+@pytest.mark.parametrize("shape", [(8192, 1), (4096, 2), (2048, 1, 1, 3)])
+def test_nothing_becomes_larger_by_being_quantized(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save(tmp_path / "m.safetensors", {"narrow.weight": normal(*shape, dtype=ml_dtypes.bfloat16)})
+    report = run(tmp_path / "m.safetensors", tmp_path / "work", specs("parquet", granularity="channel"))
+    [tensor] = report.outputs[0].tensors
+    assert tensor.stored_bytes <= tensor.original_bytes
+    if tensor.scheme == "none":
+        assert any("no fewer bytes" in text for text in report.warnings)
+
+
+def test_a_source_replaced_while_no_process_ran_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    seen: list[Happening] = []
+
+    def stop() -> bool:
+        return len({h.name for h in seen if isinstance(h, TensorCompleted)}) >= 3
+
+    with pytest.raises(Cancelled):
+        run(model, tmp_path / "work", specs(*BOTH), happenings=seen, cancelled=stop)
+    reader = open_model(model)
+    other = {
+        t.name: reader.rows(t, 0, t.rows).reshape(t.shape) * 2 if t.is_float else np.arange(7) for t in reader.tensors
+    }
+    save(
+        model / "model.safetensors",
+        {n: x.astype(ml_dtypes.bfloat16) if n == "layers.0.up.weight" else x for n, x in other.items()},
+    )
+    run(model, tmp_path / "work", specs(*BOTH))
+    run(model, tmp_path / "fresh", specs(*BOTH))
+    for folder in ("fresh", "work"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "fresh") == files_of(tmp_path / "work")
+
+
+def test_what_a_user_hardly_meant_is_told(model: Path, tmp_path: Path) -> None:
+    report = run(model, tmp_path / "work", specs("parquet", skip=["*"], layers=[{"match": "typo.*", "bit_width": 8}]))
+    assert any("no tensor is quantized" in text for text in report.warnings)
+    assert any("'typo.*'" in text for text in report.warnings)
+    assert not run(model, tmp_path / "usual", specs("parquet")).warnings

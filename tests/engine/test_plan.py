@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -16,7 +17,7 @@ from tests.engine.helpers import normal, run, save, specs
 
 
 def _info(name: str, *shape: int, dtype: str = "F32") -> TensorInfo:
-    return TensorInfo(name, dtype, shape, PurePosixPath("m.safetensors"), 0, 0)
+    return TensorInfo(name, dtype, shape, PurePosixPath("m.safetensors"), 0, 4 * prod(shape))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_the_result_has_the_figures_of_the_contract(report: RunReport) -> None:
     assert result["bit_width"] == 4
     assert 4 < result["bits_per_weight"] < 4.5
     assert [o["name"] for o in result["outputs"]] == ["compressed-tensors", "parquet"]
+
+
+def test_the_result_shows_the_first_warnings_and_counts_all(report: RunReport) -> None:
+    assert (report.result()["warnings"], report.result()["warnings_total"]) == ([], 0)
+    many = tuple(f"layers.{i}.weight: int3 instead" for i in range(4000))
+    warned = replace(report, warnings=many)
+    assert warned.result()["warnings"] == list(many[:20])
+    assert warned.result()["warnings_total"] == 4000
+    assert len(json.dumps(warned.result())) < 10_000
+    assert warned.to_json()["warnings"] == list(many)
 
 
 def test_the_figures_of_a_model_weigh_every_weight_alike(report: RunReport) -> None:

@@ -134,6 +134,8 @@ def test_two_jobs_cannot_write_to_the_same_address(start_server: StartServer, ne
     one = server.submit(body(new_model(layers=12), output, backend="reference"))["id"]
     other = server.client.post("/v1/jobs", json=body(new_model(), output))
     assert (other.status_code, other.json()["code"]) == (409, "target_in_use")
+    both = server.client.post("/v1/jobs", json=body(new_model(), {"format": "parquet", "name": "p"}, output))
+    assert (both.status_code, [e["pointer"] for e in both.json()["errors"]]) == (409, ["/outputs/1/uri"])
     inside = {"format": "parquet", "uri": (place / "target" / "below").as_uri()}
     assert server.client.post("/v1/jobs", json=body(new_model(), inside)).status_code == 422, "it has no folder yet"
     assert server.finish(one)["status"] == "succeeded"

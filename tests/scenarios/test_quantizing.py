@@ -229,7 +229,8 @@ def test_a_tensor_that_misses_its_accuracy_gets_more_bits_and_the_job_says_so(
     assert job["result"]["passed"]
     assert any("hard.weight" in text and "int2" in text for text in job["result"]["warnings"])
     events = [e for e in server.follow(job["id"]) if e["type"] == "job.warning"]
-    assert {(e["code"], e["tensor"]) for e in events} == {("fallback_taken", "hard.weight")}
+    told = {(e["code"], e["tensor"], e["output"]) for e in events}
+    assert told == {("fallback_taken", "hard.weight", output) for output in FORMATS}
 
 
 def test_a_missed_accuracy_can_be_an_error_or_a_warning_instead(server: Server, new_model: NewModel) -> None:
@@ -314,7 +315,10 @@ def test_a_row_that_groups_do_not_divide_is_quantized_all_the_same(
     }
     assert kinds["parquet"] == dict.fromkeys("abc", ("group", 128))
     assert kinds["compressed-tensors"] == {"a": ("group", 32), "b": ("channel", None), "c": (None, None)}
-    assert {w.partition(":")[0] for w in job["result"]["warnings"]} >= {"a.weight", "b.weight", "c.weight"}
+    about = {w.partition(":")[0] for w in job["result"]["warnings"]}
+    assert about == {f"{name}.weight in compressed-tensors" for name in "abc"}
+    events = [e for e in server.follow(job["id"]) if e["type"] == "job.warning"]
+    assert {(e["tensor"], e["output"]) for e in events} == {(f"{name}.weight", "compressed-tensors") for name in "abc"}
 
 
 def test_what_is_no_matrix_of_floats_is_copied_to_the_bit(

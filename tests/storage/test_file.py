@@ -18,7 +18,7 @@ from service.errors import (
     UnsupportedModel,
 )
 from service.storage.faults import storage_faults
-from service.storage.file import locate_target, resolve_model, resolve_target
+from service.storage.file import check_links, locate_target, resolve_model, resolve_target
 
 
 @pytest.fixture
@@ -126,22 +126,42 @@ def test_a_root_may_itself_be_a_link(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", ["", "deep/deeper"])
-def test_a_model_folder_with_a_link_that_leaves_the_roots_is_forbidden(root: Path, outside: Path, depth: str) -> None:
+def test_a_link_in_a_model_that_leaves_the_roots_is_named_and_not_whether_it_leads_anywhere(
+    root: Path, outside: Path, depth: str
+) -> None:
     folder = root / "minilm" / depth
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").symlink_to(outside / "passwd")
-    refusal((root / "minilm").as_uri(), root)
+    link = folder / "tokenizer.json"
+    details = set()
+    for target in ("passwd", "nothing", "."):
+        link.symlink_to(outside / target)
+        details.add(refusal((root / "minilm").as_uri(), root))
+        with pytest.raises(ForbiddenPath) as caught:
+            check_links([folder / "model.safetensors", link], [root])
+        details.add(caught.value.detail)
+        link.unlink()
+    assert len(details) == 1
+    detail = details.pop()
+    assert "'tokenizer.json' in the model is a link that leads outside" in detail
+    assert str(root.parent) not in detail
 
 
 def test_a_link_to_a_folder_with_a_bad_link_in_it_is_forbidden_as_well(root: Path, outside: Path) -> None:
     (root / "elsewhere").mkdir()
     (root / "elsewhere" / "leak").symlink_to(outside / "passwd")
     (root / "minilm" / "extra").symlink_to(root / "elsewhere")
-    refusal((root / "minilm").as_uri(), root)
+    assert "'leak'" in refusal((root / "minilm").as_uri(), root)
+
+
+def test_files_and_links_under_the_roots_are_not_complained_of(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(root)
+    (root / "link").symlink_to(root / "minilm" / "model.safetensors")
+    check_links([root / "link", root / "minilm" / "model.safetensors", root / "missing"], [tmp_path / "alias"])
 
 
 def test_a_folder_that_links_to_itself_is_walked_once(root: Path) -> None:
     (root / "minilm" / "again").symlink_to(root / "minilm")
+    (root / "minilm" / "ring").symlink_to("ring")
     assert resolve_model((root / "minilm").as_uri(), [root]) == root / "minilm"
 
 

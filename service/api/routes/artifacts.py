@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from service import errors
 from service.api.archive import archive, archive_bytes, archive_etag, file_range
 from service.api.auth import Caller
-from service.api.dependencies import After, JobId, Limit, Manager
+from service.api.dependencies import After, JobId, KnownParameters, Limit, Manager, wrong_parameter
 from service.api.http_errors import InvalidRequest, RangeNotSatisfiable
 from service.api.problems import documented, respond
 from service.api.ranges import Unsatisfiable, parse_range
@@ -21,7 +21,7 @@ from service.api.replies import NOT_MODIFIED, ClosingStream, dump, is_known, tag
 from service.api.schemas.results import ArtifactInfo, ArtifactPage
 from service.jobs.job import Artifact, Job, Status
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 TAR = "application/x-tar"
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -37,6 +37,8 @@ async def list_job_artifacts(
 ) -> Response:
     """Every file that the job wrote, by path; none before it has succeeded."""
     job = await manager.get(job_id, caller.reach)
+    if after is not None and after not in {a.path for a in job.artifacts}:
+        raise wrong_parameter("after", "it is not a `next_cursor` of this list")
     behind = sorted((a for a in job.artifacts if after is None or a.path > after), key=lambda a: a.path)
     page = behind[:limit]
     cursor = page[-1].path if len(behind) > limit else None

@@ -9,7 +9,17 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from service import errors
 from service.api import render
 from service.api.auth import Caller
-from service.api.dependencies import After, BatchId, Limit, Manager, State, Wait, applied, takes_json
+from service.api.dependencies import (
+    AfterBatch,
+    BatchId,
+    KnownParameters,
+    Limit,
+    Manager,
+    State,
+    Wait,
+    applied,
+    takes_json,
+)
 from service.api.event_replies import DOCUMENTED, EVENT_STREAM, EventId, LastEventId, event_page, event_stream
 from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.idempotency import IdempotencyKey, answer_once, key_of
@@ -23,7 +33,7 @@ from service.jobs.batch import Batch as BatchRecord
 from service.jobs.batch import BatchStatus
 from service.jobs.request import BatchRequest
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"])
+router = APIRouter(prefix="/v1/batches", tags=["batches"], dependencies=[KnownParameters])
 
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"description": "What had not ended is being cancelled, or was.", "model": Batch},
@@ -62,7 +72,7 @@ async def create_batch(
 
 
 @router.get("", response_model=BatchPage, responses=documented(InvalidRequest))
-async def list_batches(manager: Manager, caller: Caller, limit: Limit = 50, after: After = None) -> Response:
+async def list_batches(manager: Manager, caller: Caller, limit: Limit = 50, after: AfterBatch = None) -> Response:
     """Batches, newest first."""
     batches, cursor = await manager.batches.find(tenant=caller.reach, limit=limit, after=after)
     return reply(BatchPage(data=[render.batch(batch, with_jobs=False) for batch in batches], next_cursor=cursor))
@@ -88,7 +98,11 @@ async def cancel_batch(
     manager: Manager,
     caller: Caller,
     purge: Annotated[
-        bool, Query(description="Delete a batch that has ended, its jobs and all that is theirs.")
+        bool,
+        Query(
+            description="Delete a batch that has ended, its jobs and all that is theirs. "
+            "Outputs written to a `uri` of their own stay."
+        ),
     ] = False,
 ) -> Response:
     """Cancel all jobs that have not ended; a batch that has ended is answered as it is."""

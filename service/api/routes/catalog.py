@@ -9,7 +9,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from service.api.dependencies import State
+from service.api.dependencies import KnownParameters, State
 from service.api.replies import reply
 from service.api.schemas.catalog import (
     BackendInfo,
@@ -29,7 +29,7 @@ from service.engine.formats.registry import formats
 from service.engine.methods.registry import methods
 from service.engine.schemes.registry import schemes
 
-router = APIRouter(prefix="/v1", tags=["catalog"])
+router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=[KnownParameters])
 
 
 @router.get("/profiles", response_model=ProfileList)

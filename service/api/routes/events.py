@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from service import errors
 from service.api import render
 from service.api.auth import Caller
-from service.api.dependencies import JobId, Limit, Manager
+from service.api.dependencies import JobId, KnownParameters, Limit, Manager
 from service.api.event_replies import DOCUMENTED, EVENT_STREAM, EventId, LastEventId, event_page, event_stream
 from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.negotiation import choose
@@ -15,7 +15,7 @@ from service.api.problems import documented
 from service.api.replies import JSON
 from service.api.schemas.events import EventPage
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 
 @router.get(

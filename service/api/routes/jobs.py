@@ -10,7 +10,18 @@ from pydantic import AwareDatetime
 from service import errors
 from service.api import render
 from service.api.auth import Caller
-from service.api.dependencies import After, JobId, LabelFilter, Limit, Manager, State, Wait, applied, takes_json
+from service.api.dependencies import (
+    AfterJob,
+    JobId,
+    KnownParameters,
+    LabelFilter,
+    Limit,
+    Manager,
+    State,
+    Wait,
+    applied,
+    takes_json,
+)
 from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
 from service.api.idempotency import IdempotencyKey, answer_once, key_of
 from service.api.problems import documented
@@ -20,7 +31,7 @@ from service.jobs.job import Job as JobRecord
 from service.jobs.job import Status
 from service.jobs.request import JobRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 CREATION_ERRORS = (
     MalformedBody,
@@ -84,7 +95,7 @@ async def list_jobs(
     batch_id: Annotated[str | None, Query(max_length=64, description="Only the jobs of this batch.")] = None,
     created_after: Annotated[AwareDatetime | None, Query(description="With a time zone.")] = None,
     limit: Limit = 50,
-    after: After = None,
+    after: AfterJob = None,
 ) -> Response:
     """Jobs, newest first."""
     jobs, cursor = await manager.find(
@@ -117,7 +128,13 @@ async def cancel_job(
     job_id: JobId,
     manager: Manager,
     caller: Caller,
-    purge: Annotated[bool, Query(description="Delete a job that has ended: record, events, report and files.")] = False,
+    purge: Annotated[
+        bool,
+        Query(
+            description="Delete a job that has ended: record, events, report and artifacts. "
+            "Outputs written to a `uri` of their own stay."
+        ),
+    ] = False,
 ) -> Response:
     """Cancel a job; one that has ended is answered as it is, so that a repeated call does no harm."""
     if purge:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service import errors
 from service.api.auth import Caller
-from service.api.dependencies import ARROW_STREAM, JobId, Manager
+from service.api.dependencies import ARROW_STREAM, JobId, KnownParameters, Manager
 from service.api.http_errors import NotAcceptable
 from service.api.negotiation import choose
 from service.api.problems import documented
@@ -21,7 +21,7 @@ from service.api.replies import JSON, NOT_MODIFIED, etag_of, tagged
 from service.api.schemas.results import Report
 from service.engine.report import RunReport
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 PARQUET = "application/vnd.apache.parquet"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}

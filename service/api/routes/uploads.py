@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Path, Request, Response
 
 from service import errors
 from service.api.auth import Caller
-from service.api.dependencies import State
+from service.api.dependencies import KnownParameters, State
 from service.api.http_errors import BodyTooLarge, BodyTooSlow, InvalidRequest, LengthRequired
 from service.api.problems import documented, respond, status_of
 from service.api.state import ApiState
@@ -18,7 +18,7 @@ from service.api.uploads_body import EarlyReply, UploadBody, span_of
 from service.jobs.blobs import Span, Upload
 
 PREFIX = "/v1/blobs/"
-router = APIRouter(prefix="/v1/blobs", tags=["blobs"])
+router = APIRouter(prefix="/v1/blobs", tags=["blobs"], dependencies=[KnownParameters])
 
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of the file, in lower-case hexadecimal.")]
 ContentRange = Annotated[

@@ -78,7 +78,8 @@ class JobWarning(_Event):
     type: Literal["job.warning"]
     code: str
     text: str
-    tensor: str | None = None
+    tensor: str | None = Field(default=None, description="The tensor concerned; absent where it is the whole source.")
+    output: str | None = Field(default=None, description="The name of the output concerned; absent where it is all.")
 
 
 class JobSucceeded(_Event):

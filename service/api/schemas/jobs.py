@@ -61,7 +61,8 @@ class Result(Figures):
     modality: str
     backend: str
     quantization_time_s: float
-    warnings: list[str]
+    warnings: list[str] = Field(description="The first 20; the report and the events have all.")
+    warnings_total: int
     outputs: list[OutputFigures]
 
 

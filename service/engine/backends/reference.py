@@ -33,7 +33,9 @@ class ReferenceBackend(Backend):
 
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """See `Backend.quantize`."""
-        return _join([self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)])
+        # What overflows in a search is worse than what it is compared with, and so is not taken.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _join([self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)])
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""

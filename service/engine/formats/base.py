@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from service.engine.formats.source import Identity
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo
@@ -32,6 +33,7 @@ class ModelLayout:
     diffusers pipeline); `stem` the name of its weight file without suffix (`model`,
     `diffusion_pytorch_model`). `companions` are all other files of the folder that go along,
     relative to the root. `config` is the `config.json` in `weights_dir`, `{}` if there is none.
+    `identities` tells whether a companion is still what it was when the model was opened.
     `fingerprint` is a SHA-256 over headers and sizes: two copies of a model have the same.
     """
 
@@ -47,6 +49,7 @@ class ModelLayout:
     tensor_count: int = 0
     name_bytes: int = 0  # of all tensor names together, as JSON
     warnings: tuple[str, ...] = ()
+    identities: Mapping[PurePosixPath, Identity] = field(default_factory=dict)
 
 
 class ModelReader(ABC):

@@ -13,6 +13,7 @@ from service.engine.formats.compressed_tensors_reader import CompressedTensorsRe
 from service.engine.formats.compressed_tensors_writer import WEIGHT, CompressedTensorsWriter
 from service.engine.formats.layout import find_placement
 from service.engine.formats.safetensors import quantization_config
+from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import TensorInfo
 
@@ -65,12 +66,13 @@ class CompressedTensorsFormat(Format):
 
     @classmethod
     def refuses_tensor(cls, info: TensorInfo, scheme: Scheme) -> str | None:
-        """Its loaders look for the weights of linear layers."""
-        del scheme
+        """Its loaders look for the weights of linear layers, and trip over one kind of small ones."""
         if not info.name.endswith(WEIGHT):
             return f"only tensors named `*{WEIGHT}` belong to layers that loaders of this format know"
         if len(info.shape) != 2:
             return f"it has {len(info.shape)} dimensions, and loaders of this format take matrices"
+        if _trips_the_library(info, scheme):
+            return f"the library compressed-tensors cannot unpack 4-bit zero points in groups of {info.rows} rows"
         return None
 
     @classmethod
@@ -78,3 +80,13 @@ class CompressedTensorsFormat(Format):
         """See `Format.writer`."""
         assert isinstance(context.options, CompressedTensorsOptions)
         return CompressedTensorsWriter(folder, context, context.options.packing_of, context.options.max_shard_bytes)
+
+
+def _trips_the_library(info: TensorInfo, scheme: Scheme) -> bool:
+    """Whether version 0.20 fails to decompress it: the zero points of up to eight rows are one word per group.
+
+    It transposes these words and views them as bytes, which torch allows only where they stay in
+    one row. All other widths are unpacked in another way.
+    """
+    groups = scheme.groups(info.cols) if scheme.granularity == "group" else 1
+    return scheme.bits == 4 and not scheme.symmetric and groups > 1 and info.rows * scheme.bits <= WORD_BITS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,19 +11,30 @@ from typing import Any
 
 from service.engine.formats.base import ModelLayout
 from service.engine.formats.modality import find_modality
-from service.engine.formats.safetensors_header import parse_json
-from service.engine.formats.source import SourceFile
+from service.engine.formats.source import Identity
+from service.engine.formats.walk import walk
+from service.engine.formats.weights import (
+    ANY_INDEX,
+    INDEX_SUFFIX,
+    MANIFEST,
+    WEIGHTS_SUFFIX,
+    Weights,
+    choose_weights,
+    read_index,
+    read_json_object,
+    weights_of_index,
+)
 from service.engine.tensors import TensorInfo
-from service.errors import CorruptModel, ForbiddenPath, ModelNotFound, PickledWeights
+from service.errors import ModelNotFound, PickledWeights
 
-WEIGHTS_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".ckpt", ".pth"})
 #: Weights that are neither read nor carried along.
 OTHER_WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".h5", ".msgpack", ".onnx", ".gguf", ".ot"}
+#: What outputs hold their weights in: a reader would take any such file beside them for one of theirs.
+WRITTEN_SUFFIXES = frozenset({WEIGHTS_SUFFIX, ".parquet"})
+METADATA = PurePosixPath("metadata.json")
 PIPELINE_FILE = "model_index.json"
 DENOISERS = ("transformer", "unet")
-MAX_JSON_BYTES = 100_000_000
 
 HOW_TO_CONVERT = (
     "Pickled weights are never loaded. Convert them where you trust them: "
@@ -37,7 +47,7 @@ class Placement:
     """A model on disk before its weights are opened; all paths relative to `root`.
 
     `index` is a file that maps tensors to weight files, `weight_map` what it says; without one,
-    all of `weights` are read.
+    all of `weights` are read. `pipeline` is `model_index.json` where the weights are those of a denoiser.
     """
 
     root: Path
@@ -49,6 +59,7 @@ class Placement:
     companions: tuple[PurePosixPath, ...]
     config: dict[str, Any]
     stated: dict[str, Any]  # metadata.json
+    pipeline: dict[str, Any] | None
     warnings: tuple[str, ...]
 
     @property
@@ -66,12 +77,13 @@ class Placement:
     ) -> ModelLayout:
         """The layout, now that the headers, (file, file size, header), are known."""
         names = [t.name for t in tensors]
-        modality = find_modality(self.stated, self.config, metadata, names)
+        modality = find_modality(self.stated, self.config, metadata, names, self.pipeline)
         return ModelLayout(
             root=self.root,
             weights_dir=self.weights_dir,
             stem=self.stem,
             companions=self.companions,
+            identities={name: Identity.of((self.root / name).stat()) for name in self.companions},
             config=self.config,
             modality=modality.name,
             is_diffusion=modality.is_diffusion,
@@ -86,15 +98,15 @@ class Placement:
 def files_under(path: Path) -> Iterator[Path]:
     """Every file that opening or copying the model at `path` may touch, found without reading weights.
 
-    Links are listed and not resolved: whoever has rules about them resolves and checks each. Linked
-    folders are not entered by anything here.
+    Links are listed and not resolved, nor asked whether they lead anywhere: whoever has rules about
+    them resolves and checks each. Raises CorruptModel or ForbiddenPath for an index.
     """
     if path.is_dir():
-        yield from (path / name for name in _walk(path))
+        yield from (path / name for name in walk(path).files)
         return
     yield path
     if path.name.endswith(INDEX_SUFFIX):
-        yield from sorted(p for p in path.parent.iterdir() if p.name.endswith(WEIGHTS_SUFFIX))
+        yield from (path.parent / name for name in read_index(path.parent, PurePosixPath(path.name)).files)
 
 
 def find_placement(path: Path, suffix: str = WEIGHTS_SUFFIX) -> Placement:
@@ -109,18 +121,18 @@ def find_placement(path: Path, suffix: str = WEIGHTS_SUFFIX) -> Placement:
     name = PurePosixPath(path.name)
     if path.suffix in PICKLE_SUFFIXES:
         raise PickledWeights(f"{name} is pickled. {HOW_TO_CONVERT}")
-    index = name if path.name.endswith(INDEX_SUFFIX) else None
-    weight_map = _read_index(path.parent, name) if index else {}
+    weights = weights_of_index(path.parent, name) if path.name.endswith(INDEX_SUFFIX) else Weights((name,))
     return Placement(
         root=path.parent,
         weights_dir=PurePosixPath("."),
         stem=_stem(path.name, suffix),
-        weights=tuple(sorted(set(weight_map.values()))) if index else (name,),
-        index=index,
-        weight_map=weight_map,
+        weights=weights.files,
+        index=weights.index,
+        weight_map=weights.weight_map,
         companions=(),
         config={},
         stated={},
+        pipeline=None,
         warnings=(),
     )
 
@@ -134,57 +146,48 @@ def weights_folder(root: Path) -> PurePosixPath:
     return PurePosixPath(".")
 
 
-def read_json_object(root: Path, name: PurePosixPath) -> dict[str, Any]:
-    """A JSON object of the model, `{}` when the file is not there; raises CorruptModel for anything else."""
-    if not (root / name).is_file():
-        return {}
-    file = SourceFile(root, name)
-    try:
-        if file.size > MAX_JSON_BYTES:
-            raise CorruptModel(f"{name} has {file.size} bytes; at most {MAX_JSON_BYTES} are read.")
-        value = parse_json(file.read(0, file.size).tobytes(), name)
-    finally:
-        file.close()
-    if not isinstance(value, dict):
-        raise CorruptModel(f"{name} is damaged: it holds no JSON object.")
-    return value
-
-
 def _folder(root: Path, suffix: str) -> Placement:
     weights_dir = weights_folder(root)
-    names = list(_walk(root))
-    here = [name for name in names if name.parent == weights_dir]
-    index = next((n for n in here if suffix == WEIGHTS_SUFFIX and n.name.endswith(INDEX_SUFFIX)), None)
-    weight_map = _read_index(root, index) if index else {}
-    weights = sorted(set(weight_map.values())) if index else [n for n in here if n.name.endswith(suffix)]
-    if not weights:
+    walked = walk(root)
+    here = [name for name in walked.files if name.parent == weights_dir]
+    weights = choose_weights(root, here, suffix)
+    if not weights.files:
         _raise_no_weights(weights_dir, here, suffix)
-    taken = {*weights, *(n for n in here if n.name.endswith((suffix, INDEX_SUFFIX)))}
-    skipped = [n for n in names if n.suffix in OTHER_WEIGHT_SUFFIXES or (n in taken and n not in {*weights, index})]
+    taken = {*weights.files, weights.index}
+    left_out = {n: why for n in walked.files if n not in taken and (why := _why_left_out(n, weights_dir))}
+    stated = read_json_object(root, METADATA)
     return Placement(
         root=root,
         weights_dir=weights_dir,
-        stem=_stem((index or weights[0]).name, suffix),
-        weights=tuple(weights),
-        index=index,
-        weight_map=weight_map,
-        companions=tuple(n for n in names if n not in taken and n not in set(skipped)),
+        stem=_stem((weights.index or weights.files[0]).name, suffix),
+        weights=weights.files,
+        index=weights.index,
+        weight_map=weights.weight_map,
+        companions=tuple(n for n in walked.files if n not in taken and n not in left_out),
         config=read_json_object(root, weights_dir / "config.json"),
-        stated=read_json_object(root, PurePosixPath("metadata.json")),
-        warnings=tuple(f"{n} holds weights that are neither read nor copied" for n in skipped),
+        stated=stated,
+        pipeline=read_json_object(root, PurePosixPath(PIPELINE_FILE)) if weights_dir.name else None,
+        warnings=(
+            *walked.warnings,
+            *(f"{name} {why}" for name, why in left_out.items()),
+            *((f"{METADATA} goes along only with outputs that have none of their own",) if stated else ()),
+        ),
     )
 
 
-def _walk(root: Path) -> Iterator[PurePosixPath]:
-    """Regular files, and links to such, sorted; hidden ones and what lies in hidden or linked folders left out."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        base = Path(folder)
-        yield from (
-            PurePosixPath((base / name).relative_to(root).as_posix())
-            for name in sorted(files)
-            if not name.startswith(".") and (base / name).is_file()
-        )
+def _why_left_out(name: PurePosixPath, weights_dir: PurePosixPath) -> str | None:
+    """Why a file that is not read does not go along, or None when it does."""
+    if name == PurePosixPath(MANIFEST):
+        return "is left out: every output has one of its own"
+    if name.suffix in OTHER_WEIGHT_SUFFIXES:
+        return "holds weights that are neither read nor copied"
+    if name.parent != weights_dir:
+        return None
+    if name.name.endswith(WEIGHTS_SUFFIX):
+        return "holds weights that are neither read nor copied"
+    if ANY_INDEX.search(name.name):
+        return "lists weights that are neither read nor copied"
+    return "is left out: it would be taken for weights" if name.suffix in WRITTEN_SUFFIXES else None
 
 
 def _raise_no_weights(weights_dir: PurePosixPath, here: list[PurePosixPath], suffix: str) -> None:
@@ -193,28 +196,6 @@ def _raise_no_weights(weights_dir: PurePosixPath, here: list[PurePosixPath], suf
         raise PickledWeights(f"The model has only pickled weights ({', '.join(pickled[:3])}). {HOW_TO_CONVERT}")
     where = "the folder" if weights_dir == PurePosixPath(".") else f"{weights_dir}/"
     raise ModelNotFound(f"There is no `*{suffix}` in {where}.")
-
-
-def _read_index(root: Path, index: PurePosixPath) -> dict[str, PurePosixPath]:
-    weight_map = read_json_object(root, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptModel(f"{index} is damaged: it has no `weight_map`.")
-    names: dict[str, PurePosixPath] = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(WEIGHTS_SUFFIX) or "\0" in shard:
-            raise CorruptModel(
-                f"{index} is damaged: tensor {tensor!r} is in no `*{WEIGHTS_SUFFIX}` file.", tensor=tensor
-            )
-        inner = PurePosixPath(shard)
-        if inner.is_absolute() or ".." in inner.parts or "\\" in shard:
-            raise ForbiddenPath(
-                f"{index} names the file of tensor {tensor!r} outside the model's folder.", tensor=tensor
-            )
-        names[tensor] = index.parent / inner
-    for shard_name in sorted(set(names.values())):
-        if not (root / shard_name).is_file():
-            raise CorruptModel(f"{index} names {shard_name}, which is not there. Fetch the model again.")
-    return names
 
 
 def _stem(name: str, suffix: str) -> str:

@@ -35,7 +35,7 @@ DIFFUSION_TENSORS: Table = (
 
 @dataclass(frozen=True, slots=True)
 class Modality:
-    """The answer, and where it was found: `metadata.json`, `config.json`, `header`, `tensor names` or `default`."""
+    """The answer, and where it was found: see `find_modality`; `default` when nothing tells."""
 
     name: str
     is_diffusion: bool
@@ -43,18 +43,32 @@ class Modality:
 
 
 def find_modality(
-    stated: Mapping[str, Any], config: Mapping[str, Any], header: Mapping[str, str], tensors: Iterable[str]
+    stated: Mapping[str, Any],
+    config: Mapping[str, Any],
+    header: Mapping[str, str],
+    tensors: Iterable[str],
+    pipeline: Mapping[str, Any] | None = None,
 ) -> Modality:
-    """From metadata.json, else the model's config, else the safetensors header, else the tensors' names."""
-    by_config = _from_words(_config_words(config))
-    by_header = _from_words([header.get("modelspec.architecture", ""), header.get("ss_base_model_version", "")])
-    by_names = _from_tensors(tensors)
-    guesses = [("config.json", by_config), ("header", by_header), ("tensor names", by_names)]
-    guess = next(((where, found) for where, found in guesses if found), ("default", ("text", False)))
+    """From metadata.json, else the model's config, else the safetensors header, else the tensors' names.
+
+    `pipeline` is the model_index.json beside the folder of a denoiser. Such a model is a diffusion
+    model, and one of images unless a name says otherwise.
+    """
+    guesses = [
+        ("config.json", _from_words(_config_words(config))),
+        ("model_index.json", _from_words(_config_words(pipeline or {}))),
+        ("header", _from_words([header.get("modelspec.architecture", ""), header.get("ss_base_model_version", "")])),
+        ("tensor names", _from_tensors(tensors)),
+        ("default", ("text", False)),
+    ]
+    if pipeline is not None:
+        guesses = [(where, found) for where, found in guesses if found and found[1]]
+        guesses.append(("model_index.json", ("image", True)))
+    where, (modality, is_diffusion) = next((where, found) for where, found in guesses if found)
     if stated.get("modality") in MODALITIES:
-        diffusion = stated.get("is_diffusion_model", guess[1][1])
+        diffusion = stated.get("is_diffusion_model", is_diffusion)
         return Modality(str(stated["modality"]), bool(diffusion), "metadata.json")
-    return Modality(*guess[1], guess[0])
+    return Modality(modality, is_diffusion, where)
 
 
 def _config_words(config: Mapping[str, Any]) -> list[str]:

@@ -8,10 +8,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
-from service.engine.formats.layout import WEIGHTS_SUFFIX, find_placement, weights_folder
+from service.engine.formats.layout import find_placement, weights_folder
 from service.engine.formats.parquet_reader import ParquetReader
 from service.engine.formats.parquet_schema import SUFFIX
 from service.engine.formats.parquet_writer import ParquetWriter
+from service.engine.formats.weights import WEIGHTS_SUFFIX
 from service.engine.schemes.base import Scheme
 
 

@@ -42,15 +42,12 @@ def open_model(path: Path) -> ModelReader:
 
 
 def _nothing_reads(path: Path) -> Exception:
-    if path.is_dir():
-        method = quantization_config(path).get("quant_method")
-        if method is not None:
-            return AlreadyQuantized(f"The model is quantized by {method!r}, which cannot be read. Give the original.")
-        return ModelNotFound("The folder holds no model that can be read: there is no `*.safetensors` in it.")
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.is_dir() and (method := quantization_config(path).get("quant_method")) is not None:
+        return AlreadyQuantized(f"The model is quantized by {method!r}, which cannot be read. Give the original.")
+    if path.is_dir() or path.suffix in PICKLE_SUFFIXES:
         try:
             find_placement(path)
-        except PickledWeights as error:
+        except (PickledWeights, ModelNotFound) as error:
             return error
     return UnsupportedModel(f"{path.name} is of a kind that is not read. Readable are {', '.join(_readable())}.")
 

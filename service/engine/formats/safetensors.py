@@ -7,17 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from service.engine.formats.base import Format, ModelReader
-from service.engine.formats.layout import (
-    INDEX_SUFFIX,
-    PICKLE_SUFFIXES,
-    WEIGHTS_SUFFIX,
-    Placement,
-    find_placement,
-    read_json_object,
-    weights_folder,
-)
+from service.engine.formats.layout import Placement, find_placement, weights_folder
 from service.engine.formats.safetensors_header import Header, read_header
 from service.engine.formats.source import SourceFile
+from service.engine.formats.weights import INDEX_SUFFIX, WEIGHTS_SUFFIX, read_json_object
 from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, TensorInfo
 from service.errors import ArrowQuantError, CorruptModel
 
@@ -34,7 +27,7 @@ class SafetensorsFormat(Format):
         """Files by their name; folders unless their config says that they are quantized."""
         if path.is_dir():
             names = {p.name for p in (path / weights_folder(path)).iterdir()}
-            held = any(n.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX, *PICKLE_SUFFIXES)) for n in names)
+            held = any(n.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)) for n in names)
             return held and not quantization_config(path)
         return path.name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX))
 

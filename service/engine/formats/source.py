@@ -35,17 +35,23 @@ class Identity(NamedTuple):
 class SourceFile:
     """A file open for reading. `name`, relative to the model's root, is all that errors tell of its path."""
 
-    def __init__(self, root: Path, name: PurePosixPath) -> None:
+    def __init__(self, root: Path, name: PurePosixPath, expected: Identity | None = None) -> None:
+        """Raises SourceChanged when it is another file than `expected`, ModelNotFound or StorageFailure."""
         self.name = name
         self.path = root / name
         try:
             if not self.path.is_file():  # a pipe would block, a folder would fail later
+                if expected is not None:
+                    raise self._changed("was removed")
                 raise ModelNotFound(f"There is no file {name} in the model.")
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise storage_error(error, f"opening {name}") from error
         self._identity = Identity.of(os.fstat(self._fd))
         self._closed = False
+        if expected not in (None, self._identity):
+            self.close()
+            raise self._changed("was changed or replaced")
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ are held to it.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,6 +33,12 @@ SCALE_LIMITS: dict[str, tuple[float, float]] = {
     "F32": (2.0**-126, float(np.finfo(np.float32).max)),
     "F16": (2.0**-24, 65504.0),
     "BF16": (2.0**-126, (2 - 2.0**-7) * 2.0**127),
+}
+#: Smallest scale that a dtype stores with all its digits, and what none reaches without being cut off.
+SCALE_RANGES: dict[str, tuple[float, float]] = {
+    "F32": (0.0, math.inf),
+    "F16": (2.0**-14, 65504.0),
+    "BF16": (0.0, math.inf),
 }
 
 #: An array of any array-API library.

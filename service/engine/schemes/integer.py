@@ -91,4 +91,6 @@ class IntegerScheme(Scheme):
         return self.store_scale(xp, slope)
 
     def _zero_point(self, xp: Any, offset: AnyArray, scale: AnyArray) -> AnyArray:
-        return xp.clip(xp.rint(offset * (xp.float32(1.0) / scale)), 0, self.top)
+        zero = xp.rint(offset * (xp.float32(1.0) / scale))
+        # Sums over weights near the end of float32 overflow, and an infinity less an infinity is no number.
+        return xp.clip(xp.where(xp.isnan(zero), xp.float32(0.0), zero), 0, self.top)

@@ -1,4 +1,4 @@
-"""Kills a writer at every point where it may be killed, and compares what comes out in the end."""
+"""Kills a writer at every point where it may be killed, or has it start again, and compares what comes out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from service.engine.formats.base import ModelWriter
+from service.engine.schemes.base import Scheme
 from tests.engine.formats.outputs import Output, contents
 
 
@@ -24,6 +25,20 @@ def check_every_interruption(make: Callable[[str], Output]) -> None:
             _go_on(torn, done, states)
             assert contents(torn.folder) == expected, (done, kill.__name__)
             shutil.rmtree(torn.folder)
+
+
+def check_abandoned(make: Callable[[str], Output], other: Scheme) -> None:
+    """Whatever is begun in `other` and abandoned does not show in what comes out."""
+    plain, tried = make("plain"), make("tried")
+    plain.run()
+    writer = tried.writer()
+    for item in tried.items:
+        if item.scheme is not None:
+            tried.write(writer, item, other)
+            writer.abandon()
+        tried.add(writer, item)
+    writer.close(lambda: False)
+    assert contents(plain.folder) == contents(tried.folder)
 
 
 def _start(output: Output, done: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, UnsupportedModel
 from tests.engine.formats.outputs import BACKEND, Item, Output, all_integer_schemes, contents, label, normal
-from tests.engine.formats.resuming import check_every_interruption
+from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 
 FORMAT = "compressed-tensors"
 SHAPES = ((64, 96), (1, 64), (70, 128), (33, 160))
@@ -109,25 +109,14 @@ def test_parts_lie_at_multiples_of_their_item_size(output: MakeOutput) -> None:
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5000, 10**9])
-def test_a_run_killed_anywhere_ends_in_the_same_bytes(output: MakeOutput, max_shard_bytes: int) -> None:
-    check_every_interruption(
-        lambda folder: output(FORMAT, mixed_items(), folder, options={"max_shard_bytes": max_shard_bytes})
-    )
+def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_bytes(
+    output: MakeOutput, max_shard_bytes: int
+) -> None:
+    def make(folder: str) -> Output:
+        return output(FORMAT, mixed_items(), folder, options={"max_shard_bytes": max_shard_bytes})
 
-
-@pytest.mark.parametrize("max_shard_bytes", [5000, 10**9])
-def test_an_abandoned_tensor_leaves_no_trace(output: MakeOutput, max_shard_bytes: int) -> None:
-    options = {"max_shard_bytes": max_shard_bytes}
-    plain, other = (output(FORMAT, mixed_items(), folder, options=options) for folder in ("plain", "other"))
-    plain.run()
-    writer = other.writer()
-    for item in other.items:
-        if item.scheme is not None:
-            other.write(writer, item, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
-            writer.abandon()
-        other.add(writer, item)
-    writer.close(lambda: False)
-    assert contents(plain.folder) == contents(other.folder)
+    check_every_interruption(make)
+    check_abandoned(make, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
 
 
 def test_a_cancelled_close_returns_early(output: MakeOutput) -> None:
@@ -178,6 +167,21 @@ def test_schemes_and_tensors_that_its_loaders_do_not_know_are_refused() -> None:
         CompressedTensorsFormat.refuses_tensor(Item("a.weight", normal(4, 4, 3, 3)).info, INT4)
     )
     assert "*.weight" in str(CompressedTensorsFormat.refuses_tensor(Item("a.kernel", normal(4, 4)).info, INT4))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("size", [32, None])
+def test_of_few_rows_only_packed_zero_points_of_four_bits_in_groups_are_refused(
+    rows: int, bits: int, symmetric: bool, size: int | None
+) -> None:
+    scheme = build_scheme(
+        f"int{bits}", symmetric=symmetric, granularity="group" if size else "channel", group_size=size
+    )
+    refusal = CompressedTensorsFormat.refuses_tensor(Item("a.weight", normal(rows, 96)).info, scheme)
+    assert (refusal is not None) == (rows <= 8 and bits == 4 and not symmetric and size is not None)
+    assert refusal is None or f"{rows} rows" in refusal
 
 
 def test_two_tensors_that_would_have_one_name_are_refused(output: MakeOutput) -> None:

@@ -81,22 +81,128 @@ def test_two_copies_have_one_fingerprint_and_another_shape_another(tmp_path: Pat
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_linked_files_are_listed_for_whoever_checks_links_and_linked_folders_are_not_entered(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    fill(outside, "secret.json")
+def test_linked_files_and_folders_go_along_under_their_own_names(tmp_path: Path) -> None:
+    fill(tmp_path / "shared", "vocab.txt", "deep/merges.txt", ".hidden")
     folder = model(tmp_path / "m")
-    (folder / "link.json").symlink_to(outside / "secret.json")
-    (folder / "linked").symlink_to(outside)
-    reader = open_model(folder)
-    assert folder / "link.json" in reader.files
-    assert folder / "link.json" in set(files_under(folder))
-    assert not any(p.name == "secret.json" for p in [*files_under(folder), *reader.files])
+    (folder / "link.json").symlink_to(tmp_path / "shared" / "vocab.txt")
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name).symlink_to(tmp_path / "shared")
+    layout = (reader := open_model(folder)).layout
+    names = ["config.json", "link.json"]
+    names += [
+        f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in ("vocab.txt", "deep/merges.txt")
+    ]
+    assert [str(c) for c in layout.companions] == names
+    assert layout.warnings == ()
+    assert {*files_under(folder)} == {*reader.files} == {folder / n for n in (*names, "model.safetensors")}
 
 
-def test_files_under_an_index_are_the_weights_beside_it(tmp_path: Path) -> None:
-    fill(tmp_path, "m.safetensors.index.json", "m-1.safetensors", "other.txt")
-    names = [p.name for p in files_under(tmp_path / "m.safetensors.index.json")]
-    assert names == ["m.safetensors.index.json", "m-1.safetensors"]
+def test_links_to_folders_around_them_or_to_nothing_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    (folder / "sub").mkdir()
+    for name, target in {
+        "again": folder,
+        "up": tmp_path,
+        "sub/back": folder,
+        "gone": "nothing",
+        "ring": "ring",
+    }.items():
+        (folder / name).symlink_to(target)
+    layout = open_model(folder).layout
+    assert [str(c) for c in layout.companions] == ["config.json"]
+    for name in ("again", "up", "sub/back", "gone", "ring"):
+        assert any(warning.startswith(f"{name} is left out") for warning in layout.warnings), name
+
+
+def test_links_that_meet_again_and_again_are_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.formats.walk.MAX_ENTRIES", 500)
+    folder = model(tmp_path / "m")
+    for depth in range(20):  # 2**20 ways to the last folder
+        (tmp_path / f"d{depth}").mkdir()
+        for name in ("one", "two"):
+            (tmp_path / f"d{depth}" / name).symlink_to(tmp_path / f"d{depth + 1}")
+    (tmp_path / "d20").mkdir()
+    (folder / "maze").symlink_to(tmp_path / "d0")
+    with pytest.raises(UnsupportedModel, match="more than 500"):
+        open_model(folder)
+
+
+def test_files_under_an_index_are_those_that_it_names_there_or_not(tmp_path: Path) -> None:
+    fill(tmp_path, "m-1.safetensors", "other.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "sub/m-2.safetensors"}}))
+    assert list(files_under(index)) == [index, tmp_path / "m-1.safetensors", tmp_path / "sub" / "m-2.safetensors"]
+
+
+@pytest.mark.parametrize("folder", [".", "unet"])
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_of_several_variants_the_one_with_the_canonical_name_is_read(tmp_path: Path, stem: str, folder: str) -> None:
+    # As diffusers folders have them; the adapter has a tensor of its own, which was merged silently.
+    here = tmp_path / folder
+    model(here, f"{stem}.safetensors")
+    fill(tmp_path, "model_index.json")
+    others = [f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors", f"{stem}.fp16.safetensors.index.json",
+              f"{stem}.safetensors.index.fp16.json"]  # fmt: skip
+    fill(here, *others)
+    save(here / "adapter_model.safetensors", {"lora.weight": normal(4, 4)})
+    reader = open_model(tmp_path)
+    assert ([t.name for t in reader.tensors], reader.layout.stem) == (["w.weight"], stem)
+    for name in (*others, "adapter_model.safetensors"):
+        assert any(name in w and "neither read nor copied" in w for w in reader.layout.warnings), name
+        assert not any(c.name == name for c in reader.layout.companions)
+
+
+def test_shards_with_canonical_names_are_read_without_an_index_and_variants_are_not(tmp_path: Path) -> None:
+    for i in (1, 2):
+        save(tmp_path / f"model-0000{i}-of-00002.safetensors", {f"w{i}.weight": normal(4, 4)})
+        save(tmp_path / f"model.fp16-0000{i}-of-00002.safetensors", {f"w{i}.weight": normal(4, 4)})
+    reader = open_model(tmp_path)
+    assert ([t.name for t in reader.tensors], reader.layout.stem) == (["w1.weight", "w2.weight"], "model")
+
+
+def test_an_index_with_a_canonical_name_comes_before_one_of_a_variant(tmp_path: Path) -> None:
+    for stem in ("model", "model.fp16"):
+        save(tmp_path / f"{stem}-00001-of-00001.safetensors", {f"{stem}.weight": normal(4, 4)})
+        weight_map = {f"{stem}.weight": f"{stem}-00001-of-00001.safetensors"}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert [t.name for t in open_model(tmp_path).tensors] == ["model.weight"]
+
+
+def test_where_no_name_is_canonical_all_weights_are_one_model(tmp_path: Path) -> None:
+    for stem in ("part-a", "part-b"):
+        save(tmp_path / f"{stem}.safetensors", {f"{stem}.weight": normal(4, 4)})
+    assert [t.name for t in open_model(tmp_path).tensors] == ["part-a.weight", "part-b.weight"]
+
+
+def test_what_outputs_write_themselves_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    model(tmp_path)
+    fill(tmp_path, "manifest.json", "sub/manifest.json", "model-00001.parquet", "data/train.parquet")
+    (tmp_path / "metadata.json").write_text('{"modality": "text"}')
+    layout = open_model(tmp_path).layout
+    assert {str(c) for c in layout.companions} == {
+        "config.json", "metadata.json", "sub/manifest.json", "data/train.parquet"}  # fmt: skip
+    for name in ("manifest.json", "metadata.json", "model-00001.parquet"):
+        assert any(w.startswith(name) for w in layout.warnings), name
+    assert len(layout.warnings) == 3
+
+
+@pytest.mark.parametrize(
+    ("class_name", "pipeline", "expected"),
+    [
+        ("NewDenoiserModel", "NewPipeline", ("image", True, "model_index.json")),
+        ("NewDenoiserModel", "CogVideoXPipeline", ("video", True, "model_index.json")),
+        ("WanTransformer3DModel", "NewPipeline", ("video", True, "config.json")),
+    ],
+)
+def test_a_pipeline_is_a_diffusion_model_whatever_its_classes_are_called(
+    tmp_path: Path, class_name: str, pipeline: str, expected: tuple[str, bool, str]
+) -> None:
+    model(tmp_path, "transformer/diffusion_pytorch_model.safetensors", _class_name=class_name)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    layout = open_model(tmp_path).layout
+    assert (layout.modality, layout.is_diffusion, layout.modality_from) == expected
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.ckpt", "x.pth"])

@@ -21,7 +21,7 @@ from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
 from tests.engine.formats.outputs import Item, Output, all_integer_schemes, contents, label, normal
-from tests.engine.formats.resuming import check_every_interruption
+from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 from tests.engine.formats.test_compressed_tensors import check, mixed_items
 
 FORMAT = "parquet"
@@ -71,25 +71,14 @@ def test_large_tensors_are_cut_into_chunks_of_whole_rows(
 
 
 @pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
-def test_a_run_killed_anywhere_ends_in_the_same_bytes(output: MakeOutput, max_file_bytes: int) -> None:
-    check_every_interruption(
-        lambda folder: output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
-    )
+def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_bytes(
+    output: MakeOutput, max_file_bytes: int
+) -> None:
+    def make(folder: str) -> Output:
+        return output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
 
-
-@pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
-def test_an_abandoned_tensor_leaves_no_trace(output: MakeOutput, max_file_bytes: int) -> None:
-    options = {"max_file_bytes": max_file_bytes}
-    plain, other = (output(FORMAT, mixed_items(), folder, options=options) for folder in ("plain", "other"))
-    plain.run()
-    writer = other.writer()
-    for item in other.items:
-        if item.scheme is not None:
-            other.write(writer, item, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
-            writer.abandon()
-        other.add(writer, item)
-    writer.close(lambda: False)
-    assert contents(plain.folder) == contents(other.folder)
+    check_every_interruption(make)
+    check_abandoned(make, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
 
 
 def test_the_columns_say_what_a_reader_has_to_know(output: MakeOutput) -> None:

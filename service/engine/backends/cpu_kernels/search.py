@@ -92,7 +92,7 @@ def _measure(
 
 @emitted(types.none, _P, _P, _P)
 def find_ranges(builder, source, count, lanes):
-    """LOW, HIGH and TOTAL of the groups, and no best grid yet."""
+    """LOW, HIGH and TOTAL of the groups."""
     x, state = Memory(builder, source, F32), Lanes(builder, lanes)
 
     def step(i: ir.Value, s: State) -> State:
@@ -100,7 +100,6 @@ def find_ranges(builder, source, count, lanes):
         return [value.min(s[0]), value.max(s[1]), s[2] + value]
 
     state[LOW], state[HIGH], state[TOTAL] = loop(builder, count, 1, [zeros(builder) for _ in range(3)], step)
-    state[BEST_ERROR] = zeros(builder).const(float("inf"))
 
 
 @emitted(types.none, _P, _P, _P, _F, _F, _F, types.boolean, *FORM)
@@ -151,6 +150,13 @@ def _refit(state: Lanes, form: Form, size: Vec) -> tuple[Vec, Vec]:
 
 
 @emitted(types.none, _P)
+def keep_first(builder, lanes):
+    """The grid reached is the best so far, even where its error is beyond float32."""
+    state = Lanes(builder, lanes)
+    state[BEST_SCALE], state[BEST_ZERO], state[BEST_ERROR] = state[SCALE], state[ZERO], state[ERROR]
+
+
+@emitted(types.none, _P)
 def keep_best(builder, lanes):
     """The grid reached becomes the best one where its error is smaller."""
     state = Lanes(builder, lanes)
@@ -183,7 +189,7 @@ def _search(source, count, lanes, clips, iterations, codebook, form):
     """The best grids of the LANES groups at `source`, into BEST_SCALE and BEST_ZERO."""
     find_ranges(source, count, lanes)
     start_descent(source, count, lanes, np.float32(1.0), np.float32(1.0), np.float32(count), codebook, *form)
-    keep_best(lanes)
+    keep_first(lanes)
     for i in range(clips.shape[0]):
         start_descent(source, count, lanes, clips[i, 0], clips[i, 1], np.float32(count), codebook, *form)
         for _ in range(iterations):
