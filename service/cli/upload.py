@@ -11,6 +11,7 @@ from typing import Any
 from service.cli.client import Server
 from service.cli.display import Display, Transfer, open_display
 from service.cli.outcome import USAGE, Failed
+from service.engine.formats.walk import walk
 
 READ_BYTES = 4 << 20
 INDEX_SUFFIX = ".index.json"
@@ -69,14 +70,13 @@ class _Meter:
 
 
 def _files(source: Path) -> dict[str, Path]:
-    """What belongs to a model: path in its folder to path here. Hidden files stay."""
+    """What belongs to a model: path in its folder to path here. Hidden files stay; links are followed."""
     if not source.exists():
         raise Failed({"code": "model_not_found", "detail": f"{source} does not exist"})
     if source.is_file() and not source.name.endswith(INDEX_SUFFIX):
         return {source.name: source}
     root = source.parent if source.is_file() else source
-    paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
-    files = {name.as_posix(): path for name, path in paths.items() if not any(p.startswith(".") for p in name.parts)}
+    files = {name.as_posix(): root / name for name in walk(root).files}
     if not files:
         raise Failed({"code": "model_not_found", "detail": f"{source} holds no files"}, status=USAGE)
     return files

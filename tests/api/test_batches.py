@@ -21,6 +21,7 @@ from service.jobs.store import DATABASE
 from tests.api.conftest import save_model
 from tests.api.test_events import frames
 from tests.api.test_jobs import large_model
+from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
 from tests.server import Json, Server, body
 
@@ -224,6 +225,57 @@ def test_pages_of_the_log_join_to_what_the_stream_replays(server: Server, ended:
             break
         parameters["after"] = page["next_cursor"]
     assert seen == follow(server, ended)
+
+
+@pytest.mark.parametrize("id_", ["9223372036854775808", "9" * 5000], ids=["2**63", "5000 digits"])
+def test_an_id_beyond_all_ids_is_refused(server: Server, ended: Json, id_: str) -> None:
+    address = ended["links"]["events"]
+    for headers in ({"Accept": "text/event-stream"}, LOG):
+        by_parameter = server.client.get(address, params={"after": id_}, headers=headers)
+        by_header = server.client.get(address, headers=headers | {"Last-Event-ID": id_})
+        for response, name in ((by_parameter, "after"), (by_header, "last-event-id")):
+            assert problem_of(response, 422, "invalid_request")["errors"][0]["parameter"].lower() == name
+    assert server.client.get(address, params={"after": 2**63 - 1}).status_code == 204
+
+
+@pytest.mark.parametrize("end", ["", "/{}", "/{}/events"])
+def test_a_parameter_that_a_call_does_not_have_is_refused(server: Server, ended: Json, end: str) -> None:
+    response = server.client.get(f"/v1/batches{end.format(ended['id'])}", params={"limt": "5"})
+    assert problem_of(response, 422, "invalid_request")["errors"][0]["parameter"] == "limt"
+
+
+@pytest.mark.parametrize("cursor", ["garbage", "", "job_01a0b2c3-0000-7000-8000-000000000000"])
+def test_a_cursor_of_another_list_is_refused(server: Server, cursor: str) -> None:
+    response = server.client.get("/v1/batches", params={"after": cursor})
+    assert problem_of(response, 422, "invalid_request")["errors"][0]["parameter"] == "after"
+
+
+def test_a_misspelt_purge_cancels_nothing(server: Server, model_root: Path) -> None:
+    batch = create(server, body(large_model(model_root), "parquet"))
+    response = server.client.delete(batch["links"]["self"], params={"pruge": "true"})
+    assert "it takes purge" in problem_of(response, 422, "invalid_request")["detail"]
+    assert server.client.get(batch["links"]["self"]).json()["status"] == "in_progress"
+    server.client.delete(batch["links"]["self"])
+    finish(server, batch)
+
+
+def test_a_label_that_no_filter_could_name_is_refused(server: Server, model: Path) -> None:
+    response = server.client.post("/v1/batches", json={"items": [body(model, "parquet")], "labels": {"team:a": "b"}})
+    problem = problem_of(response, 422, "invalid_request")
+    assert [e["pointer"] for e in problem["errors"]] == ["/labels/team:a"]
+
+
+def test_an_address_that_a_running_job_writes_to_is_named(
+    server: Server, model: Path, model_root: Path, tmp_path: Path
+) -> None:
+    target = {"format": "parquet", "uri": (model_root / f"{tmp_path.name}-taken").as_uri()}
+    holder = server.submit(body(large_model(model_root), target))
+    response = server.client.post(
+        "/v1/batches", json={"items": [body(model, "parquet"), body(model, "compressed-tensors", target)]}
+    )
+    assert problem_of(response, 409, "target_in_use")["errors"][0]["pointer"] == "/items/1/outputs/1/uri"
+    server.cancel(holder["id"])
+    server.finish(holder["id"])
 
 
 def test_cancelling_ends_what_is_left_and_is_harmless_when_repeated(

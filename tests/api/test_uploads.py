@@ -18,6 +18,7 @@ import pytest
 from service.jobs.api_keys import Scope
 from tests.api.conftest import save_model
 from tests.api.keyed import Keyed
+from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
 from tests.jobs.test_disk_full import REPOSITORY, may_mount
 from tests.server import Json, Server, body, validation
@@ -279,6 +280,14 @@ def test_a_large_body_that_is_not_needed_gets_its_answer(server: Server, rng: np
     assert put(server, data).status_code == 200
     refused = put(server, data[5:], 5, len(data), "f" * 64)
     assert (refused.status_code, refused.headers["upload-offset"]) == (409, "0")
+
+
+def test_a_parameter_that_a_call_does_not_have_is_refused(server: Server, rng: np.random.Generator) -> None:
+    data = rng.bytes(1000)
+    assert server.client.head(address(sha256(data)), params={"size": "5"}).status_code == 422
+    response = server.client.put(address(sha256(data)), content=data, params={"size": "5"})
+    assert problem_of(response, 422, "invalid_request")["errors"][0]["parameter"] == "size"
+    assert offset(server, sha256(data)) == 0
 
 
 def test_other_methods_are_told_which_there_are(server: Server) -> None:

@@ -151,3 +151,22 @@ def test_upload_needs_a_server_and_a_model(server: Server, model: Path, tmp_path
     assert nothing.returncode == 1
     assert "does not exist" in nothing.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_into_the_model_that_is_sent(server: Server, model: Path) -> None:
+    before = hashes(model)
+    done = upload(server.base_url, model, model / "out")
+    assert (done.returncode, hashes(model)) == (2, before)
+    assert "lies in the model" in done.stderr
+
+
+def test_folders_behind_links_are_sent_as_they_are_quantized_here(server: Server, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "tokenizer.json").write_text("{}")
+    linking = tmp_path / "linking"
+    linking.mkdir()
+    (linking / "model.safetensors").symlink_to(next(model.glob("*.safetensors")))
+    (linking / "tokenizer").symlink_to(tmp_path / "shared")
+    done = upload(server.base_url, linking, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "compressed-tensors" / "tokenizer" / "tokenizer.json").read_text() == "{}"

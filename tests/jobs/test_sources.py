@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from service.errors import CorruptModel, ForbiddenPath, InvalidConfig, ModelNotFound, PickledWeights
+from service.jobs.blobs import Span
 from service.jobs.events import Event
 from service.jobs.job import Status
 from service.jobs.manager import JobManager
 from service.jobs.sources import Sources
+from service.jobs.tenant import DEFAULT_TENANT
 from tests.jobs.models import files_below, make_long_model, make_model, quantize_request, validate_request
 
 
@@ -138,3 +143,54 @@ async def test_a_folder_of_pickled_weights_is_refused_at_once(manager: JobManage
     (root / "model" / "config.json").write_text("{}")
     with pytest.raises(PickledWeights, match=r"pytorch_model\.bin"):
         await manager.submit(quantize_request(root / "model"))
+
+
+def send(manager: JobManager, file: Path) -> str:
+    """Make a file a blob; the digest that a source names."""
+    data = file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    upload = manager.blobs.begin(DEFAULT_TENANT, digest, Span(0, len(data), len(data)))
+    try:
+        upload.write(data)
+        assert upload.finish()
+    finally:
+        upload.close()
+    return f"sha256:{digest}"
+
+
+@pytest.mark.parametrize("links", ["hard", "symbolic"])
+async def test_the_links_to_blobs_are_followed_whatever_kind_the_file_system_has(
+    manager: JobManager, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: str
+) -> None:
+    files = {"model.safetensors": send(manager, make_model(tmp_path / "mine.safetensors"))}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files["tokenizer.json"] = send(manager, tmp_path / "tokenizer.json")
+    if links == "symbolic":
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    output = {"format": "compressed-tensors", "uri": (root / "out").as_uri()}
+    request = quantize_request({"type": "blobs", "files": files}, outputs=[output])
+    assert len((await manager.plan(request)).outputs) == 1
+    job = await manager.submit(request)
+    done = await manager.wait(job.id, 30)
+    assert (done.status, done.error) == (Status.SUCCEEDED, None)
+    assert (root / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (root / "out" / "tokenizer.json").is_symlink()
+
+
+async def test_an_index_among_blobs_names_none_but_blobs(manager: JobManager, secret: Path, tmp_path: Path) -> None:
+    index = make_index(tmp_path / "mine", f"../../../../{secret.parent.name}/{secret.name}")
+    request = quantize_request({"type": "blobs", "files": {index.name: send(manager, index)}})
+    with pytest.raises(ForbiddenPath):
+        await manager.plan(request)
+
+
+async def test_a_pickle_among_blobs_is_refused_at_once(manager: JobManager, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"\x80\x04.")
+    files = {"pytorch_model.bin": send(manager, tmp_path / "weights")}
+    with pytest.raises(PickledWeights, match=r"pytorch_model\.bin"):
+        await manager.submit(quantize_request({"type": "blobs", "files": files}))
+    assert files_below(tmp_path / "data" / "work") == []
