@@ -52,7 +52,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     """A command, going on."""
-    command = [*ARROWQUANT, *map(str, arguments)]
+    # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
+    command = ["env", "--default-signal=INT", *ARROWQUANT, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
