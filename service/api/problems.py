@@ -49,6 +49,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.NotReady: 503,
     errors.QueueFull: 429,
     errors.Draining: 503,
+    errors.IdempotencyKeyReused: 422,
     http_errors.MethodNotAllowed: 405,
     http_errors.NotAcceptable: 406,
     http_errors.UnsupportedMediaType: 415,

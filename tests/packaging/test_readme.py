@@ -48,7 +48,7 @@ def test_the_curl_session_works_when_pasted(server: Server, minilm: Path, tmp_pa
     assert f'announced "{digest}", arrived {digest}' in shown
     assert "\n304\n" in shown
     assert "\nparquet/manifest.json\n" in shown
-    assert re.search(r"\n(cancelling|cancelled)\ncancelled\n200\n", shown), shown
+    assert re.search(r"\n(cancelling|cancelled)\ncancelled\n200\n204\n", shown), shown
     assert re.search(r"\n(batch_\S+) and again \1\n2\n{'total': 2,.*'succeeded': 2,.*}\n200\n", shown), shown
     assert '"pointer":"/config/bit_width"' in shown
     assert '"code":"not_found"' in shown
