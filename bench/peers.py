@@ -21,11 +21,15 @@ Prepare = Callable[[Array], Callable[[], object]]
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Something to compare with; `prepare` raises ImportError where its library is absent."""
+    """Something to compare with; `prepare` raises ImportError where its library is absent.
+
+    One that would take minutes gets a `share`-th of the weights.
+    """
 
     name: str
     package: str
     prepare: Prepare
+    share: int = 1
 
 
 def naive_int4(x: Array) -> Array:
@@ -92,10 +96,38 @@ def _gguf(kind: str) -> Prepare:
     return prepare
 
 
+def _torchao(x: Array) -> Callable[[], object]:
+    import torch
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+
+    weights, block = _torch_tensor(x), (1, GROUP)
+
+    def run() -> Any:
+        scale, zero = choose_qparams_affine(weights, MappingType.ASYMMETRIC, block, torch.uint8, 0, 15)
+        return quantize_affine(weights, block, scale, zero, torch.uint8, 0, 15)
+
+    return run
+
+
+def _hqq(*, optimize: bool) -> Prepare:
+    def prepare(x: Array) -> Callable[[], object]:
+        import torch
+        from hqq.core.quantize import Quantizer
+
+        weights = _torch_tensor(x)
+        settings = {"nbits": 4, "group_size": GROUP, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+        return lambda: Quantizer.quantize(weights, optimize=optimize, **settings)
+
+    return prepare
+
+
 PEERS = (
     Peer("NumPy, the obvious six lines: int4", "numpy", _numpy),
     Peer("torch eager, then nibbles packed: int4", "torch", _torch),
     Peer("compressed-tensors, quantize and pack: int4", "compressed-tensors", _compressed_tensors),
+    Peer("torchao, not packed: int4", "torchao", _torchao),
+    Peer("HQQ without its optimisation: int4", "hqq", _hqq(optimize=False)),
+    Peer("HQQ: int4", "hqq", _hqq(optimize=True), share=8),
     Peer("gguf (Python): Q4_0", "gguf", _gguf("Q4_0")),
     Peer("gguf (Python): Q8_0", "gguf", _gguf("Q8_0")),
 )
@@ -105,6 +137,6 @@ def prepared(x: Array) -> Iterator[tuple[Peer, Callable[[], object] | None]]:
     """Every peer with its call on x, or None where its library is absent."""
     for peer in PEERS:
         try:
-            yield peer, peer.prepare(x)
+            yield peer, peer.prepare(x[: x.shape[0] // peer.share])
         except ImportError:
             yield peer, None
