@@ -153,7 +153,7 @@ class _Run:
         self._writers[index].close(cancelled)
         stop_when(cancelled)
         folder, layout = self._work / output.name, self._plan.layout
-        companions = sum((layout.root / path).stat().st_size for path in layout.companions)
+        companions = sum(layout.source.size(name) for name in layout.companions)
         copy_companions(layout, folder, self._advancing("writing", companions))
         total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         entries = seal(folder, self._about(output), self._advancing("hashing", total))
@@ -196,9 +196,8 @@ def _usual_bits(tensors: Iterable[TensorReport]) -> int | None:
 def _fingerprint(plan: Plan, reader: ModelReader, tools: Tools) -> str:
     """Names all that the bytes of the outputs depend on; of the source's files also that they are the same ones."""
     parts: list[Any] = [service.__version__, plan.layout.fingerprint, tools.backend.id, tools.block_bytes]
-    for path in reader.files:
-        stat = path.stat()
-        parts.append([path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns])
+    source = reader.layout.source
+    parts += [[str(name), *source.identity(name)] for name in reader.files]
     for output in plan.outputs:
         parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
         parts.append(output.config.model_dump(mode="json"))

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from service.engine.formats.base import FileEntry, ModelLayout
-from service.engine.formats.source import SourceFile
 from service.engine.formats.weights import MANIFEST
 from service.errors import Cancelled, TargetInUse
 from service.storage.durable import copy_folder, sync
@@ -46,7 +45,7 @@ def copy_companions(layout: ModelLayout, folder: Path, advance: Advance) -> None
 
 def _copy(layout: ModelLayout, relative: PurePosixPath, target: Path, advance: Advance) -> None:
     with (
-        closing(SourceFile(layout.root, relative, layout.identities[relative])) as source,
+        closing(layout.source.open(relative, layout.identities[relative])) as source,
         target.open("wb") as sink,
     ):
         for start in range(0, source.size, CHUNK_BYTES):

@@ -9,14 +9,14 @@ from typing import Any
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
-from service.engine.formats.registry import formats, open_model
+from service.engine.formats.registry import is_readable, open_model
 from service.engine.pipeline import JOURNAL
 from service.engine.plan import OutputSpec, check_outputs
 from service.errors import InvalidConfig, TargetInUse
 from service.jobs.folders import REPORT
 from service.jobs.job import Job
 from service.jobs.request import JobRequest, OutputRequest, QuantizeRequest
-from service.jobs.sources import Sources, pointing
+from service.jobs.sources import Place, Sources, pointing
 from service.storage.faults import storage_faults
 from service.storage.file import resolve_target
 
@@ -52,11 +52,11 @@ class Admission:
         with storage_faults("looking at the request's addresses"):
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
-            with self._sources.looked_at(request, tenant) as paths:
-                for path in paths:
-                    _check_readable(path)
+            with self._sources.looked_at(request, tenant) as places:
+                for place in places:
+                    _check_readable(place)
                 if isinstance(request, QuantizeRequest):
-                    targets = self._targets(request.outputs, paths)
+                    targets = self._targets(request.outputs, places)
         return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
 
     def resolve(self, request: JobRequest) -> ResolvedConfig:
@@ -66,7 +66,7 @@ class Admission:
             choose_backend(config.backend or "auto")
         return config
 
-    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Path]) -> tuple[Path, ...]:
+    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Place]) -> tuple[Path, ...]:
         targets: list[Path] = []
         claims = Claims()
         for index, output in enumerate(outputs):
@@ -115,10 +115,10 @@ class Claims:
         self._above.update(target.parents)
 
 
-def _check_apart(target: Path, sources: Sequence[Path]) -> None:
+def _check_apart(target: Path, sources: Sequence[Place]) -> None:
     """Raise InvalidConfig when a target lies in a model that is read, or around it."""
     for source in sources:
-        if target.is_relative_to(source) or source.is_relative_to(target):
+        if target.is_relative_to(source.path) or source.path.is_relative_to(target):
             raise InvalidConfig("the output would lie in the model that it is made of, or around it: write elsewhere")
 
 
@@ -132,7 +132,7 @@ def _output_spec(index: int, request: QuantizeRequest, output: OutputRequest, co
     return OutputSpec(name=output.folder, format=output.format, config=config, options=output.options or {})
 
 
-def _check_readable(path: Path) -> None:
+def _check_readable(place: Place) -> None:
     """Refuse what no format takes for its own, such as pickled weights; the rest shows when it is read."""
-    if not any(format_.can_read and format_.recognizes(path) for format_ in formats().values()):
-        open_model(path).close()
+    if not is_readable(files := place.files()):
+        open_model(files).close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import files_under
 from service.engine.formats.registry import open_model
+from service.engine.formats.source import LocalFiles
 from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound
 from service.jobs.blobs import Blobs
 from service.jobs.blobs import Key as BlobKey
@@ -17,14 +18,25 @@ from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.request import BlobsSource, JobRequest, JobSource, OutputRequest, QuantizeRequest, Source
 from service.storage.file import check_links, resolve_model
+from service.storage.model_files import ModelFiles
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a model lies, and the folders that its files must not lead out of."""
 
     path: Path
     roots: tuple[Path, ...]
+
+    def files(self) -> ModelFiles:
+        """Its files, for a format to look at or to open."""
+        return LocalFiles(self.path)
+
+    def check(self, reader: ModelReader) -> None:
+        """Raise ForbiddenPath when one of the files that a reader has opened, or will, leads out of the roots."""
+        source = reader.layout.source
+        if isinstance(source, LocalFiles):
+            check_links((source.root / name for name in reader.files), self.roots)
 
 
 class Sources:
@@ -39,39 +51,38 @@ class Sources:
         self._find_job = find_job
         self._blobs = blobs
 
-    def of(self, request: JobRequest, tenant: str, inputs: Path) -> tuple[Path, ...]:
-        """The paths of all sources of a request: one to quantize, original and quantized to validate.
-
-        Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already.
-        Only the tenant's own jobs and blobs are sources: any other's are as good as unknown.
-        Raises InvalidConfig, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel or, for an index,
-        CorruptModel, with a pointer.
-        """
-        return tuple(place.path for place in self._places(request, tenant, inputs))
-
     @contextmanager
-    def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Path, ...]]:
-        """As `of`, for as long as the context is open; links to blobs are gone afterwards."""
+    def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Place, ...]]:
+        """Where all sources of a request lie: one to quantize, original and quantized to validate.
+
+        For as long as the context is open: links to blobs are gone afterwards. Only the tenant's own jobs
+        and blobs are sources: any other's are as good as unknown. Raises InvalidConfig, ForbiddenPath,
+        ModelNotFound, BlobNotFound, UnsupportedModel or, for an index, CorruptModel, with a pointer.
+        """
         with self._folders.scratch() as inputs:
-            yield self.of(request, tenant, inputs)
+            yield tuple(self._places(request, tenant, inputs))
 
     @contextmanager
     def opened(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[list[ModelReader]]:
-        """The sources in the order of `of`, open until the block ends; raises what `of` and `open_model` raise."""
+        """The sources in the order of `looked_at`, open until the block ends.
+
+        Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already.
+        Raises what `looked_at` and `open_model` raise.
+        """
         with ExitStack() as stack:
             readers = []
             for place in self._places(request, tenant, inputs):
-                reader = stack.enter_context(closing(open_model(place.path)))
+                reader = stack.enter_context(closing(open_model(place.files())))
                 # Once more: a file may have become a link since. From here on the reader knows its files.
-                check_links(reader.files, place.roots)
+                place.check(reader)
                 readers.append(reader)
             yield readers
 
-    def _places(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[_Place]:
+    def _places(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[Place]:
         for name, source in _named_sources(request):
             yield self._resolve(source, f"/{name}", tenant, inputs / name)
 
-    def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> _Place:
+    def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> Place:
         if isinstance(source, JobSource):
             with pointing(pointer):
                 return self._output_of_job(source, tenant)
@@ -79,11 +90,11 @@ class Sources:
             with pointing(pointer):
                 self._blobs.lay_out(tenant, source.digests, inputs)
                 # Where there are no hard links, what lies in `inputs` are links to where the blobs lie.
-                return _Place(inputs, (inputs, self._blobs.root))
+                return Place(inputs, (inputs, self._blobs.root))
         with pointing(f"{pointer}/uri"):
             return self._at(source.uri)
 
-    def _output_of_job(self, source: JobSource, tenant: str) -> _Place:
+    def _output_of_job(self, source: JobSource, tenant: str) -> Place:
         job = self._find_job(source.job_id, tenant)
         if job is None:
             raise ModelNotFound(f"there is no job {source.job_id!r}", pointer="/job_id")
@@ -93,12 +104,12 @@ class Sources:
         if output.uri is not None:
             return self._at(output.uri)  # where anybody may have put links since
         artifacts = self._folders.artifacts(job.id)
-        return _Place(artifacts / output.folder, (artifacts,))
+        return Place(artifacts / output.folder, (artifacts,))
 
-    def _at(self, uri: str) -> _Place:
+    def _at(self, uri: str) -> Place:
         path = resolve_model(uri, self._roots)
         check_links(files_under(path), self._roots)
-        return _Place(path, self._roots)
+        return Place(path, self._roots)
 
 
 def blobs_used(job: Job) -> Iterator[BlobKey]:

@@ -11,6 +11,7 @@ import pytest
 from service.engine.formats import base
 from service.engine.formats.base import Format, FormatOptions
 from service.engine.formats.registry import find_format, formats, open_model
+from service.engine.formats.source import LocalFiles
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import UnsupportedByFormat, UnsupportedModel
@@ -74,8 +75,8 @@ def test_a_format_says_what_it_can_do(cls: type[Format], tmp_path: Path) -> None
     assert cls.description
     assert inspect.getmodule(cls).__name__.endswith(cls.id.replace("-", "_"))  # type: ignore[union-attr]
     assert issubclass(cls.options, FormatOptions)
-    assert cls.recognizes(tmp_path) is False
-    assert cls.recognizes(tmp_path / "nothing") is False
+    assert cls.recognizes(LocalFiles(tmp_path)) is False
+    assert cls.recognizes(LocalFiles(tmp_path / "nothing")) is False
 
 
 @pytest.mark.parametrize("cls", [c for c in formats().values() if not c.can_write], ids=lambda c: c.id)
@@ -91,6 +92,6 @@ def test_a_format_that_is_only_written_refuses_to_read(tmp_path: Path) -> None:
     class Written(Format):
         id = "written"
 
-    assert base.Format.recognizes(tmp_path) is False
+    assert base.Format.recognizes(LocalFiles(tmp_path)) is False
     with pytest.raises(UnsupportedModel, match="written"):
-        Written.open(tmp_path)
+        Written.open(LocalFiles(tmp_path))

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from service.engine.formats.source import Identity
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo
 from service.errors import UnsupportedByFormat, UnsupportedModel
+from service.storage.model_files import Identity, ModelFiles
 
 Cancelled = Callable[[], bool]
 
@@ -27,17 +27,18 @@ class FormatOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """How a model lies on disk, as far as an output has to look like it.
+    """How a model lies in its files, as far as an output has to look like it.
 
-    `weights_dir` is the folder of the weights, relative to the root (`.`; `transformer` of a
-    diffusers pipeline); `stem` the name of its weight file without suffix (`model`,
-    `diffusion_pytorch_model`). `companions` are all other files of the folder that go along,
-    relative to the root. `config` is the `config.json` in `weights_dir`, `{}` if there is none.
+    `source` are its files, by whose names everything goes. `weights_dir` is the folder of the weights,
+    relative to the root (`.`; `transformer` of a diffusers pipeline); `stem` the name of its weight
+    file without suffix (`model`, `diffusion_pytorch_model`). `companions` are all other files of the
+    folder that go along, relative to the root. `config` is the `config.json` in `weights_dir`, `{}`
+    if there is none.
     `identities` tells whether a companion is still what it was when the model was opened.
     `fingerprint` is a SHA-256 over headers and sizes: two copies of a model have the same.
     """
 
-    root: Path
+    source: ModelFiles
     weights_dir: PurePosixPath
     stem: str
     companions: tuple[PurePosixPath, ...]
@@ -60,8 +61,8 @@ class ModelReader(ABC):
 
     format_id: ClassVar[str]
     layout: ModelLayout
-    #: Every file that belongs to the model, companions included, as absolute paths with links unresolved.
-    files: tuple[Path, ...]
+    #: Every file that belongs to the model, companions included, by its name in `layout.source`.
+    files: tuple[PurePosixPath, ...]
     #: In model order.
     tensors: tuple[TensorInfo, ...]
 
@@ -164,15 +165,15 @@ class Format(ABC):
     prefers_symmetric: ClassVar[bool] = False
 
     @classmethod
-    def recognizes(cls, path: Path) -> bool:
+    def recognizes(cls, source: ModelFiles) -> bool:
         """Whether `open` should be tried on this file or folder. Cheap; never raises for strange content."""
-        del path
+        del source
         return False
 
     @classmethod
-    def open(cls, path: Path) -> ModelReader:
+    def open(cls, source: ModelFiles) -> ModelReader:
         """Open a model for reading; raises the ModelErrors, PickledWeights or UnsupportedModel."""
-        del path
+        del source
         raise UnsupportedModel(f"The format {cls.id} can be written but not read.")
 
     @classmethod

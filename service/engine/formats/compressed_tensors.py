@@ -16,6 +16,7 @@ from service.engine.formats.safetensors import quantization_config
 from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import TensorInfo
+from service.storage.model_files import ModelFiles
 
 
 class CompressedTensorsOptions(FormatOptions):
@@ -47,14 +48,14 @@ class CompressedTensorsFormat(Format):
     options: ClassVar[type[FormatOptions]] = CompressedTensorsOptions
 
     @classmethod
-    def recognizes(cls, path: Path) -> bool:
+    def recognizes(cls, source: ModelFiles) -> bool:
         """Folders whose configuration says so."""
-        return path.is_dir() and quantization_config(path).get("quant_method") == cls.id
+        return source.entry is None and quantization_config(source).get("quant_method") == cls.id
 
     @classmethod
-    def open(cls, path: Path) -> ModelReader:
+    def open(cls, source: ModelFiles) -> ModelReader:
         """See `Format.open`."""
-        return CompressedTensorsReader(find_placement(path))
+        return CompressedTensorsReader(find_placement(source))
 
     @classmethod
     def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:

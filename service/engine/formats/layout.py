@@ -11,8 +11,7 @@ from typing import Any
 
 from service.engine.formats.base import ModelLayout
 from service.engine.formats.modality import find_modality
-from service.engine.formats.source import Identity
-from service.engine.formats.walk import walk
+from service.engine.formats.source import LocalFiles
 from service.engine.formats.weights import (
     ANY_INDEX,
     INDEX_SUFFIX,
@@ -26,6 +25,7 @@ from service.engine.formats.weights import (
 )
 from service.engine.tensors import TensorInfo
 from service.errors import ModelNotFound, PickledWeights
+from service.storage.model_files import ModelFiles
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".ckpt", ".pth"})
 #: Weights that are neither read nor carried along.
@@ -44,13 +44,13 @@ HOW_TO_CONVERT = (
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A model on disk before its weights are opened; all paths relative to `root`.
+    """A model before its weights are opened; all names are those of `source`.
 
     `index` is a file that maps tensors to weight files, `weight_map` what it says; without one,
     all of `weights` are read. `pipeline` is `model_index.json` where the weights are those of a denoiser.
     """
 
-    root: Path
+    source: ModelFiles
     weights_dir: PurePosixPath
     stem: str
     weights: tuple[PurePosixPath, ...]
@@ -63,10 +63,9 @@ class Placement:
     warnings: tuple[str, ...]
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """Everything that is read or copied, as absolute paths."""
-        names = (*self.weights, *((self.index,) if self.index else ()), *self.companions)
-        return tuple(self.root / name for name in names)
+    def files(self) -> tuple[PurePosixPath, ...]:
+        """Everything that is read or copied."""
+        return (*self.weights, *((self.index,) if self.index else ()), *self.companions)
 
     def layout(
         self,
@@ -79,11 +78,11 @@ class Placement:
         names = [t.name for t in tensors]
         modality = find_modality(self.stated, self.config, metadata, names, self.pipeline)
         return ModelLayout(
-            root=self.root,
+            source=self.source,
             weights_dir=self.weights_dir,
             stem=self.stem,
             companions=self.companions,
-            identities={name: Identity.of((self.root / name).stat()) for name in self.companions},
+            identities={name: self.source.identity(name) for name in self.companions},
             config=self.config,
             modality=modality.name,
             is_diffusion=modality.is_diffusion,
@@ -102,30 +101,30 @@ def files_under(path: Path) -> Iterator[Path]:
     them resolves and checks each. Raises CorruptModel or ForbiddenPath for an index.
     """
     if path.is_dir():
-        yield from (path / name for name in walk(path).files)
+        yield from (path / name for name in LocalFiles(path).list().files)
         return
     yield path
     if path.name.endswith(INDEX_SUFFIX):
-        yield from (path.parent / name for name in read_index(path.parent, PurePosixPath(path.name)).files)
+        yield from (path.parent / name for name in read_index(LocalFiles(path), PurePosixPath(path.name)).files)
 
 
-def find_placement(path: Path, suffix: str = WEIGHTS_SUFFIX) -> Placement:
-    """How the model at this file or folder lies, its weight files ending in `suffix`.
+def find_placement(source: ModelFiles, suffix: str = WEIGHTS_SUFFIX) -> Placement:
+    """How the model of these files lies, its weight files ending in `suffix`.
 
     Raises ModelNotFound, PickledWeights, ForbiddenPath or CorruptModel.
     """
-    if path.is_dir():
-        return _folder(path, suffix)
-    if not path.is_file():
+    name = source.entry
+    if name is None:
+        return _folder(source, suffix)
+    if not source.has(name):
         raise ModelNotFound("There is no model at this address.")
-    name = PurePosixPath(path.name)
-    if path.suffix in PICKLE_SUFFIXES:
+    if name.suffix in PICKLE_SUFFIXES:
         raise PickledWeights(f"{name} is pickled. {HOW_TO_CONVERT}")
-    weights = weights_of_index(path.parent, name) if path.name.endswith(INDEX_SUFFIX) else Weights((name,))
+    weights = weights_of_index(source, name) if name.name.endswith(INDEX_SUFFIX) else Weights((name,))
     return Placement(
-        root=path.parent,
+        source=source,
         weights_dir=PurePosixPath("."),
-        stem=_stem(path.name, suffix),
+        stem=_stem(name.name, suffix),
         weights=weights.files,
         index=weights.index,
         weight_map=weights.weight_map,
@@ -137,36 +136,36 @@ def find_placement(path: Path, suffix: str = WEIGHTS_SUFFIX) -> Placement:
     )
 
 
-def weights_folder(root: Path) -> PurePosixPath:
+def weights_folder(source: ModelFiles) -> PurePosixPath:
     """Where in a model folder the weights are: the denoiser's folder of a pipeline, else the root."""
-    if (root / PIPELINE_FILE).is_file():
+    if source.has(PurePosixPath(PIPELINE_FILE)):
         for name in DENOISERS:
-            if (root / name).is_dir():
+            if source.has_folder(PurePosixPath(name)):
                 return PurePosixPath(name)
     return PurePosixPath(".")
 
 
-def _folder(root: Path, suffix: str) -> Placement:
-    weights_dir = weights_folder(root)
-    walked = walk(root)
+def _folder(source: ModelFiles, suffix: str) -> Placement:
+    weights_dir = weights_folder(source)
+    walked = source.list()
     here = [name for name in walked.files if name.parent == weights_dir]
-    weights = choose_weights(root, here, suffix)
+    weights = choose_weights(source, here, suffix)
     if not weights.files:
         _raise_no_weights(weights_dir, here, suffix)
     taken = {*weights.files, weights.index}
     left_out = {n: why for n in walked.files if n not in taken and (why := _why_left_out(n, weights_dir))}
-    stated = read_json_object(root, METADATA)
+    stated = read_json_object(source, METADATA)
     return Placement(
-        root=root,
+        source=source,
         weights_dir=weights_dir,
         stem=_stem((weights.index or weights.files[0]).name, suffix),
         weights=weights.files,
         index=weights.index,
         weight_map=weights.weight_map,
         companions=tuple(n for n in walked.files if n not in taken and n not in left_out),
-        config=read_json_object(root, weights_dir / "config.json"),
+        config=read_json_object(source, weights_dir / "config.json"),
         stated=stated,
-        pipeline=read_json_object(root, PurePosixPath(PIPELINE_FILE)) if weights_dir.name else None,
+        pipeline=read_json_object(source, PurePosixPath(PIPELINE_FILE)) if weights_dir.name else None,
         warnings=(
             *walked.warnings,
             *(f"{name} {why}" for name, why in left_out.items()),

@@ -14,6 +14,7 @@ from service.engine.formats.parquet_schema import SUFFIX
 from service.engine.formats.parquet_writer import ParquetWriter
 from service.engine.formats.weights import WEIGHTS_SUFFIX
 from service.engine.schemes.base import Scheme
+from service.storage.model_files import ModelFiles
 
 
 class ParquetOptions(FormatOptions):
@@ -33,17 +34,17 @@ class ParquetFormat(Format):
     short_groups: ClassVar[bool] = True
 
     @classmethod
-    def recognizes(cls, path: Path) -> bool:
+    def recognizes(cls, source: ModelFiles) -> bool:
         """Files by their name; folders that hold such files and no safetensors beside them."""
-        if not path.is_dir():
-            return path.name.endswith(SUFFIX)
-        names = [p.name for p in (path / weights_folder(path)).iterdir()]
+        if source.entry is not None:
+            return source.name.endswith(SUFFIX)
+        names = source.names_in(weights_folder(source))
         return any(n.endswith(SUFFIX) for n in names) and not any(n.endswith(WEIGHTS_SUFFIX) for n in names)
 
     @classmethod
-    def open(cls, path: Path) -> ModelReader:
+    def open(cls, source: ModelFiles) -> ModelReader:
         """See `Format.open`."""
-        return ParquetReader(find_placement(path, SUFFIX))
+        return ParquetReader(find_placement(source, SUFFIX))
 
     @classmethod
     def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:

@@ -1,4 +1,4 @@
-"""A Parquet file whose bytes come through `SourceFile`, and a cache of the row group in use."""
+"""A Parquet file whose bytes come through an `OpenFile`, and a cache of the row group in use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA
-from service.engine.formats.source import SourceFile
 from service.errors import CorruptModel, UnsupportedModel
+from service.storage.model_files import OpenFile
 
 #: What is needed to know a tensor; metrics and reserved columns are not.
 NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width", "packing", "chunk_index",
@@ -30,14 +30,15 @@ DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 class ParquetFile:
     """One file of a model. Threads may share it; they wait for each other."""
 
-    def __init__(self, root: Path, name: PurePosixPath) -> None:
-        self.name = name
+    def __init__(self, source: OpenFile) -> None:
+        """Closes `source` in the end, also when it raises."""
+        self.name = source.name
         self._lock = threading.Lock()
-        self._source = SourceFile(root, name)
+        self._source = source
         self._verified: set[tuple[int, int]] = set()
         self._cached: tuple[int, pa.RecordBatch] | None = None
         try:
-            with _damage_in(name):
+            with _damage_in(self.name):
                 self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
                 self._check_columns()
         except BaseException:
@@ -96,9 +97,9 @@ class ParquetFile:
 
 
 class _Stream(io.RawIOBase):
-    """A SourceFile as Arrow wants to see it."""
+    """An OpenFile as Arrow wants to see it."""
 
-    def __init__(self, source: SourceFile) -> None:
+    def __init__(self, source: OpenFile) -> None:
         self._source = source
         self._position = 0
 

@@ -58,7 +58,7 @@ class ParquetReader(ModelReader):
         self._files: dict[PurePosixPath, ParquetFile] = {}
         try:
             for name in placement.weights:
-                self._files[name] = ParquetFile(placement.root, name)
+                self._files[name] = ParquetFile(placement.source.open(name))
             rows = [(name, cells) for name, file in self._files.items() for cells in file.rows()]
             self._tensors = {t.info.name: t for t in _tensors(rows)}
         except BaseException:

@@ -8,8 +8,10 @@ from service.engine.discovery import subclasses
 from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.layout import PICKLE_SUFFIXES, find_placement
 from service.engine.formats.safetensors import quantization_config
+from service.engine.formats.source import LocalFiles
 from service.errors import AlreadyQuantized, InvalidConfig, ModelNotFound, PickledWeights, UnsupportedModel
 from service.storage.faults import storage_error
+from service.storage.model_files import ModelFiles
 
 
 def formats() -> dict[str, type[Format]]:
@@ -25,31 +27,38 @@ def find_format(id_: str, *, pointer: str | None = None) -> type[Format]:
     return known[id_]
 
 
-def open_model(path: Path) -> ModelReader:
-    """Open whatever model lies at this file or folder.
+def open_model(path: Path | ModelFiles) -> ModelReader:
+    """Open whatever model lies at this file or folder of this machine, or in these files.
 
     Raises ModelNotFound, PickledWeights, AlreadyQuantized, UnsupportedModel, StorageFailure or a ModelError.
     """
+    source = LocalFiles(path) if isinstance(path, Path) else path
     try:
-        if not path.exists():
+        if not source.exists():
             raise ModelNotFound("There is no model at this address.")
         for cls in formats().values():
-            if cls.can_read and cls.recognizes(path):
-                return cls.open(path)
+            if cls.can_read and cls.recognizes(source):
+                return cls.open(source)
     except OSError as error:
-        raise storage_error(error, f"opening {path.name}") from error
-    raise _nothing_reads(path)
+        raise storage_error(error, f"opening {source.name}") from error
+    raise _nothing_reads(source)
 
 
-def _nothing_reads(path: Path) -> Exception:
-    if path.is_dir() and (method := quantization_config(path).get("quant_method")) is not None:
+def is_readable(source: ModelFiles) -> bool:
+    """Whether some format takes these files for its own; the rest shows when they are opened."""
+    return any(cls.can_read and cls.recognizes(source) for cls in formats().values())
+
+
+def _nothing_reads(source: ModelFiles) -> Exception:
+    is_folder = source.entry is None
+    if is_folder and (method := quantization_config(source).get("quant_method")) is not None:
         return AlreadyQuantized(f"The model is quantized by {method!r}, which cannot be read. Give the original.")
-    if path.is_dir() or path.suffix in PICKLE_SUFFIXES:
+    if source.entry is None or source.entry.suffix in PICKLE_SUFFIXES:
         try:
-            find_placement(path)
+            find_placement(source)
         except (PickledWeights, ModelNotFound) as error:
             return error
-    return UnsupportedModel(f"{path.name} is of a kind that is not read. Readable are {', '.join(_readable())}.")
+    return UnsupportedModel(f"{source.name} is of a kind that is not read. Readable are {', '.join(_readable())}.")
 
 
 def _readable() -> list[str]:

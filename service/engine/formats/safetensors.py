@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import ClassVar
 
 from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.layout import Placement, find_placement, weights_folder
 from service.engine.formats.safetensors_header import Header, read_header
-from service.engine.formats.source import SourceFile
 from service.engine.formats.weights import INDEX_SUFFIX, WEIGHTS_SUFFIX, read_json_object
 from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, TensorInfo
 from service.errors import ArrowQuantError, CorruptModel
+from service.storage.model_files import ModelFiles, OpenFile
 
 
 class SafetensorsFormat(Format):
@@ -23,24 +23,23 @@ class SafetensorsFormat(Format):
     can_read: ClassVar[bool] = True
 
     @classmethod
-    def recognizes(cls, path: Path) -> bool:
+    def recognizes(cls, source: ModelFiles) -> bool:
         """Files by their name; folders unless their config says that they are quantized."""
-        if path.is_dir():
-            names = {p.name for p in (path / weights_folder(path)).iterdir()}
-            held = any(n.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)) for n in names)
-            return held and not quantization_config(path)
-        return path.name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX))
+        if source.entry is not None:
+            return source.name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX))
+        names = source.names_in(weights_folder(source))
+        return any(n.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)) for n in names) and not quantization_config(source)
 
     @classmethod
-    def open(cls, path: Path) -> ModelReader:
+    def open(cls, source: ModelFiles) -> ModelReader:
         """See `Format.open`."""
-        return SafetensorsReader(find_placement(path))
+        return SafetensorsReader(find_placement(source))
 
 
-def quantization_config(folder: Path) -> dict[str, object]:
+def quantization_config(source: ModelFiles) -> dict[str, object]:
     """The `quantization_config` of the folder's config.json, `{}` where there is none that can be read."""
     try:
-        config = read_json_object(folder, weights_folder(folder) / "config.json").get("quantization_config")
+        config = read_json_object(source, weights_folder(source) / "config.json").get("quantization_config")
     except ArrowQuantError:
         return {}  # `open` says what is wrong with it
     return config if isinstance(config, dict) else {}
@@ -50,11 +49,11 @@ class WeightFiles:
     """The open safetensors files of a model, with their tensors as stored."""
 
     def __init__(self, placement: Placement) -> None:
-        self._files: dict[PurePosixPath, SourceFile] = {}
+        self._files: dict[PurePosixPath, OpenFile] = {}
         self.headers: dict[PurePosixPath, Header] = {}
         try:
             for name in placement.weights:
-                self._files[name] = SourceFile(placement.root, name)
+                self._files[name] = placement.source.open(name)
                 self.headers[name] = read_header(self._files[name])
             self.tensors = _join(self.headers)
             self.warnings = tuple(_check_index(placement, self.tensors))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-from service.engine.formats.source import SourceFile
 from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.errors import CorruptModel, UnknownDtype
+from service.storage.model_files import OpenFile
 
 #: Bytes before the JSON: its length, little endian.
 PREFIX_BYTES = 8
@@ -30,7 +30,7 @@ class Header:
     json: bytes
 
 
-def read_header(file: SourceFile) -> Header:
+def read_header(file: OpenFile) -> Header:
     """Parse and check a header against itself and the file's size; raises CorruptModel or UnknownDtype."""
     raw = _header_bytes(file)
     entries = parse_json(raw, file.name)
@@ -68,7 +68,7 @@ def build_header(
     return (size - PREFIX_BYTES).to_bytes(PREFIX_BYTES, "little") + text.ljust(size - PREFIX_BYTES)
 
 
-def _header_bytes(file: SourceFile) -> bytes:
+def _header_bytes(file: OpenFile) -> bytes:
     if file.size < PREFIX_BYTES:
         _corrupt(file.name, f"it has {file.size} bytes, too few for a safetensors header")
     length = int.from_bytes(file.read(0, PREFIX_BYTES).tobytes(), "little")
@@ -127,7 +127,7 @@ def _integers(value: Any, what: str, file: PurePosixPath, tensor: str) -> tuple[
     return tuple(value)
 
 
-def _check_coverage(tensors: list[TensorInfo], data_start: int, file: SourceFile) -> None:
+def _check_coverage(tensors: list[TensorInfo], data_start: int, file: OpenFile) -> None:
     """The tensors have to cover the rest of the file without holes or overlaps."""
     position = data_start
     for tensor in tensors:

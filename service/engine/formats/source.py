@@ -8,32 +8,68 @@ beside the arithmetic: it runs at the speed of memory, and what it holds is boun
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
+from service.engine.formats.walk import walk
 from service.engine.tensors import CodeArray
 from service.errors import ModelNotFound, SourceChanged
 from service.storage.faults import storage_error
+from service.storage.model_files import Identity, Listing, ModelFiles, OpenFile
 
 
-class Identity(NamedTuple):
-    """What changes when a file is replaced or written to."""
+class LocalFiles(ModelFiles):
+    """The files at a path on this machine."""
 
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
+    def __init__(self, path: Path) -> None:
+        """`path` is that of a folder, of a file, or of nothing."""
+        is_folder = path.is_dir()
+        self.root = path if is_folder else path.parent
+        self.name = path.name
+        self.entry = None if is_folder else PurePosixPath(path.name)
 
-    @classmethod
-    def of(cls, stat: os.stat_result) -> Identity:
-        """From what the file system says."""
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    def exists(self) -> bool:
+        """See `ModelFiles.exists`."""
+        return self.root.exists() if self.entry is None else (self.root / self.entry).exists()
+
+    def list(self) -> Listing:
+        """See `ModelFiles.list`; also raises OSError."""
+        found = walk(self.root)
+        return Listing(found.files, found.warnings)
+
+    def names_in(self, folder: PurePosixPath) -> Sequence[str]:
+        """See `ModelFiles.names_in`."""
+        return [path.name for path in (self.root / folder).iterdir()]
+
+    def has(self, name: PurePosixPath) -> bool:
+        """See `ModelFiles.has`."""
+        return (self.root / name).is_file()
+
+    def has_folder(self, name: PurePosixPath) -> bool:
+        """See `ModelFiles.has_folder`."""
+        return (self.root / name).is_dir()
+
+    def size(self, name: PurePosixPath) -> int:
+        """See `ModelFiles.size`."""
+        return (self.root / name).stat().st_size
+
+    def identity(self, name: PurePosixPath) -> Identity:
+        """See `ModelFiles.identity`."""
+        return _identity((self.root / name).stat())
+
+    def open(self, name: PurePosixPath, expected: Identity | None = None) -> SourceFile:
+        """See `ModelFiles.open`."""
+        return SourceFile(self.root, name, expected)
 
 
-class SourceFile:
-    """A file open for reading. `name`, relative to the model's root, is all that errors tell of its path."""
+def _identity(stat: os.stat_result) -> Identity:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class SourceFile(OpenFile):
+    """A file of this machine, open for reading."""
 
     def __init__(self, root: Path, name: PurePosixPath, expected: Identity | None = None) -> None:
         """Raises SourceChanged when it is another file than `expected`, ModelNotFound or StorageFailure."""
@@ -47,7 +83,8 @@ class SourceFile:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise storage_error(error, f"opening {name}") from error
-        self._identity = Identity.of(os.fstat(self._fd))
+        stat = os.fstat(self._fd)
+        self._size, self._identity = stat.st_size, _identity(stat)
         self._closed = False
         if expected not in (None, self._identity):
             self.close()
@@ -56,7 +93,7 @@ class SourceFile:
     @property
     def size(self) -> int:
         """Bytes of the file when it was opened."""
-        return self._identity.size
+        return self._size
 
     def read(self, offset: int, count: int) -> CodeArray:
         """`count` bytes from `offset` on; raises SourceChanged or StorageFailure."""
@@ -78,7 +115,7 @@ class SourceFile:
     def check(self) -> None:
         """Raises SourceChanged when the file is no longer the one that was opened."""
         try:
-            now = Identity.of(self.path.stat())
+            now = _identity(self.path.stat())
         except FileNotFoundError as error:
             raise self._changed("was removed") from error
         except OSError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from service.engine.formats.safetensors_header import parse_json
-from service.engine.formats.source import SourceFile
 from service.errors import CorruptModel, ForbiddenPath
+from service.storage.model_files import ModelFiles
 
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -32,46 +32,46 @@ class Weights:
     weight_map: Mapping[str, PurePosixPath] = field(default_factory=dict)
 
 
-def choose_weights(root: Path, here: Sequence[PurePosixPath], suffix: str) -> Weights:
+def choose_weights(files: ModelFiles, here: Sequence[PurePosixPath], suffix: str) -> Weights:
     """The weights, of files that end in `suffix`, among those in one folder; raises CorruptModel or ForbiddenPath.
 
     What an index or a manifest names, else what has a canonical name, else all that there are.
     """
     found = tuple(name for name in here if name.name.endswith(suffix))
     if suffix != WEIGHTS_SUFFIX:
-        return Weights(_of_manifest(root, found, suffix) or _canonical(found, suffix) or found)
+        return Weights(_of_manifest(files, found, suffix) or _canonical(found, suffix) or found)
     indexes = [name for name in here if name.name.endswith(INDEX_SUFFIX)]
     index = next((i for stem in CANONICAL_STEMS for i in indexes if i.name == stem + INDEX_SUFFIX), None)
     if index is not None:
-        return weights_of_index(root, index)
+        return weights_of_index(files, index)
     if canonical := _canonical(found, suffix):
         return Weights(canonical)
-    return weights_of_index(root, indexes[0]) if indexes else Weights(found)
+    return weights_of_index(files, indexes[0]) if indexes else Weights(found)
 
 
-def weights_of_index(root: Path, index: PurePosixPath) -> Weights:
+def weights_of_index(files: ModelFiles, index: PurePosixPath) -> Weights:
     """The files that an index names, all of them there; raises CorruptModel or ForbiddenPath."""
-    weights = read_index(root, index)
+    weights = read_index(files, index)
     for shard in weights.files:
-        if not (root / shard).is_file():
+        if not files.has(shard):
             raise CorruptModel(f"{index} names {shard}, which is not there. Fetch the model again.")
     return weights
 
 
-def read_index(root: Path, index: PurePosixPath) -> Weights:
+def read_index(files: ModelFiles, index: PurePosixPath) -> Weights:
     """The files that an index names, without a look at them; raises CorruptModel or ForbiddenPath."""
-    weight_map = read_json_object(root, index).get("weight_map")
+    weight_map = read_json_object(files, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptModel(f"{index} is damaged: it has no `weight_map`.")
     names = {tensor: _shard(index, tensor, shard) for tensor, shard in weight_map.items()}
     return Weights(tuple(sorted(set(names.values()))), index, names)
 
 
-def read_json_object(root: Path, name: PurePosixPath) -> dict[str, Any]:
+def read_json_object(files: ModelFiles, name: PurePosixPath) -> dict[str, Any]:
     """A JSON object of the model, `{}` when the file is not there; raises CorruptModel for anything else."""
-    if not (root / name).is_file():
+    if not files.has(name):
         return {}
-    file = SourceFile(root, name)
+    file = files.open(name)
     try:
         if file.size > MAX_JSON_BYTES:
             raise CorruptModel(f"{name} has {file.size} bytes; at most {MAX_JSON_BYTES} are read.")
@@ -92,9 +92,9 @@ def _shard(index: PurePosixPath, tensor: str, shard: Any) -> PurePosixPath:
     return index.parent / inner
 
 
-def _of_manifest(root: Path, found: tuple[PurePosixPath, ...], suffix: str) -> tuple[PurePosixPath, ...]:
+def _of_manifest(files: ModelFiles, found: tuple[PurePosixPath, ...], suffix: str) -> tuple[PurePosixPath, ...]:
     """Those that the manifest of an output lists; none when there is no such manifest."""
-    manifest = read_json_object(root, PurePosixPath(MANIFEST))
+    manifest = read_json_object(files, PurePosixPath(MANIFEST))
     entries = manifest.get("files")
     if "source_fingerprint" not in manifest or not isinstance(entries, list) or not found:
         return ()

@@ -12,6 +12,7 @@ import numpy as np
 
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.formats.base import Format, ModelLayout, ModelWriter, WriterContext
+from service.engine.formats.source import LocalFiles
 from service.engine.methods.registry import methods
 from service.engine.metrics import ErrorSums, Quality
 from service.engine.schemes.base import Scheme
@@ -56,7 +57,7 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [json.dumps(i.name, ensure_ascii=False).encode() for i in self.items]
         layout = ModelLayout(
-            root=self.folder,
+            source=LocalFiles(self.folder),
             weights_dir=PurePosixPath("."),
             stem="model",
             companions=(),

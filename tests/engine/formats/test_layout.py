@@ -94,7 +94,11 @@ def test_linked_files_and_folders_go_along_under_their_own_names(tmp_path: Path)
     ]
     assert [str(c) for c in layout.companions] == names
     assert layout.warnings == ()
-    assert {*files_under(folder)} == {*reader.files} == {folder / n for n in (*names, "model.safetensors")}
+    assert (
+        {*files_under(folder)}
+        == {folder / n for n in reader.files}
+        == {folder / n for n in (*names, "model.safetensors")}
+    )
 
 
 def test_links_to_folders_around_them_or_to_nothing_are_left_out_with_a_warning(tmp_path: Path) -> None:
