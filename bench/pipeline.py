@@ -14,6 +14,7 @@ from typing import Any
 from bench.common import GB, Samples, measure, note, seconds, table, write_result
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, tidy
 from bench.models import Model, Shapes, equal, layered, scratch, warm, write_model
+from service.engine import pipeline
 from service.engine.backends.base import Backend
 from service.engine.read_ahead import ReadAhead
 
@@ -165,19 +166,20 @@ def _quantized(job: Job, repeats: int, backend: Backend) -> list[Parts]:
 
 def _parts(job: Job, backend: Backend) -> Parts:
     """One run, taken apart from outside: the engine knows nothing of it."""
-    read, compute = Stopwatch(), Stopwatch()
+    read, compute, finish = Stopwatch(), Stopwatch(), Stopwatch()
     undo_all = [
         read.around(ReadAhead, "rows", "raw"),
         compute.around(backend, "quantize", "observe", "tensor_grid"),
+        finish.around(pipeline._Run, "_finish"),
     ]
     begun = time.perf_counter()
     try:
-        report = run(job, backend)
+        run(job, backend)
     finally:
         for undo in undo_all:
             undo()
     total = time.perf_counter() - begun
-    tensors = report.stages["quantizing"]
+    tensors = total - finish.seconds
     rest = max(0.0, tensors - read.seconds - compute.seconds)
     return Parts(total, read.seconds, compute.seconds, rest, total - tensors)
 

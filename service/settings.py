@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.config import QuantizationConfig
 from service.errors import InvalidConfig
+from service.logs import LogFormat
 
 PREFIX = "ARROWQUANT_"
 
@@ -61,6 +62,9 @@ class Settings(BaseSettings):
         default=False, description="Ask for no key on addresses that others can reach either."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field(
+        default="text", description="`text` or `json`, which also has a line for each call; text has those at `debug`."
+    )
     config_defaults: QuantizationConfig = Field(
         default_factory=_config_from_environment,
         description="What comes between a profile and a request: `ARROWQUANT_BIT_WIDTH` and the like.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,9 @@ from service.api import openapi, problems
 from service.api.authentication import Authentication
 from service.api.key_ring import KeyRing
 from service.api.middleware import BodyLimit, Head, RequestId
+from service.api.observation import Observation
 from service.api.routes import artifacts, batches, catalog, events, health, jobs, plans, reports, tensors, uploads
+from service.api.routes import metrics as metrics_route
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
 from service.jobs.blobs import BlobLimits
@@ -31,6 +34,7 @@ ROUTERS = (
     tensors.router,
     catalog.router,
     health.router,
+    metrics_route.router,
     problem_pages.router,
 )
 
@@ -76,10 +80,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, limits=limits)
     if settings.asks_for_keys:
         app.add_middleware(Authentication, keys=keys, defaults=_tenant_limits(settings))
+    app.state.routes = [route for router in ROUTERS for route in router.routes]
+    level = logging.INFO if settings.log_format == "json" else logging.DEBUG
+    app.add_middleware(Observation, routes=app.state.routes, level=level)
     app.add_middleware(RequestId)
     for router in ROUTERS:
         app.include_router(router)
-    app.state.routes = [route for router in ROUTERS for route in router.routes]
     openapi.install(app)
     return app
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Header, Query, Response
@@ -12,7 +13,8 @@ from fastapi.sse import format_sse_event
 
 from service.api.replies import JSON, ClosingStream, dump, reply
 from service.api.schemas import events as wire
-from service.jobs.events import Event, Silence
+from service.jobs.events import TOO_SLOW, Event, Silence
+from service.jobs.metrics import JobMetrics
 
 EVENT_STREAM = "text/event-stream"
 RETRY_MS = 3000
@@ -45,16 +47,23 @@ def event_page(found: Sequence[Event], limit: int, show: Show) -> Response:
     return reply(page, headers={"Cache-Control": "no-cache", "Vary": "Accept"})
 
 
-def event_stream(items: AsyncGenerator[Event | Silence, None], show: Show) -> Response:
+def event_stream(items: AsyncGenerator[Event | Silence, None], show: Show, metrics: JobMetrics) -> Response:
     """All that is followed, until that ends."""
-    return ClosingStream(_frames(items, show), 200, _STREAM_HEADERS, EVENT_STREAM)
+    return ClosingStream(_frames(items, show, metrics), 200, _STREAM_HEADERS, EVENT_STREAM)
 
 
-async def _frames(followed: AsyncGenerator[Event | Silence, None], show: Show) -> AsyncGenerator[bytes, None]:
+async def _frames(
+    followed: AsyncGenerator[Event | Silence, None], show: Show, metrics: JobMetrics
+) -> AsyncGenerator[bytes, None]:
+    opened_at = datetime.now(UTC)
     async with aclosing(followed) as items:
         yield format_sse_event(retry=RETRY_MS)
         async for item in items:
             yield format_sse_event(comment="silence") if isinstance(item, Silence) else _frame(item, show)
+            # What is replayed is not late.
+            if isinstance(item, Event) and item.at >= opened_at:
+                metrics.event_lag.observe((datetime.now(UTC) - item.at).total_seconds())
+                metrics.readers_cut.inc(item.type == TOO_SLOW)
             # Neither a full buffer nor a fast client is waited for, so a reader that catches up gives way here.
             await asyncio.sleep(0)
 

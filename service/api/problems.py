@@ -121,7 +121,7 @@ def respond(error: ArrowQuantError, request: Request, headers: Mapping[str, str]
     """The answer that an error makes."""
     retry = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
     extra = {"Retry-After": str(retry)} if retry else {}
-    return _response(describe(error, request.url.path), {**extra, **(headers or {})})
+    return _response(request, describe(error, request.url.path), {**extra, **(headers or {})})
 
 
 def install(app: FastAPI) -> None:
@@ -150,7 +150,9 @@ DEFAULT_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _response(body: Problem, headers: Mapping[str, str]) -> Response:
+def _response(request: Request, body: Problem, headers: Mapping[str, str]) -> Response:
+    if (observed := request.scope.get("observed")) is not None:
+        observed.problem = body.code
     content = body.model_dump_json(exclude_none=True)
     return Response(content, body.status, headers, media_type=MEDIA_TYPE)
 
@@ -173,7 +175,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
     detail = f"{first.pointer or first.parameter or 'the body'}: {first.detail}{more}"
     body = problem(http_errors.InvalidRequest, detail, request.url.path).model_copy(update={"errors": fields})
-    return _response(body, {})
+    return _response(request, body, {})
 
 
 async def _on_framework(request: Request, error: Exception) -> Response:

@@ -42,6 +42,7 @@ def job(record: Job) -> wire.Job:
             "config": record.config,
             "labels": record.request.labels,
             "progress": asdict(record.progress) if record.progress else None,
+            "times": _times(record),
             "result": record.result,
             "error": problems.failure(error.code, error.detail, path, error.tensor, error.pointer) if error else None,
             "links": common.Links(
@@ -53,6 +54,13 @@ def job(record: Job) -> wire.Job:
             ),
         }
     )
+
+
+def _times(record: Job) -> dict[str, float] | None:
+    if record.queue_s is None:
+        return None
+    seconds = {"queue": record.queue_s, **record.times}
+    return {f"{part}_s": round(spent, 6) for part, spent in seconds.items()}
 
 
 def batch_path(batch_id: str) -> str:

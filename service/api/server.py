@@ -18,6 +18,7 @@ from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
 from service.jobs.store import DATABASE
+from service.logs import configure
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def serve(settings: Settings) -> None:
     Raises InvalidConfig when the address may not or cannot be listened on, and what keeps the jobs
     from starting, such as StorageFailure when another server holds the data folder.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(settings.log_level, settings.log_format)
     _check_keys(settings)
     listening = _listen(settings)
     app = create_app(settings)
@@ -44,7 +45,8 @@ def serve(settings: Settings) -> None:
         # Entered below, where its errors reach the caller instead of the log.
         lifespan="off",
         log_config=None,
-        access_log=settings.log_level.lower() == "debug",
+        # The application writes lines of its own, with ids and without queries.
+        access_log=False,
         server_header=False,
         timeout_graceful_shutdown=CANCEL_S,
         ws="none",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter
 from fastapi import Request
 
+from service.api.metrics import Metrics
 from service.api.stalls import StallMonitor
 from service.jobs.batch import Batch
 from service.jobs.job import Job
@@ -31,9 +32,13 @@ class ApiState:
     settings: Settings
     manager: JobManager
     stalls: StallMonitor = field(default_factory=StallMonitor)
+    metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     tables: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(TABLES_AT_ONCE))
     uploads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(UPLOAD_THREADS))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.manager, self.stalls, by_tenant=self.settings.asks_for_keys)
 
     async def drain(self) -> None:
         """Take no more jobs, answer all who wait, and let running jobs stop at their next block."""

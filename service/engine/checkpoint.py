@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from service.engine.clock import Times
 from service.engine.report import TensorReport, tensor_from_json, tensor_to_json
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -26,6 +27,7 @@ class Entry:
     warnings: tuple[str, ...]
     states: tuple[dict[str, Any], ...]
     seconds: float  # of the whole run, up to here
+    times: Times = field(default_factory=Times)  # likewise
 
     def to_line(self) -> str:
         """As a line of JSON."""
@@ -34,6 +36,7 @@ class Entry:
             "warnings": self.warnings,
             "states": self.states,
             "seconds": self.seconds,
+            "times": {"seconds": self.times.seconds, "nbytes": self.times.nbytes},
         }
         return json.dumps(fields, separators=(",", ":")) + "\n"
 
@@ -41,7 +44,8 @@ class Entry:
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """The inverse of `to_line`."""
         reports = tuple(tensor_from_json(r) for r in data["reports"])
-        return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"])
+        times = Times(**data.get("times", {}))
+        return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"], times)
 
 
 class Journal:

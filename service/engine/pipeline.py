@@ -17,6 +17,7 @@ from typing import Any
 import service
 from service.engine.backends.base import Backend
 from service.engine.checkpoint import Entry, Journal
+from service.engine.clock import Clock, Part, Times
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
@@ -40,16 +41,18 @@ def quantize(
     block_bytes: int,
     report: Report,
     cancelled: Cancelled,
+    clock: Clock | None = None,
 ) -> RunReport:
     """Write every output of the plan to `work/<name>/`: complete, synced, hashed, with a manifest.
 
+    `clock` is told which part of the work goes on.
     Goes on behind the last finished tensor when `work` holds the journal of the same plan. Raises
     Cancelled, or another ArrowQuantError, and then leaves `work` as it is: it can be gone on from,
     or removed.
     """
     with storage_faults("writing the outputs"):
         work.mkdir(parents=True, exist_ok=True)
-        run = _Run(plan, reader, work, Tools(backend, block_bytes, report, cancelled))
+        run = _Run(plan, reader, work, Tools(backend, block_bytes, report, cancelled, clock or Clock()))
         try:
             return run.execute()
         finally:
@@ -60,7 +63,7 @@ class _Run:
     """The state of one run."""
 
     def __init__(self, plan: Plan, reader: ModelReader, work: Path, tools: Tools) -> None:
-        self._plan, self._work, self._tools = plan, work, tools
+        self._plan, self._work, self._tools, self._clock = plan, work, tools, tools.clock
         self._reader = ReadAhead(reader, plan, tools.block_bytes)
         self._journal = Journal(work / JOURNAL, _fingerprint(plan, reader, tools))
         self._meter = Meter(tools.report, len(plan.tensors), plan.source_bytes)
@@ -72,6 +75,10 @@ class _Run:
 
     def execute(self) -> RunReport:
         """Tensors, then the files as wholes."""
+        with self._clock.during("quantize"):
+            return self._execute()
+
+    def _execute(self) -> RunReport:
         done = self._resume()
         if not done:
             for text in self._plan.layout.warnings:
@@ -87,10 +94,10 @@ class _Run:
             states = tuple(writer.state() for writer in self._writers)
             # The first line also keeps what was told before any tensor.
             told = self._warnings[begun if self._reports[1:] else 0 :]
-            self._journal.append(Entry(reports, tuple(told), states, self._seconds))
+            with self._clock.during("write"):
+                self._journal.append(Entry(reports, tuple(told), states, self._seconds, self._clock.times))
             self._meter.tensor_done(tensor.info.nbytes)
             self._tell(reports)
-        quantized = self._seconds
         outputs = tuple(self._finish(index, output) for index, output in enumerate(self._plan.outputs))
         return RunReport(
             kind="quantize",
@@ -99,7 +106,8 @@ class _Run:
             outputs=outputs,
             warnings=tuple(self._warnings),
             seconds=self._seconds,
-            stages={"quantizing": quantized, "writing": self._seconds - quantized},
+            stages=self._clock.times.seconds,
+            stage_bytes=self._clock.times.nbytes,
         )
 
     def close(self) -> None:
@@ -125,6 +133,7 @@ class _Run:
             self._reports.append(entry.reports)
             self._warnings.extend(entry.warnings)
             self._seconds_before = entry.seconds
+        self._clock.go_on(entries[-1].times if entries else Times())
         done = len(entries)
         self._meter.start("quantizing", done, sum(t.info.nbytes for t in self._plan.tensors[:done]))
         return done
@@ -150,13 +159,15 @@ class _Run:
 
     def _finish(self, index: int, output: OutputPlan) -> OutputReport:
         cancelled = self._tools.cancelled
-        self._writers[index].close(cancelled)
-        stop_when(cancelled)
         folder, layout = self._work / output.name, self._plan.layout
-        companions = sum(layout.source.size(name) for name in layout.companions)
-        copy_companions(layout, folder, self._advancing("writing", companions))
+        with self._clock.during("write"):
+            self._writers[index].close(cancelled)
+            stop_when(cancelled)
+            companions = sum(layout.source.size(name) for name in layout.companions)
+            copy_companions(layout, folder, self._advancing("writing", companions))
         total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        entries = seal(folder, self._about(output), self._advancing("hashing", total))
+        with self._clock.during("hash"):
+            entries = seal(folder, self._about(output), self._advancing("hashing", total))
         tensors = tuple(reports[index] for reports in self._reports)
         return OutputReport(
             name=output.name,
@@ -170,9 +181,11 @@ class _Run:
 
     def _advancing(self, stage: Stage, total: int) -> Advance:
         advance = self._meter.finishing(stage, total)
+        part: Part = "write" if stage == "writing" else "hash"
 
         def checked(nbytes: int) -> None:
             stop_when(self._tools.cancelled)
+            self._clock.count(part, nbytes)
             advance(nbytes)
 
         return checked

@@ -162,6 +162,7 @@ class RunReport:
     warnings: tuple[str, ...]
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+    stage_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -191,6 +192,7 @@ class RunReport:
             "passed": self.passed,
             "quantization_time_s": self.seconds,
             "stages": self.stages,
+            "stage_bytes": self.stage_bytes,
             "warnings": list(self.warnings),
             "outputs": [output.to_json() for output in self.outputs],
         }
@@ -206,6 +208,7 @@ class RunReport:
             warnings=tuple(data["warnings"]),
             seconds=data["quantization_time_s"],
             stages=data["stages"],
+            stage_bytes=data.get("stage_bytes", {}),
         )
 
     def table(self, output: str | None = None) -> pa.Table:

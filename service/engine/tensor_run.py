@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.clock import Clock
 from service.engine.config import ResolvedConfig
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
@@ -39,6 +40,7 @@ class Tools:
     block_bytes: int
     report: Report
     cancelled: Cancelled
+    clock: Clock
 
 
 @dataclass(slots=True)
@@ -80,9 +82,10 @@ class TensorRun:
         attempts = _grouped(dict(enumerate(self._decisions)))
         while attempts:
             self._find_grids(attempts)
-            for attempt in attempts:
-                for output in attempt.outputs:
-                    self._writers[output].begin(self._info, attempt.decision.scheme)
+            with self._tools.clock.during("write"):
+                for attempt in attempts:
+                    for output in attempt.outputs:
+                        self._writers[output].begin(self._info, attempt.decision.scheme)
             self._write(attempts)
             attempts = _grouped(self._settle(attempts, warn))
         return tuple(self._reports[index] for index in range(len(self._outputs)))
@@ -122,14 +125,16 @@ class TensorRun:
     def _write_rows(self, attempt: _Attempt, x: Array) -> None:
         scheme, method = attempt.decision.scheme, attempt.decision.method
         if scheme is None or method is None:
-            raw = np.ascontiguousarray(x).view(np.uint8).reshape(-1).data
-            for output in attempt.outputs:
-                self._writers[output].write_raw(raw)
+            with self._tools.clock.during("write"):
+                raw = np.ascontiguousarray(x).view(np.uint8).reshape(-1).data
+                for output in attempt.outputs:
+                    self._writers[output].write_raw(raw)
             return
         # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
         for start, stop in _row_spans(x.shape[0], x.nbytes, self._tools.backend.slice_bytes(method)):
             stop_when(self._tools.cancelled)
             rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid)
+            self._tools.clock.count("quantize", self._bytes_of(stop - start))
             self._take(attempt, rows)
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
@@ -141,18 +146,21 @@ class TensorRun:
                 " or set `on_non_finite` to `copy`",
                 tensor=self._info.name,
             )
-        for output in attempt.outputs:
-            self._writers[output].write_rows(rows)
+        with self._tools.clock.during("write"):
+            for output in attempt.outputs:
+                self._writers[output].write_rows(rows)
 
     def _copy(self, attempts: list[_Attempt]) -> None:
         step = self._tools.block_bytes
         for start in range(0, self._info.nbytes, step):
             stop_when(self._tools.cancelled)
             stop = min(start + step, self._info.nbytes)
-            raw = self._reader.raw(self._info, start, stop)
-            for attempt in attempts:
-                for output in attempt.outputs:
-                    self._writers[output].write_raw(raw)
+            with self._tools.clock.during("read", stop - start):
+                raw = self._reader.raw(self._info, start, stop)
+            with self._tools.clock.during("write"):
+                for attempt in attempts:
+                    for output in attempt.outputs:
+                        self._writers[output].write_raw(raw)
             self._meter.within_tensor(stop)
 
     def _settle(self, attempts: list[_Attempt], warn: Warn) -> dict[int, Decision]:
@@ -164,7 +172,8 @@ class TensorRun:
                 if other is None:
                     self._commit(attempt, output)
                 else:
-                    self._writers[output].abandon()
+                    with self._tools.clock.during("write"):
+                        self._writers[output].abandon()
                     again[output] = other
         return again
 
@@ -205,7 +214,9 @@ class TensorRun:
         decision, info = attempt.decision, self._info
         scheme, method = decision.scheme, decision.method
         quality = Quality.of(attempt.sums, scheme.stored_bytes(info.rows, info.cols)) if scheme else None
-        stored = self._writers[output].commit(quality)
+        with self._tools.clock.during("write"):
+            stored = self._writers[output].commit(quality)
+        self._tools.clock.count("write", stored)
         report = TensorReport(
             name=info.name,
             shape=info.shape,
@@ -234,7 +245,11 @@ class TensorRun:
 
     def _rows(self, start: int, stop: int) -> Array:
         stop_when(self._tools.cancelled)
-        return self._reader.rows(self._info, start, stop)
+        with self._tools.clock.during("read", self._bytes_of(stop - start)):
+            return self._reader.rows(self._info, start, stop)
+
+    def _bytes_of(self, rows: int) -> int:
+        return self._info.nbytes * rows // max(1, self._info.rows)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         return row_blocks(self._info, self._tools.block_bytes)

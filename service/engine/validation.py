@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from service.engine.backends.base import Backend
+from service.engine.clock import Clock
 from service.engine.formats.base import ModelReader
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums
@@ -27,12 +28,14 @@ def validate(
     block_bytes: int,
     report: Report,
     cancelled: Cancelled,
+    clock: Clock | None = None,
 ) -> RunReport:
     """Measure how far `quantized` is from `original`, tensor by tensor; writes nothing.
 
     Raises ModelsDiffer when names or shapes do not match, and Cancelled.
     """
     started = time.monotonic()
+    clock = clock or Clock()
     pairs = _pairs(original, quantized)
     meter = Meter(report, len(pairs), sum(info.nbytes for info, _ in pairs))
     meter.start("validating")
@@ -40,11 +43,11 @@ def validate(
     warnings: list[str] = []
     for info, other in pairs:
         begun = time.monotonic()
-        sums = _compare(original, quantized, info, other, backend, block_bytes, cancelled, meter)
+        sums = _compare(original, quantized, info, other, backend, block_bytes, cancelled, meter, clock)
         reports.append(_report(info, other, sums, time.monotonic() - begun))
         meter.tensor_done(info.nbytes)
         report(reports[-1].completed(quantized.format_id))
-        if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled):
+        if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled, clock):
             notice = Notice("copy_differs", f"{info.dtype} is not compared as numbers, and its bytes differ", info.name)
             warnings.append(notice.sentence)
             report(notice)
@@ -64,7 +67,8 @@ def validate(
         outputs=(output,),
         warnings=tuple(warnings),
         seconds=seconds,
-        stages={"validating": seconds},
+        stages=clock.times.seconds,
+        stage_bytes=clock.times.nbytes,
     )
 
 
@@ -100,6 +104,7 @@ def _compare(
     block_bytes: int,
     cancelled: Cancelled,
     meter: Meter,
+    clock: Clock,
 ) -> ErrorSums | None:
     """The errors of a float tensor, None of any other."""
     if not (info.is_float and other.is_float):
@@ -107,7 +112,11 @@ def _compare(
     sums = ErrorSums()
     for start, stop in row_blocks(info, block_bytes):
         stop_when(cancelled)
-        sums += backend.compare(original.rows(info, start, stop), quantized.rows(other, start, stop))
+        nbytes = info.nbytes * (stop - start) // max(1, info.rows)
+        with clock.during("read", nbytes):
+            rows = original.rows(info, start, stop), quantized.rows(other, start, stop)
+        with clock.during("compare", nbytes):
+            sums += backend.compare(*rows)
         meter.within_tensor(info.nbytes * stop // max(1, info.rows))
     if not sums.finite:
         raise NonFiniteWeights(f"tensor {info.name} {non_finite(info)}, in one of the models", tensor=info.name)
@@ -121,13 +130,16 @@ def _same_bytes(
     other: TensorInfo,
     block_bytes: int,
     cancelled: Cancelled,
+    clock: Clock,
 ) -> bool:
     if info.dtype != other.dtype or other.stored_as is not None:
         return False
     for start in range(0, info.nbytes, block_bytes):
         stop_when(cancelled)
         stop = min(start + block_bytes, info.nbytes)
-        if original.raw(info, start, stop) != quantized.raw(other, start, stop):
+        with clock.during("read", stop - start):
+            raw = original.raw(info, start, stop), quantized.raw(other, start, stop)
+        if raw[0] != raw[1]:
             return False
     return True
 

@@ -70,5 +70,14 @@ def stored(db: sqlite3.Connection, tenant: str) -> tuple[int, int | None]:
     return (int(row[0]), row[1]) if row else (0, None)
 
 
+def totals(db: sqlite3.Connection) -> tuple[int, int, int]:
+    """How many files are stored, their bytes, and how many bytes count as somebody's because of them."""
+    files, nbytes = db.execute(
+        "SELECT count(*), coalesce(sum(size), 0) FROM (SELECT max(size) AS size FROM blobs GROUP BY digest)"
+    ).fetchone()
+    counted = db.execute(f"SELECT coalesce(sum(max(size, {MIN_BYTES})), 0) FROM blobs").fetchone()[0]
+    return files, nbytes, counted
+
+
 def _text(time: datetime) -> str:
     return time.astimezone(UTC).isoformat(timespec="microseconds")

@@ -75,7 +75,7 @@ class Intake:
                 self._unaccept(jobs, batch)
                 raise
         for live, event in zip(live_jobs, events, strict=True):
-            live.publish(event)
+            live.accepted(event)
         for live in live_jobs:
             if live.status is Status.QUEUED:
                 self._scheduler.put(live.job.id, live.job.request.priority)

@@ -78,6 +78,17 @@ class Job:
     batch_id: str | None = None
     batch_index: int | None = None
     tenant: str = DEFAULT_TENANT
+    #: Seconds by part of the work, see `service.engine.clock`.
+    times: dict[str, float] = field(default_factory=dict)
+    #: The call that made it, as the log names it, and the trace that the call belongs to (W3C `traceparent`).
+    request_id: str | None = None
+    traceparent: str | None = None
+
+    @property
+    def queue_s(self) -> float | None:
+        """How long it waited until it started, or was ended waiting; None while it waits."""
+        until = self.started_at or self.finished_at
+        return None if until is None else (until - self.created_at).total_seconds()
 
     def to(self, status: Status, **changes: Any) -> Job:
         """The job in its next state, its time noted; raises IllegalTransition when there is no such way."""

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from service.engine.clock import Clock
 from service.engine.progress import Happening, Progress
 from service.jobs.batch import Place
 from service.jobs.events import EVENT_OF_STATUS, RESUMED, Event, LiveLog, describe
 from service.jobs.job import Job, Status
 from service.jobs.journal import Entry, Journal
 from service.jobs.stop import StopSignal
+from service.jobs.watch import Watch
 
 #: Between two progress events.
 PROGRESS_INTERVAL_S = 0.1
@@ -28,6 +30,7 @@ class LiveJob:
         log: LiveLog,
         journal: Journal,
         on_end: Callable[[Job], None],
+        watch: Watch,
         targets: tuple[Path, ...] = (),
         place: Place | None = None,
     ) -> None:
@@ -35,6 +38,8 @@ class LiveJob:
         self.log = log
         self.place = place
         self.stop = StopSignal()
+        #: Where its time goes; told by the thread that runs it.
+        self.clock = Clock()
         self.targets = targets
         self.ended = asyncio.Event()
         self.is_resumed = False
@@ -42,7 +47,9 @@ class LiveJob:
         self._shown = job
         self._journal = journal
         self._on_end = on_end
+        self._watch = watch
         self._progress: Progress | None = job.progress
+        self._times = job.times
         self._progress_timer: asyncio.TimerHandle | None = None
         self._next_progress_at = 0.0
 
@@ -58,16 +65,20 @@ class LiveJob:
 
     @property
     def job(self) -> Job:
-        """The job as it is stored, with its newest progress."""
-        return self._shown if self._shown.status.is_terminal else replace(self._shown, progress=self._progress)
+        """The job as it is stored, with its newest progress and the times of that moment."""
+        if self._shown.status.is_terminal:
+            return self._shown
+        return replace(self._shown, progress=self._progress, times=self._times)
 
     def to(self, status: Status, **changes: Any) -> None:
         """Take the job to its next state and emit the event; raises IllegalTransition."""
         job = self._job.to(status, **changes)
         if status.is_terminal:
             self._emit_held_progress()
-            job = replace(job, progress=_last_progress(self._progress, status))
+            times = self.clock.times.seconds
+            job = replace(job, progress=_last_progress(self._progress, status), times=times)
         self._job = job
+        self._watch.moved(job)
         type_ = EVENT_OF_STATUS.get(status)
         self._put(type_, {"status": status.value}, job)
 
@@ -75,6 +86,11 @@ class LiveJob:
         """A new event, with its place in the stream of the batch; nobody sees it before `publish`."""
         event = self.log.event(type_, data, whole)
         return self.place.merge(event) if self.place is not None else event
+
+    def accepted(self, event: Event) -> None:
+        """Show the first event of a new job, which is stored."""
+        self._watch.created(self._job)
+        self.publish(event)
 
     def publish(self, event: Event) -> None:
         """Show an event, which is stored if it is to be, to the readers of the job and of its batch."""
@@ -93,6 +109,7 @@ class LiveJob:
             self._put(*describe(happening), None)
             return
         self._progress = happening
+        self._times = self.clock.times.seconds
         if self._progress_timer is None:
             loop = asyncio.get_running_loop()
             at = max(loop.time(), self._next_progress_at)
@@ -119,6 +136,7 @@ class LiveJob:
             if whole is not None:
                 # Before the last event is seen: whoever then asks finds the job in the store.
                 self._on_end(whole)
+                self._watch.ended(whole, self.clock)
                 self.ended.set()
             if event is not None:
                 self.publish(event)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -19,7 +20,7 @@ from service.engine.config import QuantizationConfig
 from service.engine.plan import Plan, make_plan
 from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
-from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal
+from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
 from service.jobs.admission import Admission, output_specs
 from service.jobs.backend_pool import BackendPool
@@ -37,6 +38,7 @@ from service.jobs.events import (
     next_epoch,
 )
 from service.jobs.expiry import expire_blobs
+from service.jobs.figures import Figures, Stored, read_disk, read_stored
 from service.jobs.folders import Folders
 from service.jobs.idempotency import Keys, Once
 from service.jobs.intake import Intake
@@ -55,6 +57,7 @@ from service.jobs.stop import Reason
 from service.jobs.store import Store
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
+from service.jobs.watch import Watch
 from service.storage.faults import storage_faults
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,8 @@ class JobManager:
 
         `tenant_limits` hold for a tenant that has none of its own in the store.
         """
+        #: Counts what becomes of jobs.
+        self.watch = Watch()
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
         self._silence_s = silence_s
@@ -350,7 +355,32 @@ class JobManager:
         """The instances that jobs compute with, for others to share."""
         return self._backends
 
+    async def figures(self) -> Figures:
+        """How many and how much there is now; what the database counts is left out while it is not open."""
+        stored = await self._in_store_thread(self._read_stored)
+        disk = await asyncio.to_thread(read_disk, self._data_dir)
+        # From here on nothing is awaited: the parts fit together.
+        clocks = [live.clock for live in self._live.values() if live.status is not Status.QUEUED]
+        seconds, nbytes = self.watch.metrics.stages(clocks)
+        return Figures(
+            open_jobs=Counter((live.tenant, live.status.value) for live in self._live.values()),
+            queue_depth=self.queue_depth,
+            running=self.running,
+            readers=self.readers,
+            stage_seconds=seconds,
+            stage_bytes=nbytes,
+            stored=stored,
+            disk=disk,
+        )
+
     # --- inside ---
+
+    def _read_stored(self) -> Stored | None:
+        try:
+            with self._opened_store.reading() as db:
+                return read_stored(db)
+        except (NotReady, StorageFailure):
+            return None
 
     def _open(self) -> tuple[Store, list[Leftover], list[OpenBatch]]:
         store = Store(self._data_dir)
@@ -381,7 +411,7 @@ class JobManager:
 
     def _adopt(self, job: Job, log: LiveLog, targets: tuple[Path, ...]) -> LiveJob:
         place = self.batches.place(job.batch_id, job.batch_index or 0) if job.batch_id else None
-        live = LiveJob(job, log, self._journal, self._forget, targets, place)
+        live = LiveJob(job, log, self._journal, self._forget, self.watch, targets, place)
         self._live[job.id] = live
         return live
 
@@ -418,7 +448,7 @@ class JobManager:
 
     async def _run_job(self, live: LiveJob) -> None:
         job, stop, mailbox = live.job, live.stop, Mailbox(live.happened)
-        outcome = await run_in_thread(lambda: self._runner.run(job, stop, mailbox.put), name=job.id)
+        outcome = await run_in_thread(lambda: self._runner.run(job, stop, mailbox.put, live.clock), name=job.id)
         await mailbox.flush()
         if live.is_resumed and isinstance(outcome, Finished):
             await self._tell_what_was_lost(live)

@@ -34,6 +34,9 @@ def to_record(job: Job) -> str:
         "artifacts": [asdict(artifact) for artifact in job.artifacts],
         "batch_id": job.batch_id,
         "batch_index": job.batch_index,
+        "times": job.times or None,
+        "request_id": job.request_id,
+        "traceparent": job.traceparent,
     }
     return json.dumps({name: value for name, value in fields.items() if value is not None}, separators=(",", ":"))
 
@@ -56,6 +59,9 @@ def from_record(record: str) -> Job:
         batch_id=fields.get("batch_id"),
         batch_index=fields.get("batch_index"),
         tenant=fields.get("tenant", DEFAULT_TENANT),
+        times=fields.get("times", {}),
+        request_id=fields.get("request_id"),
+        traceparent=fields.get("traceparent"),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from service.engine.clock import Clock, Times
 from service.engine.pipeline import quantize
 from service.engine.plan import make_plan
 from service.engine.progress import Report
@@ -22,6 +23,7 @@ from service.jobs.publisher import Publisher
 from service.jobs.request import QuantizeRequest
 from service.jobs.sources import Sources
 from service.jobs.stop import Reason, StopSignal
+from service.jobs.watch import log_of
 from service.storage.faults import storage_faults
 
 logger = logging.getLogger(__name__)
@@ -67,23 +69,27 @@ class Runner:
         self._backends = backends
         self._block_bytes = block_bytes
 
-    def run(self, job: Job, stop: StopSignal, report: Report) -> Outcome:
-        """Run a job from its start or its checkpoint to its end; never raises."""
-        try:
-            return self._attempt(job, stop, report)
-        finally:
-            release_memory()
+    def run(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Outcome:
+        """Run a job from its start or its checkpoint to its end, and tell the clock what goes on; never raises."""
+        clock.turn("plan")
+        with log_of(job):
+            try:
+                return self._attempt(job, stop, report, clock)
+            finally:
+                release_memory()
+                clock.turn(None)
 
     def discard(self, job: Job) -> Discarded:
         """Remove all that a job has written; never raises."""
-        self._clean_up(job)
+        with log_of(job):
+            self._clean_up(job)
         return Discarded()
 
-    def _attempt(self, job: Job, stop: StopSignal, report: Report) -> Outcome:
+    def _attempt(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Outcome:
         failure: Failure | None = None
         try:
             with storage_faults("running the job"):
-                return self._work(job, stop, report)
+                return self._work(job, stop, report, clock)
         except Cancelled:
             if stop.reason is Reason.DRAIN:
                 return Suspended()
@@ -93,26 +99,34 @@ class Runner:
             failure = Failure(error.code, error.detail, error.tensor, error.pointer)
         except Exception:  # noqa: BLE001 - the one place where a crash becomes a failed job
             failure = _crashed(job)
+        clock.turn("publish")
         self._clean_up(job)
         return Failed(failure) if failure else Discarded()
 
-    def _work(self, job: Job, stop: StopSignal, report: Report) -> Finished:
+    def _work(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Finished:
         result = self._publisher.committed(job.id)
         if result is None:
-            result = self._compute(job, stop, report)
+            result = self._compute(job, stop, report, clock)
+            clock.turn("publish")
             self._publisher.commit(job.id, result)
+        else:
+            clock.turn("publish")
+            clock.go_on(Times(result.stages, result.stage_bytes))
         artifacts = self._publisher.publish(job, result, stop.is_set)
         return Finished(result.result(), artifacts)
 
-    def _compute(self, job: Job, stop: StopSignal, report: Report) -> RunReport:
+    def _compute(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> RunReport:
         config = job_config(job)
         work = self._folders.work(job.id)
         work.mkdir(exist_ok=True)
+        backend = self._backends.get(config.backend or "auto")
+        clock.backend = backend.id
         tools: dict[str, Any] = {
-            "backend": self._backends.get(config.backend or "auto"),
+            "backend": backend,
             "block_bytes": self._block_bytes,
             "report": report,
             "cancelled": stop.is_set,
+            "clock": clock,
         }
         inputs = self._folders.inputs(job.id)
         with self._sources.opened(job.request, job.tenant, inputs) as readers:

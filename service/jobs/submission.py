@@ -15,6 +15,7 @@ from service.jobs.idempotency import Key, Once
 from service.jobs.job import Job, Status
 from service.jobs.request import JobRequest
 from service.jobs.sources import pointing
+from service.logs import context
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Submission:
                 status=Status.QUEUED,
                 created_at=now,
                 tenant=self.tenant,
+                request_id=context().get("request_id"),
                 batch_id=batch_id,
                 batch_index=None if batch_id is None else index,
             )

@@ -29,6 +29,7 @@ from service.jobs.journal import Journal
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.store import Store
+from service.jobs.watch import Watch
 from tests.jobs.models import quantize_request
 
 
@@ -49,7 +50,7 @@ class Bench:
         log = LiveLog(job.id, next_id=1, last_stored_id=0, reader_limit=reader_limit)
         self.store.add(job, [])
         self.journal = Journal(lambda jobs, events: asyncio.to_thread(self.store.write, jobs, events))
-        self.live = LiveJob(job, log, self.journal, self._forget)
+        self.live = LiveJob(job, log, self.journal, self._forget, Watch())
         self.log: LiveLog | None = log
 
     def _forget(self, job: Job) -> None:

@@ -140,7 +140,7 @@ async def stream_batch_events(
         return event_page(await batches.events(batch_id, after=begin, limit=limit + 1), limit, render.batch_event)
     if batch.status is BatchStatus.ENDED and not await batches.events(batch_id, after=begin, limit=1):
         return Response(status_code=204)
-    return event_stream(batches.follow(batch_id, after=begin), render.batch_event)
+    return event_stream(batches.follow(batch_id, after=begin), render.batch_event, manager.watch.metrics)
 
 
 def _accepted(batch: BatchRecord, headers: dict[str, str] | None = None) -> Response:

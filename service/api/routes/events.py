@@ -40,4 +40,4 @@ async def stream_job_events(
         return event_page(await manager.events(job_id, after=begin, limit=limit + 1), limit, render.event)
     if job.status.is_terminal and not await manager.events(job_id, after=begin, limit=1):
         return Response(status_code=204)
-    return event_stream(manager.follow(job_id, after=begin), render.event)
+    return event_stream(manager.follow(job_id, after=begin), render.event, manager.watch.metrics)

@@ -30,6 +30,23 @@ class Progress(Wire):
     eta_s: float | None = None
 
 
+class Times(Wire):
+    """Where the time of a job goes, in seconds. All but the first add up to about the time that it ran, without that
+    when no server was up."""
+
+    queue_s: float = Field(description="From accepted to started.")
+    plan_s: float | None = Field(default=None, description="Opening the sources, reading headers, deciding.")
+    read_s: float | None = Field(
+        default=None, description="Waiting for weights; what was read ahead meanwhile costs nothing and is not in it."
+    )
+    quantize_s: float | None = Field(default=None, description="Computing scales, codes and errors.")
+    compare_s: float | None = Field(default=None, description="Computing, of a validation.")
+    write_s: float | None = Field(default=None, description="Laying out and storing, the journal included.")
+    hash_s: float | None = Field(default=None, description="Hashing the outputs, and waiting for the disk.")
+    publish_s: float | None = Field(default=None, description="Putting everything in its place, or away.")
+    wait_s: float | None = Field(default=None, description="Giving way to other jobs.")
+
+
 class Figures(Wire):
     """What quantizing did to the weights of one output."""
 
@@ -81,6 +98,7 @@ class Job(Wire):
     config: ResolvedConfig = Field(description="The configuration with nothing left open.")
     labels: dict[str, str]
     progress: Progress | None = None
+    times: Times | None = Field(default=None, description="There when it has started, and grows with `progress`.")
     result: Result | None = None
     error: Problem | None = None
     links: Links

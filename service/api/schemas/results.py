@@ -91,7 +91,8 @@ class Report(Wire):
     backend: str
     passed: bool
     quantization_time_s: float
-    stages: dict[str, float] = Field(description="Seconds by stage.")
+    stages: dict[str, float] = Field(description="Seconds by part of the work, up to hashing; see `times` of the job.")
+    stage_bytes: dict[str, int] = Field(description="Bytes by part: of the source, or written and hashed.")
     warnings: list[str]
     outputs: list[OutputReport]
 
