@@ -86,8 +86,9 @@ def test_the_parts_of_a_jobs_time_add_up_to_how_long_it_ran(server: Server, fini
 
 def test_times_grow_while_a_job_runs_and_a_waiting_job_has_none(start_server: StartServer, model_root: Path) -> None:
     server = start_server(max_running_jobs=1)
-    running = server.submit(body(large_model(model_root), "parquet", method="mse", backend="reference"))
-    waiting = server.submit(body(large_model(model_root), "parquet"))
+    long = save_model(model_root / "long", layers=1000)
+    running = server.submit(body(long, "parquet", method="mse", backend="reference"))
+    waiting = server.submit(body(long, "parquet"))
     assert "times" not in waiting
     shown: list[float] = []
     with server.stream(running["id"]) as events:
