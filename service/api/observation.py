@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.auth import Principal
 from service.api.http_metrics import HttpMetrics
 from service.api.state import ApiState
+from service.errors import InternalError
 from service.logs import Bound
 
 log = logging.getLogger("service.access")
@@ -75,6 +76,10 @@ class Observation:
         with Bound(request_id=scope["request_id"]), metrics.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, send_seen)
+            except Exception:
+                # Answered further out, where faults are.
+                observed.status, observed.problem = 500, InternalError.code
+                raise
             finally:
                 self._tell(metrics, scope, observed, time.perf_counter() - begun)
 

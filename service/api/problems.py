@@ -16,6 +16,7 @@ from service.api.pointers import field_problems
 from service.api.problem_codes import CODES
 from service.api.schemas.common import FieldProblem, Problem
 from service.errors import ArrowQuantError
+from service.logs import Bound
 
 MEDIA_TYPE = "application/problem+json"
 log = logging.getLogger(__name__)
@@ -197,5 +198,7 @@ def _allowed(request: Request) -> list[str]:
 async def _on_crash(request: Request, error: Exception) -> Response:
     # The only word of the cause goes to the log, under the id that the client is given.
     id_ = request.scope.get("request_id", "unknown")
-    log.error("%s %s failed (%s)", request.method, request.url.path, id_, exc_info=error)
+    # A fault that nobody caught comes here from outside of all that knows the call.
+    with Bound(request_id=id_):
+        log.error("%s %s failed (%s)", request.method, request.url.path, id_, exc_info=error)
     return respond(errors.InternalError(f"the service has a fault; its log says more under {id_}"), request)

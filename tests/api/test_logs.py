@@ -93,7 +93,7 @@ def test_a_text_log_tells_calls_only_when_asked(start_server: StartServer, model
     told = start_server(log_level="debug")
     told.client.get("/v1/jobs?label=secret:word")
     told.stop()
-    assert re.search(r"DEBUG service.access: GET /v1/jobs 200 .*\[request_id=req_\S+ tenant=\S+\]", told.log)
+    assert re.search(r"DEBUG service.access: GET /v1/jobs 200 .*\[request_id=req_\S+\]", told.log)
     assert "secret" not in told.log, "queries are not logged"
 
 
@@ -114,6 +114,8 @@ def test_the_id_of_a_fault_is_in_the_log_with_its_traceback(start_server: StartS
         fault = next(line for line in records(server) if line["level"] == "ERROR")
         assert fault["request_id"] == "the-call"
         assert "no such table: api_keys" in fault["exc_info"]
+        access = next(line for line in records(server) if line["logger"] == "service.access")
+        assert (access["status"], access["request_id"]) == (500, "the-call")
     else:
         assert re.search(r"ERROR .*the-call", server.log)
         assert f"\n{INDENT}Traceback" in server.log
