@@ -34,6 +34,7 @@
         ├── RateLimited               rate_limited
         ├── TooManyOpenJobs           too_many_open_jobs
         ├── NotFound                  not_found
+        ├── ArtifactsExpired          artifacts_expired
         ├── NotReady                  not_ready
         ├── NotFinished               job_not_finished
         ├── NotTerminal               job_not_terminal
@@ -319,6 +320,16 @@ class NotFound(ServiceError):
     """There is no such resource."""
 
     code = "not_found"
+
+
+class ArtifactsExpired(ServiceError):
+    """The job's files are kept no longer.
+
+    The operator has set how long or how many of them are kept. The job, its report and what was written to a `uri` of
+    its own are still there. Run the job again to have its files.
+    """
+
+    code = "artifacts_expired"
 
 
 class NotReady(ServiceError):

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.config import QuantizationConfig
 from service.errors import InvalidConfig
+from service.jobs.retention import Rules
 from service.logs import LogFormat
 
 PREFIX = "ARROWQUANT_"
@@ -52,6 +53,20 @@ class Settings(BaseSettings):
         default=None, ge=1, description="Of a tenant's artifacts and blobs; without it there is no limit."
     )
     blob_ttl_s: float = Field(default=7 * 86400.0, gt=0, description="How long an uploaded file is kept unused.")
+    artifact_ttl_s: float | None = Field(
+        default=None, gt=0, description="How long files are kept after the end of their job; without it for ever."
+    )
+    event_ttl_s: float | None = Field(
+        default=None, gt=0, description="How long the log of an ended job is kept, but for its last event."
+    )
+    job_ttl_s: float | None = Field(
+        default=None, gt=0, description="How long an ended job is kept, with all that belongs to it."
+    )
+    max_total_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of all artifacts and blobs; beyond it goes what ended or was used longest ago, not within 10 min.",
+    )
     upload_idle_s: float = Field(default=30.0, gt=0, description="How long an upload may stand still.")
     max_open_jobs: int | None = Field(
         default=None, ge=1, description="Of a tenant, not ended; without it there is no limit but `max_queued_jobs`."
@@ -69,6 +84,12 @@ class Settings(BaseSettings):
         default_factory=_config_from_environment,
         description="What comes between a profile and a request: `ARROWQUANT_BIT_WIDTH` and the like.",
     )
+
+    @property
+    def retention(self) -> Rules:
+        """What is kept how long."""
+        names = ("artifact_ttl_s", "event_ttl_s", "job_ttl_s", "blob_ttl_s", "max_total_bytes")
+        return Rules(**{name: getattr(self, name) for name in names})
 
     @property
     def is_loopback(self) -> bool:

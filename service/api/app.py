@@ -14,7 +14,7 @@ from service.api.authentication import Authentication
 from service.api.key_ring import KeyRing
 from service.api.middleware import BodyLimit, Head, RequestId
 from service.api.observation import Observation
-from service.api.routes import artifacts, batches, catalog, events, health, jobs, plans, reports, tensors, uploads
+from service.api.routes import artifacts, batches, catalog, events, gc, health, jobs, plans, reports, tensors, uploads
 from service.api.routes import metrics as metrics_route
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
@@ -33,6 +33,7 @@ ROUTERS = (
     uploads.router,
     tensors.router,
     catalog.router,
+    gc.router,
     health.router,
     metrics_route.router,
     problem_pages.router,
@@ -104,7 +105,8 @@ def _manager(settings: Settings) -> JobManager:
         max_queued_jobs=settings.max_queued_jobs,
         config_defaults=settings.config_defaults,
         tenant_limits=_tenant_limits(settings),
-        blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes, settings.blob_ttl_s),
+        blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes),
+        retention=settings.retention,
         silence_s=settings.stream_silence_s,
         reader_limit=settings.max_unread_events,
     )

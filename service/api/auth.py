@@ -14,7 +14,7 @@ from service.jobs.tenant import DEFAULT_TENANT
 #: What anybody may call: whether the service lives, and what its problems mean.
 OPEN_PATHS = ("/healthz", "/readyz")
 OPEN_PREFIX = "/problems/"
-ADMIN_PATHS = ("/metrics",)
+ADMIN_PATHS = ("/metrics", "/v1/gc")
 READING = ("GET", "HEAD")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Path, Query, Request
@@ -59,6 +60,16 @@ def _parameters_of(dependant: Any) -> set[str]:
     return {field.alias for field in dependant.query_params}.union(*map(_parameters_of, dependant.dependencies))
 
 
+async def _hold_job(job_id: JobId, manager: Manager) -> AsyncIterator[None]:
+    with manager.leases.held(job_id):
+        yield
+
+
+async def _hold_batch(batch_id: BatchId, manager: Manager) -> AsyncIterator[None]:
+    with manager.leases.held(batch_id):
+        yield
+
+
 def _label(label: Annotated[str | None, Query(description="`key:value`.", max_length=257)] = None) -> Label:
     if label is None:
         return None
@@ -99,5 +110,8 @@ AfterBatch = Annotated[
     Annotated[str, StringConstraints(pattern=r"^batch_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")] | None,
     Query(description="The `next_cursor` of the page before."),
 ]
+#: On a route: what the call finds stays until its answer has been sent, however long that takes.
+HeldJob = Depends(_hold_job)
+HeldBatch = Depends(_hold_batch)
 #: On a router: a parameter that a call does not have is refused. Ignored, a misspelt filter would find everything.
 KnownParameters = Depends(_known_parameters)

@@ -47,6 +47,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.RateLimited: 429,
     errors.TooManyOpenJobs: 429,
     errors.NotFound: 404,
+    errors.ArtifactsExpired: 410,
     errors.NotReady: 503,
     errors.QueueFull: 429,
     errors.Draining: 503,

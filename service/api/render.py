@@ -36,6 +36,8 @@ def job(record: Job) -> wire.Job:
             "created_at": record.created_at,
             "started_at": record.started_at,
             "finished_at": record.finished_at,
+            "artifacts_expired_at": record.artifacts_expired_at,
+            "events_expired_at": record.events_expired_at,
             "request": record.request,
             "batch_id": record.batch_id,
             "batch_index": record.batch_index,

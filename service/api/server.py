@@ -17,7 +17,7 @@ from service.api.app import create_app
 from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
-from service.jobs.store import DATABASE
+from service.jobs.store import DATABASE, note_address
 from service.logs import configure
 from service.settings import Settings
 
@@ -66,8 +66,11 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, and then says where it listens."""
         await super().startup(sockets)
+        state: ApiState = self.config.app.state.api  # type: ignore[union-attr]
         for listening in sockets or []:
             log.info("listening on %s", _url(listening))
+            # For commands that work on the data folder beside this process.
+            note_address(state.settings.data_dir, _url(listening))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Exit, at once when asked a second time; not kept to be raised again, so the process ends with 0."""

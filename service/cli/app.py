@@ -209,6 +209,49 @@ def jobs(
             print(f"{job['id']}  {job['kind']:<8}  {job['status']:<10}  {done:4.0%}  {job['created_at']}")
 
 
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    artifact_ttl_s: Annotated[
+        float | None, typer.Option(min=0, help="How long files are kept after the end of their job.")
+    ] = None,
+    event_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long the logs of ended jobs are kept.")] = None,
+    job_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long ended jobs are kept.")] = None,
+    blob_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long uploads are kept unused.")] = None,
+    max_total_bytes: Annotated[int | None, typer.Option(min=0, help="Of all artifacts and blobs together.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="The server's data folder. [ARROWQUANT_DATA_DIR]")
+    ] = None,
+    server: RemoteUrl = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what is kept no longer, by the server's settings and by what is given here in their place.
+
+    Where the server of the data folder runs, it does it; if it asks for keys, that takes one with the scope admin.
+    """
+    asked = {"dry_run": dry_run} | _set(
+        artifact_ttl_s=artifact_ttl_s,
+        event_ttl_s=event_ttl_s,
+        job_ttl_s=job_ttl_s,
+        blob_ttl_s=blob_ttl_s,
+        max_total_bytes=max_total_bytes,
+    )
+    with outcome(as_json=as_json):
+        from service.cli.gc import collect, collect_there, print_garbage
+
+        if server is not None and data_dir is not None:
+            raise Failed({"code": "invalid_request", "detail": "--server or --data-dir, not both"}, status=USAGE)
+        if server is not None:
+            found = collect_there(server, api_key, asked)
+        else:
+            found = collect(_settings(data_dir=data_dir).data_dir.absolute(), api_key, asked)
+        if as_json:
+            print_json(found)
+        else:
+            print_garbage(found)
+
+
 def _refuse_means(threads: int | None, block_bytes: int | None) -> None:
     if threads is not None or block_bytes is not None:
         detail = "--threads and --block-bytes are of this process: with --server the service has its own"

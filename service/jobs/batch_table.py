@@ -55,6 +55,8 @@ def append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
     db.executemany("INSERT INTO batch_events (batch_id, id, item, job_id, event_id) VALUES (?, ?, ?, ?, ?)", rows)
     ends = [(event.at.isoformat(), place.batch_id) for event, place in merged if place.is_last]
     db.executemany("UPDATE batches SET finished_at = ? WHERE id = ?", ends)
+    # What is kept of its jobs ages together from now on.
+    db.executemany("UPDATE jobs SET kept_since = ? WHERE batch_id = ?", ends)
 
 
 def get(db: sqlite3.Connection, batch_id: str) -> Batch | None:
@@ -96,8 +98,7 @@ def last_event_id(db: sqlite3.Connection, batch_id: str) -> int:
 
 
 def delete(db: sqlite3.Connection, batch_id: str) -> None:
-    """Remove a batch with its jobs and all their events."""
-    db.execute("DELETE FROM jobs WHERE batch_id = ?", (batch_id,))
+    """Remove a batch whose jobs are gone."""
     db.execute("DELETE FROM batches WHERE id = ?", (batch_id,))
 
 

@@ -20,15 +20,15 @@ class Batches:
         self,
         database: Database,
         cancel: Callable[[Sequence[str]], Awaitable[None]],
-        remove_files: Callable[[str], None],
+        erase: Callable[[Sequence[str]], Awaitable[None]],
         *,
         silence_s: float,
         reader_limit: int,
     ) -> None:
-        """`cancel` ends all jobs of a list that have not ended; `remove_files` blocks, and removes those of one job."""
+        """`cancel` ends all jobs of a list that have not ended; `erase` deletes ended ones, files included."""
         self._database = database
         self._cancel = cancel
-        self._remove_files = remove_files
+        self._erase = erase
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._live: dict[str, LiveBatch] = {}
@@ -103,14 +103,9 @@ class Batches:
         batch = await self.get(batch_id, tenant)
         if batch_id in self._live:
             raise NotTerminal(f"batch {batch_id} has not ended: cancel it first")
+        # The batch last: what a crash leaves of it can be purged again.
+        await self._erase(batch.job_ids)
         await self._database.change(lambda db: batch_table.delete(db, batch_id))
-
-        def remove() -> None:
-            # The records first: files without a record are removed at the next start.
-            for job_id in batch.job_ids:
-                self._remove_files(job_id)
-
-        await asyncio.to_thread(remove)
 
     async def events(self, batch_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
         """Stored events of all jobs behind the id `after`, under their ids in the batch; none for an unknown batch."""

@@ -6,6 +6,8 @@ import sqlite3
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from service.jobs.retention import Due
+
 #: What a file takes at least, so that no quota is evaded by millions of tiny ones.
 MIN_BYTES = 4096
 
@@ -52,11 +54,21 @@ def forget(db: sqlite3.Connection, tenant: str, digest: str) -> None:
     db.execute("DELETE FROM blobs WHERE tenant = ? AND digest = ?", (tenant, digest))
 
 
-def expire(db: sqlite3.Connection, before: datetime) -> list[str]:
-    """Take from all tenants what they have not used since; the digests that nobody has now."""
-    query = "DELETE FROM blobs WHERE last_used_at < ? RETURNING digest"
-    gone = {row[0] for row in db.execute(query, (_text(before),)).fetchall()}
-    return sorted(digest for digest in gone if not tenants(db, digest))
+def unused(db: sqlite3.Connection, before: str, after: tuple[str, str, str], limit: int) -> list[Due]:
+    """What was last used before a time, behind `after` (time, tenant, digest), least recently used first."""
+    rows = db.execute(
+        """SELECT last_used_at, tenant, digest, max(size, ?) FROM blobs INDEXED BY blobs_by_use
+            WHERE last_used_at < ? AND (last_used_at, tenant, digest) > (?, ?, ?)
+            ORDER BY last_used_at, tenant, digest LIMIT ?""",
+        (MIN_BYTES, before, *after, limit),
+    )
+    return [Due(*row) for row in rows]
+
+
+def drop(db: sqlite3.Connection, tenant: str, digest: str, before: str) -> bool:
+    """Take a blob from a tenant who has not used it since; whether it did."""
+    query = "DELETE FROM blobs WHERE tenant = ? AND digest = ? AND last_used_at < ?"
+    return db.execute(query, (tenant, digest, before)).rowcount > 0
 
 
 def tenants(db: sqlite3.Connection, digest: str) -> list[str]:

@@ -7,9 +7,9 @@ learns what another has. The file lies there once, and goes when the last tenant
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from service.errors import (
@@ -21,6 +21,7 @@ from service.errors import (
     UploadOffsetMismatch,
 )
 from service.jobs import blob_table
+from service.jobs.retention import Due
 from service.jobs.store import Store
 from service.storage.faults import storage_faults
 from service.storage.upload import BlobFiles, Part, owner_of
@@ -31,11 +32,10 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class BlobLimits:
-    """Bytes of one blob; bytes of a tenant, None for any number; seconds that a blob is kept unused."""
+    """Bytes of one blob; bytes of a tenant, None for any number."""
 
     max_blob_bytes: int = 64 << 30
     max_stored_bytes: int | None = None
-    ttl_s: float = 7 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +104,6 @@ class Blobs:
         self._sending: dict[Key, int] = {}
         # Held where files and references change together, so that none is ever without the other.
         self._lock = threading.Lock()
-
-    @property
-    def ttl_s(self) -> float:
-        """How long a blob is kept unused."""
-        return self._limits.ttl_s
 
     # --- for clients ---
 
@@ -201,20 +196,34 @@ class Blobs:
                 if part.owner in map(owner_of, blob_table.tenants(db, part.digest)):
                     self._files.remove_part(part.owner, part.digest)
 
-    def sweep(self, in_use: Iterable[Key]) -> None:
-        """Remove what was unused for too long. What is `in_use` counts as used now."""
-        before = datetime.now(UTC) - timedelta(seconds=self._limits.ttl_s)
+    def touch(self, in_use: Iterable[Key]) -> None:
+        """Count these as used now."""
+        with self._lock, self._store().transaction() as db:
+            for tenant, digest in in_use:
+                blob_table.use(db, tenant, [digest])
+
+    def drop(self, unused: Sequence[Due], before: str) -> list[Due]:
+        """Take blobs from their tenants that have not used them since; those it took. Files nobody has then go."""
         with self._lock, storage_faults("removing unused blobs"):
             with self._store().transaction() as db:
-                for tenant, digest in in_use:
-                    blob_table.use(db, tenant, [digest])
-                gone = blob_table.expire(db, before)
+                dropped = [due for due in unused if blob_table.drop(db, due.tenant, due.id, before)]
+                gone = [digest for digest in {due.id for due in dropped} if not blob_table.tenants(db, digest)]
             for digest in gone:
                 self._files.remove(digest)
+        return dropped
+
+    def drop_uploads(self, before: str, *, dry_run: bool = False) -> list[Due]:
+        """Remove uploads that never became whole and have stood still since; those it removed, or would."""
+        dropped = []
+        with self._lock, storage_faults("removing uploads that stand still"):
             sending = {(owner_of(tenant), digest) for tenant, digest in self._sending}
             for part in list(self._files.parts()):
-                if part.mtime < before.timestamp() and (part.owner, part.digest) not in sending:
-                    self._files.remove_part(part.owner, part.digest)
+                since = datetime.fromtimestamp(part.mtime, UTC).isoformat(timespec="microseconds")
+                if since < before and (part.owner, part.digest) not in sending:
+                    dropped.append(Due(since, "", part.digest, part.size))
+                    if not dry_run:
+                        self._files.remove_part(part.owner, part.digest)
+        return dropped
 
     # --- inside ---
 

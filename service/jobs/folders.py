@@ -58,6 +58,18 @@ class Folders:
         remove(self.work(job_id))
         remove(self.artifacts(job_id))
 
+    def remove_outputs(self, job_id: str) -> bool:
+        """Remove what a job wrote, but not its report; whether nothing of it is left."""
+        folder = self.artifacts(job_id)
+        outputs = [path for path in folder.iterdir() if path.name != REPORT] if folder.is_dir() else []
+        for path in outputs:
+            remove(path)
+        return not any(path.exists() for path in outputs)
+
+    def are_gone(self, job_id: str) -> bool:
+        """Whether a job has no files."""
+        return not (self.work(job_id).exists() or self.artifacts(job_id).exists())
+
     def job_ids(self) -> Iterator[tuple[str, Path]]:
         """Every folder with the id of the job it belongs to."""
         for parent in (self._work, self._artifacts):

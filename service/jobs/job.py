@@ -9,7 +9,7 @@ from typing import Any
 
 from service.engine.progress import Progress
 from service.errors import IllegalTransition
-from service.jobs.request import JobRequest
+from service.jobs.request import JobRequest, QuantizeRequest
 from service.jobs.tenant import DEFAULT_TENANT
 
 
@@ -78,6 +78,10 @@ class Job:
     batch_id: str | None = None
     batch_index: int | None = None
     tenant: str = DEFAULT_TENANT
+    #: Since when its files in the data folder are gone; those at addresses of their own never expire.
+    artifacts_expired_at: datetime | None = None
+    #: Since when its log holds its last event alone.
+    events_expired_at: datetime | None = None
     #: Seconds by part of the work, see `service.engine.clock`.
     times: dict[str, float] = field(default_factory=dict)
     #: The call that made it, as the log names it, and the trace that the call belongs to (W3C `traceparent`).
@@ -99,3 +103,14 @@ class Job:
         if status.is_terminal:
             changes.setdefault("finished_at", datetime.now(UTC))
         return replace(self, status=status, **changes)
+
+    def is_kept(self, artifact: Artifact) -> bool:
+        """Whether a file that the job wrote is still there, as far as it was the service's to keep."""
+        return self.artifacts_expired_at is None or not self.is_ours(artifact)
+
+    def is_ours(self, artifact: Artifact) -> bool:
+        """Whether a file lies in the data folder, and not at an address of its own, where it is the user's."""
+        if not isinstance(self.request, QuantizeRequest):
+            return True
+        ours = {output.folder for output in self.request.outputs if output.uri is None}
+        return artifact.path.partition("/")[0] in ours

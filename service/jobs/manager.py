@@ -27,6 +27,8 @@ from service.jobs.backend_pool import BackendPool
 from service.jobs.batch import Batch
 from service.jobs.batches import Batches
 from service.jobs.blobs import BlobLimits, Blobs
+from service.jobs.blobs import Key as BlobKey
+from service.jobs.collector import Collector
 from service.jobs.database import Database
 from service.jobs.events import (
     READER_LIMIT,
@@ -37,22 +39,25 @@ from service.jobs.events import (
     follow,
     next_epoch,
 )
-from service.jobs.expiry import expire_blobs
+from service.jobs.expiry import expire
 from service.jobs.figures import Figures, Stored, read_disk, read_stored
 from service.jobs.folders import Folders
 from service.jobs.idempotency import Keys, Once
 from service.jobs.intake import Intake
 from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
+from service.jobs.leases import Leases
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.publisher import Publisher, load_report
 from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
+from service.jobs.removal import Removals
 from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
+from service.jobs.retention import KEEP_ALL, Rules
 from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
 from service.jobs.scheduler import Scheduler, run_in_thread
-from service.jobs.sources import Sources
+from service.jobs.sources import Sources, blobs_used, jobs_used
 from service.jobs.stop import Reason
 from service.jobs.store import Store
 from service.jobs.submission import Submission
@@ -79,12 +84,13 @@ class JobManager:
         config_defaults: QuantizationConfig | None = None,
         blob_limits: BlobLimits | None = None,
         tenant_limits: Limits = NO_LIMITS,
+        retention: Rules = KEEP_ALL,
         silence_s: float = 15.0,
         reader_limit: int = READER_LIMIT,
     ) -> None:
         """`config_defaults` come between a profile and a request; `reader_limit` is in events.
 
-        `tenant_limits` hold for a tenant that has none of its own in the store.
+        `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
         """
         #: Counts what becomes of jobs.
         self.watch = Watch()
@@ -106,9 +112,15 @@ class JobManager:
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._live: dict[str, LiveJob] = {}
         database = Database(lambda: self._opened_store, self._store_thread)
+        #: Who reads what of the data folder now.
+        self.leases = Leases()
+        self._removals = Removals(database, self._folders, self.leases, self._spawn)
+        self._retention = retention
+        #: Removes what is kept no longer.
+        self.collector = Collector(database, self.leases, self._removals, self.blobs, self._blobs_in_use)
         #: What clients do with batches.
         self.batches = Batches(
-            database, self._cancel_all, self._folders.remove, silence_s=silence_s, reader_limit=reader_limit
+            database, self._cancel_all, self.collector.erase, silence_s=silence_s, reader_limit=reader_limit
         )
         #: What clients use to send a call again.
         self.keys = Keys(
@@ -140,13 +152,14 @@ class JobManager:
         """
         self._store, leftovers, batches = await self._in_store_thread(self._open)
         await self._in_store_thread(self.blobs.recover)
+        await self._removals.clear_all()
         self._journal = Journal(self._write)
         for batch in batches:
             self.batches.reopen(batch.id, batch.jobs, batch.last_event_id)
         for leftover in leftovers:
             self._readopt(leftover)
         self._warming = asyncio.create_task(self._warm_up())
-        self._expiring = asyncio.create_task(self._expire())
+        self._expiring = asyncio.create_task(expire(self.collector, self._retention))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more jobs, stop the running ones at their next block, and close the data folder.
@@ -245,14 +258,13 @@ class JobManager:
     async def purge(self, job_id: str, tenant: str | None = None) -> None:
         """Delete an ended job with its events, report and artifacts; raises NotFound or NotTerminal.
 
-        Outputs that were written to an address of their own stay: they are the user's.
+        Its files go when nobody reads them any more. Outputs that were written to an address of their own stay: they
+        are the user's.
         """
         if self._live_of(job_id, tenant):
             raise NotTerminal(f"job {job_id} has not ended: cancel it first")
-        if not await self._in_store_thread(lambda: self._opened_store.delete(job_id, tenant)):
-            raise NotFound(f"there is no job {job_id!r}")
-        # The record first: files without a record are removed at the next start.
-        await asyncio.to_thread(self._folders.remove, job_id)
+        await self.get(job_id, tenant)
+        await self.collector.erase([job_id])
 
     async def wait(self, job_id: str, timeout_s: float, tenant: str | None = None) -> Job:
         """The job when it has ended, or after `timeout_s` as it then stands; raises NotFound."""
@@ -266,15 +278,16 @@ class JobManager:
 
     async def report(self, job_id: str, tenant: str | None = None) -> RunReport:
         """What the job measured; raises NotFound, or NotFinished when it has not succeeded."""
-        job = await self.get(job_id, tenant)
-        if job.status is not Status.SUCCEEDED:
-            raise NotFinished(f"job {job_id} is {job.status}, and only a job that has succeeded has a report")
 
         def load() -> RunReport:
             with storage_faults("reading the report"):
                 return load_report(self._folders.report(job_id))
 
-        return await asyncio.to_thread(load)
+        with self.leases.held(job_id):
+            job = await self.get(job_id, tenant)
+            if job.status is not Status.SUCCEEDED:
+                raise NotFinished(f"job {job_id} is {job.status}, and only a job that has succeeded has a report")
+            return await asyncio.to_thread(load)
 
     async def plan(self, request: QuantizeRequest, tenant: str = DEFAULT_TENANT) -> Plan:
         """What a tenant's job of this request would do to each tensor; raises what `submit` and reading headers do."""
@@ -288,7 +301,8 @@ class JobManager:
             ):
                 return make_plan(reader, output_specs(request, config))
 
-        return await asyncio.to_thread(make)
+        with self.leases.held(*jobs_used(request)):
+            return await asyncio.to_thread(make)
 
     # --- events ---
 
@@ -396,7 +410,12 @@ class JobManager:
     async def _take(self, submission: Submission) -> tuple[list[Job], Batch | None]:
         self._check_open()
         # A client that hangs up in the middle leaves no half-accepted job.
-        return await asyncio.shield(self._spawn(self._intake.take(submission, self._check_open)))
+        return await asyncio.shield(self._spawn(self._take_in(submission)))
+
+    async def _take_in(self, submission: Submission) -> tuple[list[Job], Batch | None]:
+        # Held until the new jobs do so themselves: between the look at a source and the claim nothing of it expires.
+        with self.leases.held(*(used for request in submission.requests for used in jobs_used(request))):
+            return await self._intake.take(submission, self._check_open)
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
         """End those that have not ended. All waiting ones are out of the queue before a lane is freed."""
@@ -413,6 +432,7 @@ class JobManager:
         place = self.batches.place(job.batch_id, job.batch_index or 0) if job.batch_id else None
         live = LiveJob(job, log, self._journal, self._forget, self.watch, targets, place)
         self._live[job.id] = live
+        self.leases.take(job.id, *jobs_used(job.request))
         return live
 
     def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
@@ -422,6 +442,7 @@ class JobManager:
 
     def _forget(self, job: Job) -> None:
         del self._live[job.id]
+        self.leases.give_back(job.id, *jobs_used(job.request))
 
     def _readopt(self, leftover: Leftover) -> None:
         job = leftover.job
@@ -491,8 +512,8 @@ class JobManager:
         # A thread that no exit waits for: compiling may take long.
         await run_in_thread(self._backends.get(self._default_backend).warm_up, name="warm-up")
 
-    async def _expire(self) -> None:
-        await expire_blobs(self.blobs, lambda: [live.job for live in self._live.values()])
+    def _blobs_in_use(self) -> set[BlobKey]:
+        return {key for live in self._live.values() for key in blobs_used(live.job)}
 
     async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         await self._in_store_thread(lambda: self._opened_store.write(jobs, events))

@@ -37,6 +37,8 @@ def to_record(job: Job) -> str:
         "times": job.times or None,
         "request_id": job.request_id,
         "traceparent": job.traceparent,
+        "artifacts_expired_at": job.artifacts_expired_at and job.artifacts_expired_at.isoformat(),
+        "events_expired_at": job.events_expired_at and job.events_expired_at.isoformat(),
     }
     return json.dumps({name: value for name, value in fields.items() if value is not None}, separators=(",", ":"))
 
@@ -62,7 +64,16 @@ def from_record(record: str) -> Job:
         times=fields.get("times", {}),
         request_id=fields.get("request_id"),
         traceparent=fields.get("traceparent"),
+        artifacts_expired_at=_time(fields.get("artifacts_expired_at")),
+        events_expired_at=_time(fields.get("events_expired_at")),
     )
+
+
+def with_time(record: str, name: str, time: datetime) -> str:
+    """The record with a time set, where it has none: cheaper than to make a job of it."""
+    fields = json.loads(record)
+    fields.setdefault(name, time.isoformat())
+    return json.dumps(fields, separators=(",", ":"))
 
 
 def _time(text: str | None) -> datetime | None:

@@ -15,6 +15,9 @@ from service.jobs.store import Store
 from service.storage.durable import remove
 from service.storage.faults import storage_faults
 
+#: Folders looked up at once.
+CHUNK = 500
+
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
@@ -60,10 +63,10 @@ def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftov
 
 def _orphans(store: Store, folders: Folders, active: set[str]) -> Iterator[Path]:
     """Work folders of jobs that have ended, and artifacts of jobs that are unknown or did not succeed."""
-    for job_id, path in list(folders.job_ids()):
-        if job_id in active:
-            continue
-        is_work = path == folders.work(job_id)
-        job = None if is_work else store.get(job_id)
-        if job is None or job.status is not Status.SUCCEEDED:
-            yield path
+    found = [(job_id, path) for job_id, path in folders.job_ids() if job_id not in active]
+    for start in range(0, len(found), CHUNK):
+        chunk = found[start : start + CHUNK]
+        statuses = store.statuses([job_id for job_id, _ in chunk])
+        for job_id, path in chunk:
+            if path == folders.work(job_id) or statuses.get(job_id) is not Status.SUCCEEDED:
+                yield path

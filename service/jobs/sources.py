@@ -11,7 +11,7 @@ from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import files_under
 from service.engine.formats.registry import open_model
 from service.engine.formats.source import LocalFiles
-from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound
+from service.errors import ArrowQuantError, ArtifactsExpired, InvalidConfig, ModelNotFound
 from service.jobs.blobs import Blobs
 from service.jobs.blobs import Key as BlobKey
 from service.jobs.folders import Folders
@@ -103,6 +103,9 @@ class Sources:
         output = _choose(job.request.outputs, source.output)
         if output.uri is not None:
             return self._at(output.uri)  # where anybody may have put links since
+        if job.artifacts_expired_at is not None:
+            detail = f"the files of job {job.id} were kept until {job.artifacts_expired_at:%Y-%m-%d %H:%M:%S} UTC"
+            raise ArtifactsExpired(f"{detail}: run it again, or write to a `uri` of your own", pointer="/job_id")
         artifacts = self._folders.artifacts(job.id)
         return Place(artifacts / output.folder, (artifacts,))
 
@@ -110,6 +113,11 @@ class Sources:
         path = resolve_model(uri, self._roots)
         check_links(files_under(path), self._roots)
         return Place(path, self._roots)
+
+
+def jobs_used(request: JobRequest) -> Iterator[str]:
+    """The jobs whose outputs a request reads."""
+    yield from (source.job_id for _, source in _named_sources(request) if isinstance(source, JobSource))
 
 
 def blobs_used(job: Job) -> Iterator[BlobKey]:

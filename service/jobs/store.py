@@ -16,20 +16,21 @@ from typing import Any
 from uuid import UUID
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs import batch_table, blob_table, key_table
+from service.jobs import batch_table, blob_table, key_table, retention_table
 from service.jobs.batch import Batch
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.quotas import Limits, Usage
 from service.jobs.record import from_record, to_record
-from service.jobs.request import QuantizeRequest
 from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
 LOCK = "arrowquant.lock"
 #: Columns of a tenant, as the fields of Limits.
 LIMITS = "max_open_jobs, max_stored_bytes, tenants.requests_per_minute"
+#: What SQLite says of a database whose free pages can be given back a few at a time.
+INCREMENTAL = 2
 #: How long a write waits for another connection's.
 BUSY_TIMEOUT_S = 10.0
 
@@ -107,6 +108,7 @@ MIGRATIONS = (
     """,
     key_table.SCHEMA + batch_table.SCHEMA,
     blob_table.SCHEMA,
+    retention_table.SCHEMA,
 )
 
 _ACTIVE = tuple(status.value for status in Status if not status.is_terminal)
@@ -167,9 +169,11 @@ class Store:
 
     def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         """Store new states of known jobs and append events, all or nothing."""
-        changes = [(job.status, to_record(job), _stored_bytes(job), job.id) for job in jobs]
+        changes = [(job.status, to_record(job), _stored_bytes(job), _kept_since(job), job.id) for job in jobs]
         with self.transaction() as db:
-            db.executemany("UPDATE jobs SET status = ?, record = ?, stored_bytes = ? WHERE id = ?", changes)
+            db.executemany(
+                "UPDATE jobs SET status = ?, record = ?, stored_bytes = ?, kept_since = ? WHERE id = ?", changes
+            )
             _append(db, events)
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
@@ -249,17 +253,28 @@ class Store:
         steps = pairwise(times)
         return sum((at - before).total_seconds() for (_, before), (type_, at) in steps if type_ != RESUMED)
 
-    def delete(self, job_id: str, tenant: str | None = None) -> bool:
-        """Remove this tenant's job with its events; False when there was none. None is any tenant."""
-        with self.transaction() as db:
-            query = "DELETE FROM jobs WHERE id = ? AND tenant = coalesce(?, tenant)"
-            return db.execute(query, (job_id, tenant)).rowcount > 0
-
     def usage(self, tenant: str) -> Usage:
         """What a tenant stores in the data folder, artifacts and blobs, and the limits set for it alone."""
         query = f"SELECT stored_bytes, {LIMITS} FROM tenants WHERE id = ?"
         rows = self._rows(query, (tenant,))
         return Usage(rows[0][0], Limits(*rows[0][1:])) if rows else Usage()
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, Status]:
+        """Where those of these jobs stand that there are."""
+        marks = ", ".join("?" * len(job_ids))
+        return {
+            id_: Status(status)
+            for id_, status in self._rows(f"SELECT id, status FROM jobs WHERE id IN ({marks})", job_ids)
+        }
+
+    def compact(self) -> None:
+        """Make a database of an earlier version one that gives free space back bit by bit; takes its size once more."""
+        with self._lock, database_faults():
+            if self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == INCREMENTAL:
+                return
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -305,6 +320,28 @@ def connect(data_dir: Path) -> sqlite3.Connection:
     return db
 
 
+def note_address(data_dir: Path, url: str) -> None:
+    """Say in the lock file of a data folder that this process holds where it listens; raises OSError."""
+    with (data_dir / LOCK).open("a") as file:
+        file.write(f"{url}\n")
+
+
+def address_of_server(data_dir: Path) -> str | None:
+    """Where the server listens that holds a data folder; None when none does.
+
+    Raises StorageFailure when one does that has not said where.
+    """
+    try:
+        with storage_faults("looking at the data folder"):
+            _hold(data_dir / LOCK).close()
+    except StorageFailure:
+        lines = (data_dir / LOCK).read_text().splitlines()
+        if len(lines) < 2:
+            raise
+        return lines[1]
+    return None
+
+
 def _append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
     rows = [(e.job_id, e.id, e.type, _text(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
     db.executemany("INSERT INTO events (job_id, id, type, at, data) VALUES (?, ?, ?, ?, ?)", rows)
@@ -318,7 +355,7 @@ def _hold(path: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        owner = file.read(32).strip() or "unknown"
+        owner = file.readline(32).strip() or "unknown"
         file.close()
         raise StorageFailure(
             f"the data folder is in use by another server (process {owner}): stop it, or choose another --data-dir"
@@ -331,6 +368,8 @@ def _hold(path: Path) -> Any:
 
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    # Of a new database: what is deleted can be given back to the disk bit by bit. An old one is told so by `compact`.
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     db.execute("PRAGMA journal_mode = WAL")
     # In WAL mode a commit then survives the process, and the database a power cut.
     db.execute("PRAGMA synchronous = NORMAL")
@@ -367,10 +406,12 @@ def database_faults() -> Iterator[None]:
 
 def _stored_bytes(job: Job) -> int:
     """Of the files that lie in the data folder; those written to an address of their own are the user's."""
-    if not isinstance(job.request, QuantizeRequest):
-        return 0
-    kept = {output.folder for output in job.request.outputs if output.uri is None}
-    return sum(artifact.size_bytes for artifact in job.artifacts if artifact.path.partition("/")[0] in kept)
+    return sum(artifact.size_bytes for artifact in job.artifacts if job.is_ours(artifact))
+
+
+def _kept_since(job: Job) -> str | None:
+    """From when the age of an ended job counts; that of a batch's jobs does from the end of the batch."""
+    return _text(job.finished_at) if job.finished_at is not None and job.batch_id is None else None
 
 
 def _text(time: datetime) -> str:

@@ -14,7 +14,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from service.api.app import ROUTERS, create_app
-from service.api.auth import is_open, scope_for
+from service.api.auth import ADMIN_PATHS, is_open, scope_for
 from service.api.key_ring import HOLD_S
 from service.api.openapi import build
 from service.api.server import serve
@@ -74,7 +74,7 @@ def test_looking_takes_read_and_all_else_submit(keyed: Keyed) -> None:
     reader, submitter = keyed.client("scopes", Scope.READ), keyed.client("scopes", Scope.SUBMIT)
     for method, path in CLOSED:
         looks = method in ("GET", "HEAD")
-        scope = "admin" if path == "/metrics" else "read" if looks else "submit"
+        scope = "admin" if path in ADMIN_PATHS else "read" if looks else "submit"
         for client, has in ((reader, "read"), (submitter, "submit")):
             response = call(client, method, path)
             assert (response.status_code == 403) == (has != scope), (method, path, has, response.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +27,13 @@ from service.errors import (
     UploadOffsetMismatch,
 )
 from service.jobs.blob_paths import check_path, check_together
-from service.jobs.blobs import BlobLimits, Blobs, Span
+from service.jobs.blobs import BlobLimits, Blobs, Key, Span
+from service.jobs.collector import Collector
+from service.jobs.database import Database
+from service.jobs.folders import Folders
+from service.jobs.leases import Leases
+from service.jobs.removal import Removals
+from service.jobs.retention import Rules
 from service.jobs.store import Store
 from service.storage.upload import BlobFiles
 from tests.jobs.test_disk_full import REPOSITORY, may_mount
@@ -46,6 +55,19 @@ def open_blobs(tmp_path: Path, store: Store, **limits: float) -> Blobs:
     blobs = Blobs(tmp_path / "blobs", lambda: store, BlobLimits(**limits))  # type: ignore[arg-type]
     blobs.recover()
     return blobs
+
+
+def sweep(tmp_path: Path, store: Store, blobs: Blobs, *in_use: Key) -> None:
+    """A sweep that keeps blobs for 100 s."""
+
+    async def work() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            database, leases = Database(lambda: store, thread), Leases()
+            removals = Removals(database, Folders(tmp_path), leases, asyncio.ensure_future)
+            collector = Collector(database, leases, removals, blobs, lambda: in_use)
+            await collector.sweep(Rules(blob_ttl_s=100), datetime.now(UTC))
+
+    asyncio.run(work())
 
 
 def send(blobs: Blobs, tenant: str, data: bytes, digest: str | None = None) -> str:
@@ -114,31 +136,31 @@ def test_one_that_claims_a_digest_without_the_bytes_gets_nothing(tmp_path: Path,
 
 
 def test_a_blob_stays_while_any_tenant_uses_it(tmp_path: Path, store: Store) -> None:
-    blobs = open_blobs(tmp_path, store, ttl_s=100)
+    blobs = open_blobs(tmp_path, store)
     for tenant in ("ada", "bob"):
         send(blobs, tenant, DATA)
     age(store, "ada", 200)
-    blobs.sweep([])
+    sweep(tmp_path, store, blobs)
     assert blobs.find("ada", DIGEST) is None
     assert blobs.find("bob", DIGEST) == len(DATA)
     age(store, "bob", 200)
-    blobs.sweep([("bob", DIGEST)])
+    sweep(tmp_path, store, blobs, ("bob", DIGEST))
     assert blobs.find("bob", DIGEST) == len(DATA), "a job used it until now"
     age(store, "bob", 200)
-    blobs.sweep([])
+    sweep(tmp_path, store, blobs)
     assert stored_files(tmp_path) == []
 
 
 def test_parts_that_nobody_goes_on_with_expire_and_those_being_sent_do_not(tmp_path: Path, store: Store) -> None:
-    blobs = open_blobs(tmp_path, store, ttl_s=100)
+    blobs = open_blobs(tmp_path, store)
     send_piece(blobs, "ada", 0, 1000)
     (part,) = stored_files(tmp_path)
     os.utime(part, (time.time() - 200,) * 2)
     upload = blobs.begin("ada", DIGEST, Span(1000, 1000, len(DATA)))
-    blobs.sweep([])
+    sweep(tmp_path, store, blobs)
     assert part.exists()
     upload.close()
-    blobs.sweep([])
+    sweep(tmp_path, store, blobs)
     assert not part.exists()
     assert blobs.offset("ada", DIGEST) == 0
 

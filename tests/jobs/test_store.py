@@ -14,6 +14,7 @@ import pytest
 import uuid_utils
 
 from service.errors import DiskFull, StorageFailure
+from service.jobs import retention_table
 from service.jobs.events import Event
 from service.jobs.job import Artifact, Job, Status
 from service.jobs.quotas import Usage
@@ -33,6 +34,11 @@ def a_job(tenant: str = DEFAULT_TENANT, **fields: object) -> Job:
 
 def event(job: Job, id_: int, type_: str = "tensor.completed", seconds: float = 0.0) -> Event:
     return Event(id_, type_, job.id, START + timedelta(seconds=seconds), {"name": f"t{id_}"})
+
+
+def erase(store: Store, job: Job) -> None:
+    with store.transaction() as db:
+        assert not retention_table.erase(db, job.id, START, 100), "all at once"
 
 
 @pytest.fixture
@@ -146,8 +152,7 @@ def test_a_folder_of_a_newer_version_is_refused_and_let_go_of(tmp_path: Path) ->
 def test_deleting_a_job_takes_its_events_and_labels_along(store: Store) -> None:
     job = a_job(labels={"team": "a"})
     store.add(job, [event(job, 1)])
-    assert store.delete(job.id)
-    assert not store.delete(job.id)
+    erase(store, job)
     assert store.get(job.id) is None
     assert store.events(job.id) == []
     assert store.find(label=("team", "a")) == ([], None)
@@ -214,8 +219,6 @@ def test_a_tenant_finds_its_own_jobs_alone_and_everybody_else_all(store: Store) 
     for label in (None, ("k", "v")):
         assert store.find(tenant="a", label=label) == ([mine], None)
         assert store.find(label=label) == ([theirs, mine], None)
-    assert not store.delete(theirs.id, "a")
-    assert store.delete(theirs.id, "b")
 
 
 def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path)
     assert found.id == job.id
     assert found.tenant == DEFAULT_TENANT
     assert store.usage(DEFAULT_TENANT).stored_bytes == 700
-    store.delete(job.id)
+    erase(store, job)
     assert store.usage(DEFAULT_TENANT).stored_bytes == 0
     store.close()
 

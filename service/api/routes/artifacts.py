@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from service import errors
 from service.api.archive import archive, archive_bytes, archive_etag, file_range
 from service.api.auth import Caller
-from service.api.dependencies import After, JobId, KnownParameters, Limit, Manager, wrong_parameter
+from service.api.dependencies import After, HeldJob, JobId, KnownParameters, Limit, Manager, wrong_parameter
 from service.api.http_errors import InvalidRequest, RangeNotSatisfiable
 from service.api.problems import documented, respond
 from service.api.ranges import Unsatisfiable, parse_range
@@ -30,16 +30,19 @@ _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 @router.get(
     "/{job_id}/artifacts",
     response_model=ArtifactPage,
-    responses=NOT_MODIFIED | documented(errors.NotFound, InvalidRequest),
+    responses=NOT_MODIFIED | documented(errors.NotFound, errors.ArtifactsExpired, InvalidRequest),
 )
 async def list_job_artifacts(
     request: Request, job_id: JobId, manager: Manager, caller: Caller, limit: Limit = 50, after: After = None
 ) -> Response:
-    """Every file that the job wrote, by path; none before it has succeeded."""
+    """Every file that the job wrote and that is still there, by path; none before it has succeeded."""
     job = await manager.get(job_id, caller.reach)
-    if after is not None and after not in {a.path for a in job.artifacts}:
+    kept = [a for a in job.artifacts if job.is_kept(a)]
+    if job.artifacts and not kept:
+        raise _expired(job)
+    if after is not None and after not in {a.path for a in kept}:
         raise wrong_parameter("after", "it is not a `next_cursor` of this list")
-    behind = sorted((a for a in job.artifacts if after is None or a.path > after), key=lambda a: a.path)
+    behind = sorted((a for a in kept if after is None or a.path > after), key=lambda a: a.path)
     page = behind[:limit]
     cursor = page[-1].path if len(behind) > limit else None
     data = [ArtifactInfo(path=a.path, size_bytes=a.size_bytes, sha256=a.sha256, media_type=a.media_type) for a in page]
@@ -49,12 +52,13 @@ async def list_job_artifacts(
 @router.get(
     "/{job_id}/artifacts/{path:path}",
     response_class=Response,
+    dependencies=[HeldJob],
     responses={
         200: {"description": "The file.", "content": {"application/octet-stream": _BINARY}},
         206: {"description": "The range asked for.", "content": {"application/octet-stream": _BINARY}},
     }
     | NOT_MODIFIED
-    | documented(errors.NotFound, RangeNotSatisfiable),
+    | documented(errors.NotFound, errors.ArtifactsExpired, RangeNotSatisfiable),
 )
 async def download_job_artifact(
     request: Request, job_id: JobId, path: str, manager: Manager, caller: Caller
@@ -65,6 +69,8 @@ async def download_job_artifact(
     artifact = next((a for a in job.artifacts if a.path == path), None)
     if artifact is None:
         raise errors.NotFound(f"job {job_id} has no artifact {path!r}; they are listed at {job_path(job_id)}/artifacts")
+    if not job.is_kept(artifact):
+        raise _expired(job)
     headers = {
         "ETag": f'"{artifact.sha256}"',
         "Accept-Ranges": "bytes",
@@ -80,14 +86,17 @@ async def download_job_artifact(
 @router.get(
     "/{job_id}/archive",
     response_class=Response,
+    dependencies=[HeldJob],
     responses={200: {"description": "An uncompressed tar of all artifacts.", "content": {TAR: _BINARY}}}
     | NOT_MODIFIED
-    | documented(errors.NotFound, errors.NotFinished),
+    | documented(errors.NotFound, errors.NotFinished, errors.ArtifactsExpired),
 )
 async def download_job_archive(request: Request, job_id: JobId, manager: Manager, caller: Caller) -> Response:
-    """All of the job's files as one tar."""
+    """All of the job's files as one tar; gone as soon as one of them is."""
     job = await manager.get(job_id, caller.reach)
     _check_succeeded(job)
+    if not all(map(job.is_kept, job.artifacts)):
+        raise _expired(job)
     headers = {
         "ETag": archive_etag(job.artifacts),
         "Content-Length": str(archive_bytes(job.artifacts)),
@@ -119,6 +128,13 @@ def _send(request: Request, artifact: Artifact, headers: dict[str, str]) -> Resp
 def _check_succeeded(job: Job) -> None:
     if job.status is not Status.SUCCEEDED:
         raise errors.NotFinished(f"job {job.id} is {job.status}: it has no files")
+
+
+def _expired(job: Job) -> errors.ArtifactsExpired:
+    return errors.ArtifactsExpired(
+        f"the files of job {job.id} were kept until {job.artifacts_expired_at:%Y-%m-%d %H:%M:%S} UTC; its report is "
+        f"still at {job_path(job.id)}/report"
+    )
 
 
 def _check_there(artifact: Artifact) -> None:

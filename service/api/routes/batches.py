@@ -12,6 +12,7 @@ from service.api.auth import Caller
 from service.api.dependencies import (
     AfterBatch,
     BatchId,
+    HeldBatch,
     KnownParameters,
     Limit,
     Manager,
@@ -117,6 +118,7 @@ async def cancel_batch(
 @router.get(
     "/{batch_id}/events",
     response_model=EventPage,
+    dependencies=[HeldBatch],
     responses=DOCUMENTED | documented(errors.NotFound, InvalidRequest, NotAcceptable),
 )
 async def stream_batch_events(

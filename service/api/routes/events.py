@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from service import errors
 from service.api import render
 from service.api.auth import Caller
-from service.api.dependencies import JobId, KnownParameters, Limit, Manager
+from service.api.dependencies import HeldJob, JobId, KnownParameters, Limit, Manager
 from service.api.event_replies import DOCUMENTED, EVENT_STREAM, EventId, LastEventId, event_page, event_stream
 from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.negotiation import choose
@@ -21,6 +21,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParamete
 @router.get(
     "/{job_id}/events",
     response_model=EventPage,
+    dependencies=[HeldJob],
     responses=DOCUMENTED | documented(errors.NotFound, InvalidRequest, NotAcceptable),
 )
 async def stream_job_events(
@@ -32,7 +33,10 @@ async def stream_job_events(
     last_event_id: LastEventId = None,
     limit: Limit = 50,
 ) -> Response:
-    """All events behind an id, then those to come until the job ends. `limit` is for the page only."""
+    """All events behind an id, then those to come until the job ends. `limit` is for the page only.
+
+    Of a job with `events_expired_at` only the last event is left.
+    """
     media_type = choose(request.headers.get("accept"), (EVENT_STREAM, JSON))
     begin = last_event_id if last_event_id is not None else after or 0
     job = await manager.get(job_id, caller.reach)

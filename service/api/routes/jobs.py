@@ -42,6 +42,7 @@ CREATION_ERRORS = (
     errors.UnsupportedByFormat,
     errors.ForbiddenPath,
     errors.ModelNotFound,
+    errors.ArtifactsExpired,
     errors.BlobNotFound,
     errors.UnsupportedModel,
     errors.PickledWeights,
@@ -132,6 +133,7 @@ async def cancel_job(
         bool,
         Query(
             description="Delete a job that has ended: record, events, report and artifacts. "
+            "A download that is under way goes on. "
             "Outputs written to a `uri` of their own stay."
         ),
     ] = False,

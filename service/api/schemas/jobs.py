@@ -94,6 +94,12 @@ class Job(Wire):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    artifacts_expired_at: datetime | None = Field(
+        default=None, description="Since when its files are kept no longer, but for outputs with a `uri`."
+    )
+    events_expired_at: datetime | None = Field(
+        default=None, description="Since when its log is kept no longer, but for the last event."
+    )
     request: JobRequest
     config: ResolvedConfig = Field(description="The configuration with nothing left open.")
     labels: dict[str, str]
