@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -46,6 +46,14 @@ def validation(original: Path | Json, quantized: Path | Json, **config: Any) -> 
     sources = [uri(s) if isinstance(s, Path) else s for s in (original, quantized)]
     asked: Json = {"kind": "validate", "original": sources[0], "quantized": sources[1]}
     return asked | ({"config": config} if config else {})
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait for what nobody tells, such as a file that goes; fails when it takes too long."""
+    deadline = time.monotonic() + JOB_S
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
 
 
 def uri(path: Path) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from service.api.ranges import Unsatisfiable, parse_range
 from service.jobs.job import Artifact
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
-from tests.server import Server, body
+from tests.server import Server, body, wait_until
 
 WEIGHTS = "compressed-tensors/model.safetensors"
 
@@ -124,16 +125,31 @@ def test_a_file_that_was_removed_elsewhere_is_404(server: Server, model: Any, mo
     assert server.client.get(job["links"]["archive"]).status_code == 404
 
 
-def test_a_purge_in_the_middle_of_a_download_cuts_it_off_and_is_no_crash(
+def test_a_purge_in_the_middle_of_a_download_waits_with_the_files(start_server: StartServer, model_root: Path) -> None:
+    server = start_server()
+    job = server.run(body(large_model(model_root), "parquet", "compressed-tensors", bit_width=8, method="minmax"))
+    whole = server.client.get(job["links"]["archive"]).content
+    with httpx.stream("GET", f"{server.base_url}{job['links']['archive']}", timeout=90) as response:
+        arriving = response.iter_raw(1 << 16)
+        came = next(arriving)
+        assert server.client.delete(job["links"]["self"], params={"purge": "true"}).status_code == 204
+        assert server.client.get(job["links"]["self"]).status_code == 404, "the record goes at once"
+        assert server.leftovers(job["id"]), "the files are being read"
+        assert came + b"".join(arriving) == whole
+    wait_until(lambda: not server.leftovers(job["id"]))
+
+
+def test_a_file_that_is_removed_elsewhere_in_the_middle_of_a_download_cuts_it_off_and_is_no_crash(
     start_server: StartServer, model_root: Path
 ) -> None:
     server = start_server()
-    job = server.run(body(large_model(model_root), "parquet", "compressed-tensors", bit_width=8, method="minmax"))
+    target = {"format": "parquet", "uri": (model_root / "elsewhere").as_uri()}
+    job = server.run(body(large_model(model_root), "compressed-tensors", target, bit_width=8, method="minmax"))
     address = f"{server.base_url}{job['links']['archive']}"
     with httpx.stream("GET", address, timeout=90) as response:
         arriving = response.iter_raw(1 << 16)
         next(arriving)
-        assert server.client.delete(job["links"]["self"], params={"purge": "true"}).status_code == 204
+        shutil.rmtree(model_root / "elsewhere")
         with pytest.raises(httpx.RemoteProtocolError):
             list(arriving)
     assert server.client.get("/healthz").status_code == 200

@@ -22,10 +22,11 @@ OPERATIONS = {
     "download_job_artifact", "download_job_archive", "create_plan", "quantize_tensors", "dequantize_tensors",
     "compare_tensors", "list_profiles", "list_schemes", "list_methods", "list_formats", "list_backends", "get_health",
     "get_readiness", "get_problem", "create_batch", "list_batches", "get_batch", "cancel_batch", "stream_batch_events",
-    "check_blob", "upload_blob", "get_metrics",
+    "check_blob", "upload_blob", "get_metrics", "collect_garbage",
 }  # fmt: skip
 VERBS = {
     "create", "list", "get", "cancel", "stream", "download", "quantize", "dequantize", "compare", "check", "upload",
+    "collect",
 }  # fmt: skip
 
 JOB_BODY = """
