@@ -33,7 +33,7 @@ class Bound:
 
 
 def context() -> Mapping[str, str]:
-    """The ids that a record made now would carry: `request_id`, `job_id`, `tenant`, as far as they are known."""
+    """The ids that a record made now would carry: `request_id`, `job_id`, `tenant`, `traceparent`, where known."""
     return _context.get()
 
 

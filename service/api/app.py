@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -18,9 +19,11 @@ from service.api.routes import artifacts, batches, catalog, events, gc, health, 
 from service.api.routes import metrics as metrics_route
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
+from service.api.tracing import make_tracing
 from service.jobs.blobs import BlobLimits
 from service.jobs.manager import JobManager
 from service.jobs.quotas import Limits
+from service.jobs.watch import Watch
 from service.settings import Settings
 
 ROUTERS = (
@@ -45,7 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = ApiState(settings, _manager(settings))
+        tracing = make_tracing(os.environ)
+        state = ApiState(settings, _manager(settings, Watch(tracing.jobs if tracing else None)), tracing)
         app.state.api = state
         await state.manager.start()
         if settings.asks_for_keys:
@@ -57,6 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
         if not state.manager.is_draining:
             await state.drain()
         keys.close()
+        if tracing is not None:
+            await tracing.close()
 
     keys = KeyRing(settings.data_dir)
     app = FastAPI(
@@ -95,7 +101,7 @@ def _tenant_limits(settings: Settings) -> Limits:
     return Limits(settings.max_open_jobs, settings.max_stored_bytes, settings.requests_per_minute)
 
 
-def _manager(settings: Settings) -> JobManager:
+def _manager(settings: Settings, watch: Watch) -> JobManager:
     return JobManager(
         data_dir=settings.data_dir,
         model_roots=settings.model_roots,
@@ -109,4 +115,5 @@ def _manager(settings: Settings) -> JobManager:
         retention=settings.retention,
         silence_s=settings.stream_silence_s,
         reader_limit=settings.max_unread_events,
+        watch=watch,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE"})
@@ -29,9 +32,10 @@ class HttpMetrics:
             "arrowquant_http_requests_in_flight", "Calls that are being answered.", registry=registry
         )
 
-    def answered(self, method: str, route: str, status: int, seconds: float | None, problem: str | None) -> None:
-        """A call was answered; without `seconds` where they say nothing of the service."""
-        labels = (method if method in METHODS else "other", route, str(status))
+    def answered(self, call: Mapping[str, Any], seconds: float | None, problem: str | None) -> None:
+        """A call was answered: its `method`, `route` and `status`; no `seconds` where they mean nothing."""
+        method = call["method"] if call["method"] in METHODS else "other"
+        labels = (method, call["route"], str(call["status"]))
         self._requests.labels(*labels).inc()
         if seconds is not None:
             self._seconds.labels(*labels).observe(seconds)

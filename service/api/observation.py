@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.auth import Principal
-from service.api.http_metrics import HttpMetrics
 from service.api.state import ApiState
 from service.errors import InternalError
 from service.logs import Bound
@@ -65,15 +65,16 @@ class Observation:
             await self.app(scope, receive, send)
             return
         state: ApiState = scope["app"].state.api
-        metrics = state.metrics.http
         observed = scope["observed"] = Observed()
+        span = state.tracing.begin(scope) if state.tracing and scope["path"] not in UNLOGGED else None
         begun = time.perf_counter()
 
         async def send_seen(message: Message) -> None:
             observed.see(message)
             await send(message)
 
-        with Bound(request_id=scope["request_id"]), metrics.in_flight.track_inprogress():
+        ids = {"request_id": scope["request_id"], "traceparent": span.traceparent if span else None}
+        with Bound(**ids), state.metrics.http.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, send_seen)
             except Exception:
@@ -81,23 +82,28 @@ class Observation:
                 observed.status, observed.problem = 500, InternalError.code
                 raise
             finally:
-                self._tell(metrics, scope, observed, time.perf_counter() - begun)
+                seconds = time.perf_counter() - begun
+                fields = self._fields(scope, observed, seconds)
+                is_timed = observed.is_timed and fields["route"] not in UNTIMED
+                state.metrics.http.answered(fields, seconds if is_timed else None, observed.problem)
+                self._log(scope, fields)
+                if span is not None:
+                    span.end(fields, observed.problem)
 
-    def _tell(self, metrics: HttpMetrics, scope: Scope, observed: Observed, seconds: float) -> None:
-        route = self._template(scope)
-        is_timed = observed.is_timed and route not in UNTIMED
-        metrics.answered(scope["method"], route, observed.status, seconds if is_timed else None, observed.problem)
-        if route in UNLOGGED or not log.isEnabledFor(self.level):
-            return
+    def _fields(self, scope: Scope, observed: Observed, seconds: float) -> dict[str, Any]:
         # The path without the query, in which clients put what no log should keep.
-        fields = {
+        return {
             "method": scope["method"],
-            "route": route,
+            "route": self._template(scope),
             "path": scope["path"],
             "status": observed.status,
             "seconds": round(seconds, 6),
             "bytes": observed.sent_bytes,
         }
+
+    def _log(self, scope: Scope, fields: dict[str, Any]) -> None:
+        if fields["route"] in UNLOGGED or not log.isEnabledFor(self.level):
+            return
         principal: Principal | None = scope.get("principal")
         with Bound(tenant=principal.tenant if principal else None):
             text = "%(method)s %(path)s %(status)d in %(seconds).4f s, %(bytes)d bytes"

@@ -12,6 +12,7 @@ from fastapi import Request
 
 from service.api.metrics import Metrics
 from service.api.stalls import StallMonitor
+from service.api.tracing import Tracing
 from service.jobs.batch import Batch
 from service.jobs.job import Job
 from service.jobs.manager import JobManager
@@ -31,6 +32,7 @@ class ApiState:
 
     settings: Settings
     manager: JobManager
+    tracing: Tracing | None = None
     stalls: StallMonitor = field(default_factory=StallMonitor)
     metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)

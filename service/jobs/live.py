@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from service.engine.clock import Clock
-from service.engine.progress import Happening, Progress
+from service.engine.progress import Happening, Progress, TensorCompleted
 from service.jobs.batch import Place
 from service.jobs.events import EVENT_OF_STATUS, RESUMED, Event, LiveLog, describe
 from service.jobs.job import Job, Status
@@ -105,6 +105,8 @@ class LiveJob:
 
     def happened(self, happening: Happening) -> None:
         """Take in what the engine reports: each tensor and notice, of progress the newest ten times a second."""
+        if isinstance(happening, TensorCompleted):
+            self._watch.tensor(self._job, happening)
         if not isinstance(happening, Progress):
             self._put(*describe(happening), None)
             return

@@ -87,13 +87,14 @@ class JobManager:
         retention: Rules = KEEP_ALL,
         silence_s: float = 15.0,
         reader_limit: int = READER_LIMIT,
+        watch: Watch | None = None,
     ) -> None:
         """`config_defaults` come between a profile and a request; `reader_limit` is in events.
 
         `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
         """
         #: Counts what becomes of jobs.
-        self.watch = Watch()
+        self.watch = watch or Watch()
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
         self._silence_s = silence_s

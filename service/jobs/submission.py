@@ -52,6 +52,7 @@ class Submission:
                 created_at=now,
                 tenant=self.tenant,
                 request_id=context().get("request_id"),
+                traceparent=context().get("traceparent"),
                 batch_id=batch_id,
                 batch_index=None if batch_id is None else index,
             )
