@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.engine.backends.base import Grid
+from service.engine.backends.buffers import Buffers
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.histogram import BINS, Histogram
 from service.engine.methods.base import Method
@@ -106,6 +107,7 @@ class CpuBackend(ReferenceBackend):
         from service.engine.backends.cpu_kernels import histogram, rows, search
 
         self._rows, self._search, self._observe = rows, search, histogram
+        self._buffers = Buffers()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="arrowquant-cpu") if threads > 1 else None
 
     def warm_up(self) -> None:
@@ -124,7 +126,7 @@ class CpuBackend(ReferenceBackend):
         form = Form(scheme, *x.shape)
         if not x.size or not _has_kernel(form, method, grid):
             return super().quantize(x, scheme, method, grid)
-        source, result = Input(x), _Result(form, grid)
+        source, result = Input(x), _Result(form, grid, self._buffers)
 
         def fill(first: int, last: int) -> None:
             address = source.address(first * form.cols, last * form.cols)
@@ -142,7 +144,7 @@ class CpuBackend(ReferenceBackend):
         form = Form(q.scheme, q.rows, q.cols)
         if not q.rows * q.cols or type(q.scheme) not in (IntegerScheme, CodebookScheme):
             return super().dequantize(q)
-        out = np.empty((q.rows, q.cols), np.float32)
+        out = self._buffers.empty((q.rows, q.cols), np.float32)
         packed = np.ascontiguousarray(q.packed)
         scale = np.ascontiguousarray(q.scale, np.float32).reshape(-1)
         zero = np.full_like(scale, q.scheme.implied_zero)
@@ -271,10 +273,10 @@ class Input:
 class _Result:
     """What the kernels write."""
 
-    def __init__(self, form: Form, grid: Grid | None) -> None:
+    def __init__(self, form: Form, grid: Grid | None, buffers: Buffers) -> None:
         scheme = form.scheme
         self.form, self.grid = form, grid
-        self.packed: CodeArray = np.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
+        self.packed: CodeArray = buffers.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
         self.scale = np.empty(form.grids, np.float32)
         self.zero = np.empty(form.grids, np.float32)
         self.scale_bits = np.empty(form.grids if grid is None and scheme.scale_dtype != "F32" else 0, np.uint16)

@@ -1,0 +1,214 @@
+"""Groups of whole pairs of vectors, straight from the elements as they are stored.
+
+A pair is 2 * LANES elements: those of even and those of odd index. That is how 16-bit floats come out of a
+32-bit lane, with a shift and a mask, and how two codes go into a byte, with one multiplication. Nothing
+is written to memory between the source and the packed codes, and sums stay in float32 for a whole span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba.core import types
+
+from service.engine.backends.cpu_kernels.codes import ROUNDER, Sums, in_range, integer_steps, nf4_index
+from service.engine.backends.cpu_kernels.spans import AHEAD, KIND_BF16, KIND_F16, KIND_F32
+from service.engine.backends.cpu_kernels.vector import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Memory,
+    State,
+    Vec,
+    emitted,
+    loop,
+    zeros,
+)
+from service.engine.schemes.codebook import NF4_TABLE
+
+#: Elements that are worked on together.
+PAIR = 2 * LANES
+#: Float32 sums of a span, each of LANES parts: x², y², d², largest |d|.
+PARTS = 4
+#: Elements whose squares one lane of float32 adds up in a row, at most sixteen to a lane: keeps rounding small.
+RUN = 16 * PAIR
+
+KINDS = (KIND_F32, KIND_F16, KIND_BF16)
+_EVEN, _ODD = range(0, PAIR, 2), range(1, PAIR, 2)
+_P, _F = types.intp, types.float32
+
+
+def _read_pair(builder: ir.IRBuilder, source: ir.Value, kind: int) -> Callable[[ir.Value], tuple[Vec, Vec]]:
+    """A function from the index of an element to the pair of float32 vectors that begins there."""
+    memory = Memory(builder, source, F32 if kind == KIND_F32 else I16)
+
+    def read(i: ir.Value) -> tuple[Vec, Vec]:
+        both = memory.load(i, PAIR)
+        if kind == KIND_BF16:
+            words = both.cast(I32)
+            return (words << 16).cast(F32), (words & words.const(0xFFFF0000)).cast(F32)
+        even, odd = both.shuffle(_EVEN), both.shuffle(_ODD)
+        return (even, odd) if kind == KIND_F32 else (even.cast(F16).widen(F32), odd.cast(F16).widen(F32))
+
+    return read
+
+
+def _range_of_floats(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -> tuple[Vec, Vec]:
+    x = Memory(builder, source, F32)
+
+    def step(i: ir.Value, state: State) -> State:
+        x.prefetch(i, AHEAD)
+        value = x.load(i)
+        return [value.min(state[0]), value.max(state[1])]
+
+    low, high = loop(builder, count, LANES, [zeros(builder), zeros(builder)], step)
+    return low.reduce(Vec.min), high.reduce(Vec.max)
+
+
+def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value, kind: int) -> tuple[Vec, Vec]:
+    """Of 16-bit floats without converting them: as integers the largest is the largest number, and as unsigned
+    ones the smallest number, if its sign bit is set. A NaN or an infinity comes out as one."""
+    x = Memory(builder, source, I16)
+
+    def step(i: ir.Value, state: State) -> State:
+        x.prefetch(i, AHEAD)
+        value = x.load(i, PAIR)
+        return [value.largest(state[0], signed=False), value.largest(state[1], signed=True)]
+
+    start = [zeros(builder, I16, PAIR), zeros(builder, I16, PAIR)]
+    below, above = loop(builder, count, PAIR, start, step)
+    low, high = below.reduce_largest(signed=False), above.reduce_largest(signed=True)
+    low = low.negative().select(low, low.const(0))
+    return _number(low, kind), _number(high, kind)
+
+
+def _number(pattern: Vec, kind: int) -> Vec:
+    """The float32 of a 16-bit pattern."""
+    builder = pattern.builder
+    if kind == KIND_F16:
+        return Vec(builder, builder.fpext(builder.bitcast(pattern.value, F16), F32))
+    wide = builder.shl(builder.zext(pattern.value, I32), ir.Constant(I32, 16))
+    return Vec(builder, builder.bitcast(wide, F32))
+
+
+def _for_each_kind(builder: ir.IRBuilder, kind: ir.Value, emit: Callable[[int], None]) -> None:
+    """Code for every kind of element, of which the one runs that the input has."""
+    for each in KINDS:
+        with builder.if_then(builder.icmp_signed("==", kind, ir.Constant(I64, each))):
+            emit(each)
+
+
+@emitted(types.none, _P, _P, _P, _P, _P)
+def store_range(builder, source, kind, count, low, high):
+    """Write smallest and largest of zero and `count` elements (whole pairs)."""
+
+    def emit(each: int) -> None:
+        if each == KIND_F32:
+            found = _range_of_floats(builder, source, count)
+        else:
+            found = _range_of_patterns(builder, source, count, each)
+        for address, value in zip((low, high), found, strict=True):
+            Memory(builder, address, F32).store(ir.Constant(I64, 0), value)
+
+    _for_each_kind(builder, kind, emit)
+
+
+#: What codes are made of, and the value that they stand for.
+Rule = Callable[[Vec], tuple[Vec, Vec]]
+#: 32-bit lanes of two codes, the even one in the low bits.
+Join = Callable[[Vec, Vec], Vec]
+
+
+def _encode(
+    builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, target: ir.Value, parts: ir.Value,
+    bits: int, rule: Rule, join: Join,
+) -> None:  # fmt: skip
+    """Write codes of `bits` (4 or 8), and add what they lose to `parts`."""
+    read, outputs, sums = _read_pair(builder, source, kind), Memory(builder, target, I8), Memory(builder, parts, F32)
+
+    def step(i: ir.Value, state: State) -> State:
+        codes, after = [], []
+        for x, part in zip(read(i), (state[:PARTS], state[PARTS:]), strict=True):
+            code, value = rule(x)
+            codes.append(code)
+            after += Sums.add_block(part, x, value)
+        outputs.store(builder.udiv(i, ir.Constant(I64, 8 // bits)), join(*codes).narrow(ir.IntType(2 * bits)))
+        return after
+
+    found = loop(builder, count, PAIR, [zeros(builder) for _ in range(2 * PARTS)], step)
+    for n, (even, odd) in enumerate(zip(found[:PARTS], found[PARTS:], strict=True)):
+        where = ir.Constant(I64, n * LANES)
+        before = sums.load(where)
+        sums.store(where, before.max(even.max(odd)) if n == PARTS - 1 else before + (even + odd))
+
+
+def _encode_integer(
+    builder: ir.IRBuilder, source: ir.Value, kind: ir.Value, count: ir.Value, inverse: ir.Value, scale: ir.Value,
+    zero: ir.Value, top: ir.Value, target: ir.Value, parts: ir.Value, bits: int,
+) -> None:  # fmt: skip
+    inverses, scales, offsets, tops = (Vec(builder, v).splat() for v in (inverse, scale, zero, top))
+    lowest, highest = offsets.const(0.0) - offsets, tops - offsets
+    # Two codes side by side as one whole number, far below 2**22, and the zero point in both.
+    shift = offsets.const(float(1 << bits))
+    both_offsets = (offsets * (shift + shift.const(1.0))).to_int(I32)
+
+    def rule(x: Vec) -> tuple[Vec, Vec]:
+        steps, level = integer_steps(x, inverses, lowest, highest)
+        return steps.cast(F32), level * scales
+
+    def join(even: Vec, odd: Vec) -> Vec:
+        return (odd - odd.const(ROUNDER)).fma(shift, even).cast(I32).plus(both_offsets)
+
+    _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, target, parts, bits, rule, join))
+
+
+@emitted(types.none, _P, _P, _P, _F, _F, _F, _F, _P, _P)
+def encode_integer_4(builder, source, kind, count, inverse, scale, zero, top, target, parts):
+    """`count` elements (whole pairs) on an integer grid, two codes to a byte."""
+    _encode_integer(builder, source, kind, count, inverse, scale, zero, top, target, parts, 4)
+
+
+@emitted(types.none, _P, _P, _P, _F, _F, _F, _F, _P, _P)
+def encode_integer_8(builder, source, kind, count, inverse, scale, zero, top, target, parts):
+    """`count` elements (whole pairs) on an integer grid, a byte for each code."""
+    _encode_integer(builder, source, kind, count, inverse, scale, zero, top, target, parts, 8)
+
+
+@emitted(types.none, _P, _P, _P, _F, _F, _P, _P)
+def encode_nf4_4(builder, source, kind, count, inverse, scale, target, parts):
+    """`count` elements (whole pairs) on the NF4 table, two codes to a byte."""
+    inverses, scales = (Vec(builder, v).splat() for v in (inverse, scale))
+    table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
+
+    def rule(x: Vec) -> tuple[Vec, Vec]:
+        index = nf4_index(x * inverses)
+        return index, index.look_up(table) * scales
+
+    def join(even: Vec, odd: Vec) -> Vec:
+        return (odd << 4) | even
+
+    _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, target, parts, 4, rule, join))
+
+
+@emitted(types.none, _P)
+def clear(builder, parts):
+    """No sums yet."""
+    memory = Memory(builder, parts, F32)
+    for n in range(PARTS):
+        memory.store(ir.Constant(I64, n * LANES), zeros(builder))
+
+
+@emitted(types.boolean, _P, _P)
+def settle(builder, parts, sums):
+    """Add the parts to the float64 sums; False, and nothing done, where they have left the range of float32."""
+    memory = Memory(builder, parts, F32)
+    found = [memory.load(ir.Constant(I64, n * LANES)) for n in range(PARTS)]
+    usual = in_range(found)
+    with builder.if_then(usual.value, likely=True):
+        Sums(builder, sums).store_block(found)
+    return usual
