@@ -26,7 +26,12 @@ from service.engine.tensors import QuantizedRows
 DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)]
 CPU, REFERENCE = CpuBackend(2), ReferenceBackend()
 
-COLUMNS = st.one_of(st.integers(1, 300), st.sampled_from([1023, 4096, 4097, 5000, 8209]))
+#: Rows that end anywhere, and rows of whole vectors, which other kernels take.
+COLUMNS = st.one_of(
+    st.integers(1, 300),
+    st.integers(1, 20).map(lambda n: 32 * n),
+    st.sampled_from([1023, 4096, 4097, 4128, 5000, 8209, 8832]),
+)
 KINDS = st.sampled_from(["normal", "sparse", "equal", "positive", "tiny", "subnormal", "huge", "outlier", "zeros"])
 SHAPED = settings(max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 

@@ -33,8 +33,8 @@ SMALLEST_SUM, LARGEST_SUM = 2.0**-60, 2.0**120
 #: Columns of which squares are summed up in float32, sixteen to a lane, before they go to float64.
 BLOCK = 256
 
-# Adding and subtracting it rounds a float32 below 2**22 half to even; larger ones end at the clamp anyway.
-_ROUNDER = 1.5 * 2.0**23
+#: Adding and subtracting it rounds a float32 below 2**22 half to even; larger ones end at the clamp anyway.
+ROUNDER = 1.5 * 2.0**23
 
 
 class Sums:
@@ -79,6 +79,13 @@ class Sums:
         self.store([xx + x, yy + y, (x + y - d).fma(x.const(0.5), xy), dd + d, most.max(largest)])
 
 
+def in_range(part: State) -> Vec:
+    """Whether these sums of a block in float32 are good enough."""
+    squares = part[0]
+    most, some = (squares < squares.const(LARGEST_SUM)).all(), (squares > squares.const(SMALLEST_SUM)).any()
+    return Vec(squares.builder, squares.builder.and_(most.value, some.value))
+
+
 def _encode(
     builder: ir.IRBuilder,
     source: ir.Value,
@@ -101,10 +108,7 @@ def _encode(
         return running.add(state, x, rule(x)[1])
 
     part = loop(builder, count, LANES, [zeros(builder) for _ in range(4)], quick)
-    in_range = builder.and_(
-        (part[0] < part[0].const(LARGEST_SUM)).all().value, (part[0] > part[0].const(SMALLEST_SUM)).any().value
-    )
-    with builder.if_else(in_range, likely=True) as (usual, rare):
+    with builder.if_else(in_range(part).value, likely=True) as (usual, rare):
         with usual:
             running.store_block(part)
         with rare:
@@ -116,7 +120,7 @@ def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec, center: Vec |
 
     The clamp's ends are moved by z instead of the number.
     """
-    rounder = x.const(_ROUNDER)
+    rounder = x.const(ROUNDER)
     shifted = (x * inverse + rounder).max(lowest + rounder).min(highest + rounder)
     return shifted.cast(I32), shifted - (rounder if center is None else rounder + center)
 
@@ -124,7 +128,7 @@ def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec, center: Vec |
 def nf4_index(t: Vec) -> Vec:
     """Number of midpoints below t: a guess that is right or one short, and a comparison."""
     near = t.max(t.const(-1.0)).min(t.const(1.0))
-    guess = (near * (t.const(12.9) - near.abs() * t.const(5.5)) + t.const(7.25)).to_int(I32)
+    guess = near.fma(near.abs().fma(t.const(-5.5), t.const(12.9)), t.const(7.25)).to_int(I32)
     midpoints = Vec(t.builder, ir.Constant(t.type, [*NF4_MIDPOINTS.tolist(), float("inf")]))
     return (t > guess.look_up(midpoints)).select(guess.plus(guess.const(1)), guess)
 

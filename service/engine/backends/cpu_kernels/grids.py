@@ -10,8 +10,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import types
 
-from service.engine.backends.cpu_kernels.spans import AHEAD
-from service.engine.backends.cpu_kernels.vector import F32, I32, I64, LANES, Memory, State, Vec, emitted, loop, zeros
+from service.engine.backends.cpu_kernels.vector import F32, I32, I64, Memory, Vec, emitted
 from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS
 
 #: Scale dtypes as the kernels number them.
@@ -100,20 +99,6 @@ def make_grids(
     scale, zero = form.grid(low, high)
     Memory(builder, scales, F32).store(first, scale)
     Memory(builder, zero_points, F32).store(first, zero)
-
-
-@emitted(types.UniTuple(types.float32, 2), _P, _P)
-def group_range(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -> tuple[Vec, ...]:
-    """Smallest and largest of zero and `count` float32, padded to whole vectors."""
-    x = Memory(builder, source, F32)
-
-    def step(i: ir.Value, state: State) -> State:
-        x.prefetch(i, AHEAD)
-        value = x.load(i)
-        return [value.min(state[0]), value.max(state[1])]
-
-    low, high = loop(builder, count, LANES, [zeros(builder), zeros(builder)], step)
-    return low.reduce(Vec.min), high.reduce(Vec.max)
 
 
 @emitted(types.int32, types.float32)

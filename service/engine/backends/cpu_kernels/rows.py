@@ -23,14 +23,26 @@ from service.engine.backends.cpu_kernels.codes import (
     largest_of,
     sum_of,
 )
-from service.engine.backends.cpu_kernels.grids import group_range, make_grids, scale_bits
-from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32
+from service.engine.backends.cpu_kernels.grids import make_grids, scale_bits
+from service.engine.backends.cpu_kernels.pairs import (
+    PAIR,
+    PARTS,
+    RUN,
+    clear,
+    encode_integer_4,
+    encode_integer_8,
+    encode_nf4_4,
+    settle,
+    store_range,
+)
+from service.engine.backends.cpu_kernels.spans import KIND_F32, SPAN, address_of, as_f32, item_bytes
 from service.engine.backends.cpu_kernels.vector import LANES
 
 _ONE = np.float32(1.0)
 #: Float32 that `span_buffer` holds: a span; and in `range_buffer` the ranges of its groups.
 SPAN_BUFFER, RANGE_BUFFER = SPAN + LANES, 4 * (SPAN // LANES + LANES)
-CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, SUMS * LANES
+#: Bytes that `code_buffer` holds; and the float64 sums of a tile, with the float32 parts of a span behind them.
+CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, (SUMS + PARTS) * LANES
 
 
 @njit(nogil=True)
@@ -40,25 +52,40 @@ def whole_vectors(count):
 
 
 @njit(nogil=True)
-def _grids_of_row(x, kind, first, cols, form, grids, scale, zero, scratch, ranges):
+def _is_paired(cols, group):
+    """Whether groups and rows are whole pairs of vectors, and so need no copy as float32."""
+    return cols % PAIR == 0 and group % PAIR == 0
+
+
+@njit(nogil=True)
+def _store_range(x, kind, first, count, paired, scratch, low, high):
+    """Write the range of `count` elements."""
+    if paired:
+        store_range(x + item_bytes(kind) * first, kind, count, low, high)
+    else:
+        store_range(as_f32(x, kind, first, count, scratch), KIND_F32, whole_vectors(count), low, high)
+
+
+@njit(nogil=True)
+def _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratch, ranges):
     """The grid of a row that is one group, longer than a span."""
-    lows, highs = ranges[:LANES], ranges[LANES : 2 * LANES]
-    lows[0] = highs[0] = np.float32(0.0)
+    base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
-        count = min(SPAN, cols - start)
-        low, high = group_range(as_f32(x, kind, first + start, count, scratch), whole_vectors(count))
-        lows[0], highs[0] = min(lows[0], low), max(highs[0], high)
+        _store_range(x, kind, first + start, min(SPAN, cols - start), paired, scratch, base, base + 4 * LANES)
+        lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
+    ranges[0], ranges[LANES] = lowest, highest
     _store_grids(ranges, LANES, 1, form, grids, scale, zero)
 
 
 @njit(nogil=True)
-def _grids_of_span(span, count, group, form, grids, scale, zero, ranges):
+def _grids_of_span(x, kind, first, count, group, paired, form, grids, scale, zero, scratch, ranges):
     """The grids of the groups of a span."""
     room = ranges.size // 4
+    base = address_of(ranges)
     groups = 0
     for at in range(0, count, group):
-        low, high = group_range(span + 4 * at, whole_vectors(min(group, count - at)))
-        ranges[groups], ranges[room + groups] = low, high
+        low = base + 4 * groups
+        _store_range(x, kind, first + at, min(group, count - at), paired, scratch, low, low + 4 * room)
         groups += 1
     _store_grids(ranges, room, groups, form, grids, scale, zero)
 
@@ -76,6 +103,7 @@ def _store_grids(ranges, room, groups, form, grids, scale, zero):
 
 @njit(nogil=True, error_model="numpy")
 def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale, zero, codes, sums):
+    """Codes of a span of float32, a byte each."""
     g = first_grid
     for at in range(0, count, group):
         n = whole_vectors(min(group, count - at))
@@ -85,6 +113,44 @@ def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale
         else:
             encode_integer(span + 4 * at, n, _ONE / s, s, zero[g], top, codes + at, sums)
         g += grid_step
+
+
+@njit(nogil=True, error_model="numpy")
+def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, top, scale, zero, target, parts):
+    """Codes of a span as it is stored; packed if they have 4 bits, else a byte each."""
+    g = first_grid
+    clear(parts)
+    for at in range(0, count, group):
+        n = min(group, count - at)
+        s = scale[g]
+        source = x + item_bytes(kind) * at
+        if codebook:
+            encode_nf4_4(source, kind, n, _ONE / s, s, target + at // 2, parts)
+        elif bits == 4:
+            encode_integer_4(source, kind, n, _ONE / s, s, zero[g], top, target + at // 2, parts)
+        else:
+            encode_integer_8(source, kind, n, _ONE / s, s, zero[g], top, target + at, parts)
+        g += grid_step
+
+
+@njit(nogil=True)
+def _quantize_span(
+    x, kind, at, count, group, paired, grid, grid_step, bits, codebook, top, scale, zero, target, nbytes,
+    scratch, codes, sums,
+):  # fmt: skip
+    """Packed codes of `count` elements from `at` on, and what they lose added to the sums."""
+    packs = paired and (bits == 4 or bits == 8)
+    done = False
+    if paired:
+        source, place, parts = x + item_bytes(kind) * at, target if packs else codes, sums + 8 * SUMS * LANES
+        run = min(group, RUN)
+        _encode_pairs(source, kind, count, run, grid, grid_step, bits, codebook, top, scale, zero, place, parts)
+        done = settle(parts, sums)
+    if not done:
+        span = as_f32(x, kind, at, count, scratch)
+        _encode_span(span, count, min(group, BLOCK), grid, grid_step, codebook, top, scale, zero, codes, sums)
+    if not packs:
+        pack_span(codes, count, bits, target, nbytes)
 
 
 @njit(nogil=True)
@@ -108,35 +174,24 @@ def quantize_rows(
     `stored_zero` may be empty.
     """
     scratch, codes, running = address_of(span_buffer), address_of(code_buffer), address_of(sum_buffer)
-    wide = group > SPAN
+    wide, paired = group > SPAN, _is_paired(cols, group)
     for row in range(first_row, last_row):
         if (row - first_row) % tile_rows == 0:
             sum_buffer[:] = 0.0
         first, grids = row * cols, row * row_groups
         if find and wide:
-            _grids_of_row(x, kind, first, cols, form, grids, scale, zero, scratch, range_buffer)
+            _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratch, range_buffer)
         for start in range(0, cols, SPAN):
-            count = min(SPAN, cols - start)
-            span = as_f32(x, kind, first + start, count, scratch)
+            at, count = first + start, min(SPAN, cols - start)
             g = grids if wide or row_groups == 0 else grids + start // group
             if find and not wide:
-                _grids_of_span(span, count, group, form, g, scale, zero, range_buffer)
-            _encode_span(
-                span,
-                count,
-                min(group, BLOCK),
-                g,
-                1 if row_groups > 1 else 0,
-                codebook,
-                form[1],
-                scale,
-                zero,
-                codes,
-                running,
-            )
+                _grids_of_span(x, kind, at, count, group, paired, form, g, scale, zero, scratch, range_buffer)
             out = start // 8 * bits
             nbytes = row_bytes - out if start + count == cols else count // 8 * bits
-            pack_span(codes, count, bits, address_of(packed) + row * row_bytes + out, nbytes)
+            _quantize_span(
+                x, kind, at, count, group, paired, g, 1 if row_groups > 1 else 0, bits, codebook, form[1],
+                scale, zero, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
+            )  # fmt: skip
         if stored_scale.size:
             for g in range(grids, grids + row_groups):
                 stored_scale[g] = scale_bits(scale[g], form[4])

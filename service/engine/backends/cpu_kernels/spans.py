@@ -76,6 +76,12 @@ def address_of(array: Any) -> Any:
 
 
 @njit(nogil=True)
+def item_bytes(kind: int) -> int:
+    """Bytes of an element."""
+    return 4 if kind == KIND_F32 else 2
+
+
+@njit(nogil=True)
 def as_f32(base: int, kind: int, first: int, count: int, scratch: int) -> int:
     """Address of elements [first, first + count) as float32: their own, or `scratch` with a copy.
 

@@ -99,6 +99,23 @@ class Vec:
         """The larger; `other` where self is a NaN."""
         return (self > other).select(self, other)
 
+    def largest(self, other: Vec, *, signed: bool) -> Vec:
+        """The larger integer of two."""
+        compare = self.builder.icmp_signed if signed else self.builder.icmp_unsigned
+        return self._new(compare(">", self.value, other.value)).select(self, other)
+
+    def reduce_largest(self, *, signed: bool) -> Vec:
+        """The largest integer of all lanes."""
+        name = f"llvm.vector.reduce.{'smax' if signed else 'umax'}.v{self.type.count}i{self.type.element.width}"
+        function = self.builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.builder.module, ir.FunctionType(self.type.element, [self.type]), name)
+        return self._new(self.builder.call(function, [self.value]))
+
+    def negative(self) -> Vec:
+        """Whether the sign bit of integers is set."""
+        return self._new(self.builder.icmp_signed("<", self.value, self.const(0).value))
+
     def abs(self) -> Vec:
         """Absolute value."""
         return self._call("fabs", self)
