@@ -14,6 +14,8 @@
     │   ├── BlobTooLarge              blob_too_large
     │   ├── DigestMismatch            digest_mismatch
     │   ├── StorageQuotaExceeded      storage_quota_exceeded
+    │   ├── WebhookRefused            webhook_refused
+    │   ├── WebhookSecretMissing      webhook_secret_missing
     │   └── InvalidTable              invalid_table
     ├── ModelError                    the model's files are not what they claim to be
     │   ├── CorruptModel              corrupt_model
@@ -173,6 +175,26 @@ class StorageQuotaExceeded(RequestError):
     """
 
     code = "storage_quota_exceeded"
+
+
+class WebhookRefused(RequestError):
+    """The webhook's address may not be called.
+
+    It has to be `https://` to a host in the public internet, without a password; not a redirect, which is not followed.
+    The operator can allow networks of their own with `ARROWQUANT_WEBHOOK_ALLOWED_NETWORKS`.
+    """
+
+    code = "webhook_refused"
+
+
+class WebhookSecretMissing(RequestError):
+    """There is no secret to sign webhooks with.
+
+    Without a signature a receiver cannot tell who calls. The operator makes a secret for your tenant with
+    `arrowquant webhooks secret create --tenant <tenant>`, and gives it to you.
+    """
+
+    code = "webhook_secret_missing"
 
 
 class InvalidTable(RequestError):

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.config import QuantizationConfig
 from service.errors import InvalidConfig
 from service.jobs.retention import Rules
+from service.jobs.webhooks.retries import DELAYS_S
 from service.logs import LogFormat
 
 PREFIX = "ARROWQUANT_"
@@ -76,6 +77,21 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = Field(
         default=False, description="Ask for no key on addresses that others can reach either."
     )
+    webhook_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        default=(),
+        description="That webhooks may go to beside the public internet, such as `10.0.0.0/8`; in the environment "
+        "separated by commas.",
+    )
+    webhook_allow_http: bool = Field(default=False, description="Let webhooks go without TLS, for all to read.")
+    webhook_ca_file: Path | None = Field(
+        default=None, description="Certificates in PEM to trust in webhooks, beside the usual ones."
+    )
+    webhook_timeout_s: float = Field(default=15.0, gt=0, le=60, description="Of an attempt, up to the status.")
+    webhook_retry_delays_s: Annotated[tuple[Annotated[float, Field(gt=0)], ...], NoDecode] = Field(
+        default=DELAYS_S,
+        max_length=32,
+        description="Between an attempt and the next; in the environment separated by commas.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = Field(
         default="text", description="`text` or `json`, which also has a line for each call; text has those at `debug`."
@@ -109,6 +125,13 @@ class Settings(BaseSettings):
         if self.require_keys and self.allow_unauthenticated:
             raise ValueError("require_keys and allow_unauthenticated contradict each other: set one of them")
         return self
+
+    @field_validator("webhook_allowed_networks", "webhook_retry_delays_s", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
 
     @field_validator("model_roots", mode="before")
     @classmethod

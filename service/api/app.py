@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service import __version__
-from service.api import openapi, problems
+from service.api import openapi, outgoing, problems
 from service.api.authentication import Authentication
 from service.api.key_ring import KeyRing
 from service.api.middleware import BodyLimit, Head, RequestId
@@ -24,6 +24,8 @@ from service.jobs.blobs import BlobLimits
 from service.jobs.manager import JobManager
 from service.jobs.quotas import Limits
 from service.jobs.watch import Watch
+from service.jobs.webhooks.addresses import Reach
+from service.jobs.webhooks.webhooks import WebhookOptions
 from service.settings import Settings
 
 ROUTERS = (
@@ -93,6 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestId)
     for router in ROUTERS:
         app.include_router(router)
+    outgoing.document(app)
     openapi.install(app)
     return app
 
@@ -113,6 +116,12 @@ def _manager(settings: Settings, watch: Watch) -> JobManager:
         tenant_limits=_tenant_limits(settings),
         blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes),
         retention=settings.retention,
+        webhooks=WebhookOptions(
+            Reach(settings.webhook_allowed_networks, settings.webhook_allow_http),
+            settings.webhook_ca_file,
+            settings.webhook_timeout_s,
+            settings.webhook_retry_delays_s,
+        ),
         silence_s=settings.stream_silence_s,
         reader_limit=settings.max_unread_events,
         watch=watch,

@@ -39,7 +39,13 @@ def install(app: FastAPI) -> None:
 
 def build(app: FastAPI) -> dict[str, Any]:
     """The document of an application."""
-    document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        routes=app.routes,
+        webhooks=app.webhooks.routes,
+    )
     document["components"]["securitySchemes"] = {"bearer": _BEARER}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

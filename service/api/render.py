@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,9 @@ from service.api.schemas import jobs as wire
 from service.jobs.batch import Batch
 from service.jobs.events import PROGRESS, Event
 from service.jobs.job import Job
+from service.jobs.request import JobRequest
+from service.jobs.webhooks.addresses import shown
+from service.jobs.webhooks.delivery import Delivery
 
 _EVENT: TypeAdapter[wire_events.Event] = TypeAdapter(wire_events.Event)
 
@@ -24,8 +28,8 @@ def job_path(job_id: str) -> str:
     return f"/v1/jobs/{job_id}"
 
 
-def job(record: Job) -> wire.Job:
-    """A job."""
+def job(record: Job, deliveries: Sequence[Delivery] | None = None) -> wire.Job:
+    """A job, with the deliveries of its webhook where they are given."""
     path = job_path(record.id)
     error = record.error
     return wire.Job.model_validate(
@@ -38,7 +42,7 @@ def job(record: Job) -> wire.Job:
             "finished_at": record.finished_at,
             "artifacts_expired_at": record.artifacts_expired_at,
             "events_expired_at": record.events_expired_at,
-            "request": record.request,
+            "request": _without_secrets(record.request),
             "batch_id": record.batch_id,
             "batch_index": record.batch_index,
             "config": record.config,
@@ -47,6 +51,7 @@ def job(record: Job) -> wire.Job:
             "times": _times(record),
             "result": record.result,
             "error": problems.failure(error.code, error.detail, path, error.tensor, error.pointer) if error else None,
+            "webhook": _webhook(record.request, deliveries),
             "links": common.Links(
                 self=path,
                 events=f"{path}/events",
@@ -63,6 +68,20 @@ def _times(record: Job) -> dict[str, float] | None:
         return None
     seconds = {"queue": record.queue_s, **record.times}
     return {f"{part}_s": round(spent, 6) for part, spent in seconds.items()}
+
+
+def _without_secrets(request: JobRequest) -> JobRequest:
+    webhook = request.webhook
+    if webhook is None:
+        return request
+    return request.model_copy(update={"webhook": webhook.model_copy(update={"url": shown(webhook.url)})})
+
+
+def _webhook(request: JobRequest, deliveries: Sequence[Delivery] | None) -> wire.JobWebhook | None:
+    if request.webhook is None or deliveries is None:
+        return None
+    told = [wire.WebhookDelivery.model_validate(asdict(delivery)) for delivery in deliveries]
+    return wire.JobWebhook(url=shown(request.webhook.url), deliveries=told)
 
 
 def batch_path(batch_id: str) -> str:

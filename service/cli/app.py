@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli import keys
+from service.cli import keys, webhooks
 from service.cli.outcome import FAILED, USAGE, Failed, finish, outcome, print_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys.app, name="keys")
+app.add_typer(webhooks.app, name="webhooks")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 ServerUrl = Annotated[
@@ -87,6 +88,9 @@ def quantize(
     upload: Annotated[
         bool, typer.Option("--upload", help="Send SOURCE, which is on this disk, to --server first.")
     ] = False,
+    webhook: Annotated[
+        str | None, typer.Option("--webhook", metavar="URL", help="Have --server tell this address how the job ends.")
+    ] = None,
     threads: Threads = None,
     block_bytes: BlockBytes = None,
     as_json: Json = False,
@@ -115,9 +119,11 @@ def quantize(
 
             _refuse_means(threads, block_bytes)
             there, upload_from = Server(server, api_key), _path(source) if upload else None
-            job = quantize_there(there, body | {"source": _source(source)}, out.absolute(), upload_from)
-        elif upload:
-            raise Failed({"code": "invalid_request", "detail": "--upload needs --server: where to?"}, status=USAGE)
+            body |= {"source": _source(source)} | _set(webhook=webhook and {"url": webhook})
+            job = quantize_there(there, body, out.absolute(), upload_from)
+        elif upload or webhook:
+            name = "--upload" if upload else "--webhook"
+            raise Failed({"code": "invalid_request", "detail": f"{name} needs --server"}, status=USAGE)
         else:
             from service.cli.local import quantize_here
 

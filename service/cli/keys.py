@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.data_dir import DataDir, data_folder
 from service.cli.outcome import outcome, print_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="The server's data folder. [ARROWQUANT_DATA_DIR]")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 PerMinute = Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Calls in a minute.")]
 
@@ -112,15 +112,9 @@ def limits(
 
 
 def _open(data_dir: Path | None, *, must_exist: bool = False) -> ApiKeys:
-    from service.errors import InvalidConfig
     from service.jobs.api_keys import ApiKeys
-    from service.jobs.store import DATABASE
-    from service.settings import load_settings
 
-    folder = load_settings(data_dir=data_dir).data_dir.absolute()
-    if must_exist and not (folder / DATABASE).exists():
-        raise InvalidConfig(f"{folder} is no data folder of a server: name it with --data-dir")
-    return ApiKeys(folder)
+    return ApiKeys(data_folder(data_dir, must_exist=must_exist))
 
 
 def _scopes(names: list[str]) -> set[Any]:

@@ -20,6 +20,7 @@ from service.jobs.quotas import NO_LIMITS, Limits, check_room
 from service.jobs.scheduler import Scheduler
 from service.jobs.sources import pointing
 from service.jobs.submission import Submission
+from service.jobs.webhooks.webhooks import Webhooks
 
 #: Makes a job live: its record, its log, the folders that it alone may write to.
 Adopt = Callable[[Job, LiveLog, tuple[Path, ...]], LiveJob]
@@ -32,6 +33,7 @@ class Intake:
         self,
         database: Database,
         admission: Admission,
+        webhooks: Webhooks,
         scheduler: Scheduler,
         batches: Batches,
         live: Mapping[str, LiveJob],
@@ -45,6 +47,7 @@ class Intake:
         """`live` are the jobs that have not ended; `forget` undoes `adopt`."""
         self._database = database
         self._admission = admission
+        self._webhooks = webhooks
         self._scheduler = scheduler
         self._batches = batches
         self._live = live
@@ -63,6 +66,7 @@ class Intake:
         """
         count = len(submission.requests)
         with self._room_for(count):
+            await self._webhooks.check(submission)
             admitted = await asyncio.to_thread(submission.admit, self._admission)
             await self._check_quotas(submission.tenant, count)
             check_open()
@@ -74,6 +78,7 @@ class Intake:
             except BaseException:
                 self._unaccept(jobs, batch)
                 raise
+        self._webhooks.stored(events)
         for live, event in zip(live_jobs, events, strict=True):
             live.accepted(event)
         for live in live_jobs:

@@ -63,6 +63,7 @@ from service.jobs.store import Store
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
 from service.jobs.watch import Watch
+from service.jobs.webhooks.webhooks import GRACE_S, WebhookOptions, Webhooks
 from service.storage.faults import storage_faults
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class JobManager:
         blob_limits: BlobLimits | None = None,
         tenant_limits: Limits = NO_LIMITS,
         retention: Rules = KEEP_ALL,
+        webhooks: WebhookOptions | None = None,
         silence_s: float = 15.0,
         reader_limit: int = READER_LIMIT,
         watch: Watch | None = None,
@@ -128,9 +130,12 @@ class JobManager:
             lambda key: database.read(lambda db: key_table.find(db, key)),
             lambda key, answer: database.change(lambda db: key_table.replace(db, key, answer)),
         )
+        #: Whom jobs' users have told.
+        self.webhooks = Webhooks(database, webhooks or WebhookOptions())
         self._intake = Intake(
             database,
             self._admission,
+            self.webhooks,
             self._scheduler,
             self.batches,
             self._live,
@@ -159,6 +164,7 @@ class JobManager:
             self.batches.reopen(batch.id, batch.jobs, batch.last_event_id)
         for leftover in leftovers:
             self._readopt(leftover)
+        self.webhooks.deliverer.start()
         self._warming = asyncio.create_task(self._warm_up())
         self._expiring = asyncio.create_task(expire(self.collector, self._retention))
 
@@ -178,6 +184,7 @@ class JobManager:
             return
         self._warming.cancel()
         self._expiring.cancel()
+        delivering = asyncio.create_task(self.webhooks.deliverer.stop(min(GRACE_S, timeout_s)))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in tuple(self._tasks):
@@ -187,6 +194,7 @@ class JobManager:
         except TimeoutError:
             logger.error("not everything could be written to the job database")
         await self._journal.stop()
+        await delivering
         await self._in_store_thread(self._opened_store.close)
         self._store = None
 
@@ -518,6 +526,7 @@ class JobManager:
 
     async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
         await self._in_store_thread(lambda: self._opened_store.write(jobs, events))
+        self.webhooks.stored(events)
 
     async def _in_store_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypeAliasType
@@ -83,6 +83,30 @@ class OutputRequest(_Body):
         return self.name or self.format
 
 
+#: What a receiver can be told of: each is a change of the job's state, or the start of a server that goes on with it.
+WebhookEvent = TypeAliasType(
+    "WebhookEvent",
+    Literal["job.queued", "job.started", "job.resumed", "job.succeeded", "job.failed", "job.cancelled"],
+)
+WEBHOOK_EVENTS: frozenset[str] = frozenset(get_args(WebhookEvent.__value__))
+
+
+class Webhook(_Body):
+    """Whom to tell what happens to the job, after Standard Webhooks 1.0."""
+
+    url: str = Field(
+        min_length=1,
+        max_length=2048,
+        description="`https://`, in the public internet unless the operator allows more. Its query is not shown again.",
+    )
+    events: list[WebhookEvent] = Field(
+        default=["job.succeeded", "job.failed", "job.cancelled"],
+        min_length=1,
+        max_length=16,
+        description="What to be told of; by default how the job ends.",
+    )
+
+
 class _JobBody(_Body):
     profile: Profile = Profile.LOCAL
     config: QuantizationConfig | None = None
@@ -91,6 +115,7 @@ class _JobBody(_Body):
     labels: dict[LabelKey, Label] = Field(
         default_factory=dict, max_length=32, description="To find the job by; no colon in the names."
     )
+    webhook: Webhook | None = None
 
 
 class QuantizeRequest(_JobBody):

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.quotas import Limits, Usage
 from service.jobs.record import from_record, to_record
+from service.jobs.webhooks import delivery_table, secret_table
 from service.storage.faults import storage_faults
 
 DATABASE = "arrowquant.sqlite3"
@@ -109,6 +110,7 @@ MIGRATIONS = (
     key_table.SCHEMA + batch_table.SCHEMA,
     blob_table.SCHEMA,
     retention_table.SCHEMA,
+    delivery_table.SCHEMA + secret_table.SCHEMA,
 )
 
 _ACTIVE = tuple(status.value for status in Status if not status.is_terminal)
@@ -346,6 +348,7 @@ def _append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
     rows = [(e.job_id, e.id, e.type, _text(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
     db.executemany("INSERT INTO events (job_id, id, type, at, data) VALUES (?, ?, ?, ?, ?)", rows)
     batch_table.append(db, events)
+    delivery_table.append(db, events)
 
 
 def _hold(path: Path) -> Any:
@@ -367,6 +370,7 @@ def _hold(path: Path) -> Any:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    _keep_from_others(path)
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     # Of a new database: what is deleted can be given back to the disk bit by bit. An old one is told so by `compact`.
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -375,6 +379,17 @@ def _open(path: Path) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA foreign_keys = ON")
     return db
+
+
+def _keep_from_others(path: Path) -> None:
+    """The database holds secrets that sign: what SQLite puts beside it takes over its mode."""
+    with storage_faults("opening the data folder"):
+        path.touch(mode=0o600)
+        for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            with suppress(FileNotFoundError, PermissionError):
+                mode = file.stat().st_mode
+                if mode & 0o007:
+                    file.chmod(mode & 0o770)
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -48,6 +48,8 @@ CREATION_ERRORS = (
     errors.PickledWeights,
     errors.AlreadyQuantized,
     errors.TargetInUse,
+    errors.WebhookRefused,
+    errors.WebhookSecretMissing,
 )
 
 #: What a call may be refused for that comes with an idempotency key.
@@ -117,7 +119,8 @@ async def get_job(request: Request, job_id: JobId, state: State, caller: Caller,
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
     tenant = caller.reach
     job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(request, job_id, wait, tenant))
-    return tagged_reply(request, dump(render.job(job)), headers=applied(wait))
+    deliveries = await state.manager.webhooks.deliveries(job_id) if job.request.webhook else None
+    return tagged_reply(request, dump(render.job(job, deliveries)), headers=applied(wait))
 
 
 @router.delete(

@@ -11,7 +11,8 @@ from typing_extensions import TypeAliasType
 from service.api.schemas.common import Links, Problem, Wire
 from service.engine.config import ResolvedConfig
 from service.jobs.job import Status
-from service.jobs.request import JobRequest
+from service.jobs.request import JobRequest, WebhookEvent
+from service.jobs.webhooks.delivery import DeliveryStatus
 
 JobKind = TypeAliasType("JobKind", Literal["quantize", "validate"])
 Stage = TypeAliasType("Stage", Literal["planning", "quantizing", "validating", "writing", "hashing"])
@@ -83,6 +84,27 @@ class Result(Figures):
     outputs: list[OutputFigures]
 
 
+class WebhookDelivery(Wire):
+    """One event on its way to the webhook. It is `skipped` when the receiver had answered 410 before."""
+
+    id: str = Field(description="The `webhook-id` of all its attempts.")
+    event: WebhookEvent
+    status: DeliveryStatus
+    created_at: datetime
+    attempts: int
+    last_status_code: int | None = None
+    last_error: str | None = None
+    next_attempt_at: datetime | None = None
+    delivered_at: datetime | None = None
+
+
+class JobWebhook(Wire):
+    """How far the webhook of a job was told."""
+
+    url: str = Field(description="Without its query.")
+    deliveries: list[WebhookDelivery] = Field(description="The newest 20, oldest first.")
+
+
 class Job(Wire):
     """A job. What is not there yet is left out."""
 
@@ -107,6 +129,7 @@ class Job(Wire):
     times: Times | None = Field(default=None, description="There when it has started, and grows with `progress`.")
     result: Result | None = None
     error: Problem | None = None
+    webhook: JobWebhook | None = Field(default=None, description="There when the job alone is asked for.")
     links: Links
 
 

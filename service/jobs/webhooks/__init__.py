@@ -1,0 +1,1 @@
+"""Tells the receivers of a job's user what happened to it, after Standard Webhooks 1.0."""

@@ -1,0 +1,157 @@
+"""Sends what is due, again and again until it has arrived or nothing more is tried; across restarts, from the store.
+
+A few attempts are under way at once, of them fewer for any tenant, fewer still to any one receiver, and one for any
+job: so a receiver that is dead or slow holds up its own messages alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from service.errors import ArrowQuantError
+from service.jobs.database import Database
+from service.jobs.webhooks import delivery_table, secret_table
+from service.jobs.webhooks.delivery import DeliveryStatus, Due, Verdict, judge
+from service.jobs.webhooks.sender import Answer, Sender
+from service.jobs.webhooks.signing import signed_headers
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 64
+AT_ONCE_OF_TENANT = 32
+AT_ONCE_TO_PLACE = 4
+#: Between two looks into the store at most: clocks jump.
+LOOK_S = 60.0
+#: Between attempts when the database cannot be used.
+RETRY_S = 1.0
+
+
+class Deliverer:
+    """The task that delivers; everything on the event loop."""
+
+    def __init__(self, database: Database, sender: Sender, delays_s: tuple[float, ...]) -> None:
+        """`delays_s` are those between an attempt and the next; behind the last of them there is one more attempt."""
+        self._database = database
+        self._sender = sender
+        self._delays_s = delays_s
+        self._wake = asyncio.Event()
+        self._flights: dict[asyncio.Task[None], Due] = {}
+        self._task: asyncio.Task[None] | None = None
+        #: How attempts have ended since the start, by what became of their delivery; `pending` is one to be retried.
+        self.attempts: Counter[DeliveryStatus] = Counter()
+
+    @property
+    def in_flight(self) -> int:
+        """How many attempts are under way."""
+        return len(self._flights)
+
+    def start(self) -> None:
+        """Deliver from now on what is in the store, and what will be."""
+        self._task = asyncio.create_task(self._run(), name="webhooks")
+
+    def wake(self) -> None:
+        """Look at once whether something is due."""
+        self._wake.set()
+
+    async def stop(self, grace_s: float) -> None:
+        """Begin no more attempts, and cut those off that take longer; they are made again at the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        flights = list(self._flights)
+        if flights:
+            await asyncio.wait(flights, timeout=grace_s)
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                while await self._begin_due():
+                    pass
+                delay_s = await self._seconds_to_next()
+            except ArrowQuantError as error:
+                logger.warning("webhooks cannot be read from the job database, trying again: %s", error.detail)
+                delay_s = RETRY_S
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), delay_s)
+
+    async def _begin_due(self) -> bool:
+        """Begin as many attempts as there is room for; whether there may be more to begin."""
+        free = AT_ONCE - len(self._flights)
+        if not free:
+            return False
+        flights = self._flights.values()
+        jobs = {due.job_id for due in flights}
+        places = _full((due.place for due in flights), AT_ONCE_TO_PLACE)
+        tenants = _full((due.tenant for due in flights), AT_ONCE_OF_TENANT)
+        found = await self._database.read(
+            lambda db: delivery_table.due(db, jobs=jobs, places=places, tenants=tenants, limit=free)
+        )
+        for due in found:
+            if self._may_begin(due):
+                self._begin(due)
+        return bool(found)
+
+    def _may_begin(self, due: Due) -> bool:
+        flights = self._flights.values()
+        return (
+            all(other.job_id != due.job_id for other in flights)
+            and sum(other.place == due.place for other in flights) < AT_ONCE_TO_PLACE
+            and sum(other.tenant == due.tenant for other in flights) < AT_ONCE_OF_TENANT
+        )
+
+    def _begin(self, due: Due) -> None:
+        self._flights[asyncio.create_task(self._deliver(due), name=due.id)] = due
+
+    async def _deliver(self, due: Due) -> None:
+        answer = await self._attempt(due)
+        verdict = judge(answer, due.attempts + 1, self._delays_s)
+        await self._settle(due, verdict)
+        self.attempts[verdict.status] += 1
+        if answer.error is not None:
+            logger.info("webhook %s of %s is %s: %s", due.id, due.job_id, verdict.status.value, answer.error)
+        # Only now: a flight whose end is not stored would be due again.
+        task = asyncio.current_task()
+        assert task is not None
+        del self._flights[task]
+        self._wake.set()
+
+    async def _attempt(self, due: Due) -> Answer:
+        keys = await self._secrets(due.tenant)
+        if not keys:
+            return Answer(None, f"tenant {due.tenant} has no signing secret any more")
+        headers = signed_headers(due.id, int(time.time()), due.body, keys)
+        return await self._sender.send(due.url, headers, due.body)
+
+    async def _secrets(self, tenant: str) -> list[bytes]:
+        while True:
+            try:
+                return await self._database.read(lambda db: secret_table.usable(db, tenant))
+            except ArrowQuantError as error:
+                logger.warning("secrets cannot be read from the job database, trying again: %s", error.detail)
+                await asyncio.sleep(RETRY_S)
+
+    async def _settle(self, due: Due, verdict: Verdict) -> None:
+        while True:
+            try:
+                return await self._database.change(lambda db: delivery_table.settle(db, due, verdict))
+            except ArrowQuantError as error:
+                logger.warning("a delivery cannot be noted in the job database, trying again: %s", error.detail)
+                await asyncio.sleep(RETRY_S)
+
+    async def _seconds_to_next(self) -> float:
+        at = await self._database.read(delivery_table.next_time)
+        return LOOK_S if at is None else min(LOOK_S, max(0.0, (at - datetime.now(UTC)).total_seconds()))
+
+
+def _full(names: Iterable[str], limit: int) -> set[str]:
+    return {name for name, count in Counter(names).items() if count >= limit}
