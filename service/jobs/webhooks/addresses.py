@@ -130,8 +130,8 @@ def _check_scheme(url: httpx.URL, reach: Reach) -> None:
 
 
 def _check_port(port: int) -> None:
-    if port not in (80, 443) and (port < 1024 or port in _FORBIDDEN_PORTS):
-        raise WebhookRefused(f"port {port} is of another service: take 443, or one above 1023")
+    if port not in (80, 443) and (not 1024 <= port <= 65535 or port in _FORBIDDEN_PORTS):
+        raise WebhookRefused(f"port {port} is none, or of another service: take 443, or one above 1023")
 
 
 def _is_host(host: str) -> bool:

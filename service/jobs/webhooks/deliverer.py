@@ -75,16 +75,19 @@ class Deliverer:
         while True:
             self._wake.clear()
             try:
-                while await self._begin_due():
+                # One moment for both looks: what becomes due between them is seen by the second.
+                now = datetime.now(UTC)
+                while await self._begin_due(now):
                     pass
-                delay_s = await self._seconds_to_next()
+                delay_s = await self._seconds_to_next(now)
             except ArrowQuantError as error:
                 logger.warning("webhooks cannot be read from the job database, trying again: %s", error.detail)
                 delay_s = RETRY_S
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await self._wake.wait()
 
-    async def _begin_due(self) -> bool:
+    async def _begin_due(self, now: datetime) -> bool:
         """Begin as many attempts as there is room for; whether there may be more to begin."""
         free = AT_ONCE - len(self._flights)
         if not free:
@@ -94,7 +97,7 @@ class Deliverer:
         places = _full((due.place for due in flights), AT_ONCE_TO_PLACE)
         tenants = _full((due.tenant for due in flights), AT_ONCE_OF_TENANT)
         found = await self._database.read(
-            lambda db: delivery_table.due(db, jobs=jobs, places=places, tenants=tenants, limit=free)
+            lambda db: delivery_table.due(db, now, jobs=jobs, places=places, tenants=tenants, limit=free)
         )
         for due in found:
             if self._may_begin(due):
@@ -148,8 +151,8 @@ class Deliverer:
                 logger.warning("a delivery cannot be noted in the job database, trying again: %s", error.detail)
                 await asyncio.sleep(RETRY_S)
 
-    async def _seconds_to_next(self) -> float:
-        at = await self._database.read(delivery_table.next_time)
+    async def _seconds_to_next(self, now: datetime) -> float:
+        at = await self._database.read(lambda db: delivery_table.next_time(db, now))
         return LOOK_S if at is None else min(LOOK_S, max(0.0, (at - datetime.now(UTC)).total_seconds()))
 
 

@@ -51,20 +51,26 @@ def append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
 
 
 def due(
-    db: sqlite3.Connection, *, jobs: Collection[str], places: Collection[str], tenants: Collection[str], limit: int
+    db: sqlite3.Connection,
+    now: datetime,
+    *,
+    jobs: Collection[str],
+    places: Collection[str],
+    tenants: Collection[str],
+    limit: int,
 ) -> list[Due]:
     """Deliveries whose time has come, longest waiting first, but those of these jobs, places and tenants."""
     query = f"""SELECT id, job_id, tenant, place, url, body, attempts FROM {_WAITING} AND next_attempt_at <= ?
         AND job_id NOT IN ({_marks(jobs)}) AND place NOT IN ({_marks(places)}) AND tenant NOT IN ({_marks(tenants)})
         ORDER BY next_attempt_at, id LIMIT ?"""
-    rows = db.execute(query, (_text(datetime.now(UTC)), *jobs, *places, *tenants, limit))
+    rows = db.execute(query, (_text(now), *jobs, *places, *tenants, limit))
     return [Due(id_, job, tenant, place, url, body.encode(), n) for id_, job, tenant, place, url, body, n in rows]
 
 
-def next_time(db: sqlite3.Connection) -> datetime | None:
-    """When the next delivery is due that is not due yet."""
+def next_time(db: sqlite3.Connection, now: datetime) -> datetime | None:
+    """When the first delivery is due that was not due by `now`."""
     query = f"SELECT min(next_attempt_at) FROM {_WAITING} AND next_attempt_at > ?"
-    return _time(db.execute(query, (_text(datetime.now(UTC)),)).fetchone()[0])
+    return _time(db.execute(query, (_text(now),)).fetchone()[0])
 
 
 def pending(db: sqlite3.Connection) -> int:
