@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from service.jobs.job import Artifact, Job
 from service.jobs.request import OutputRequest, QuantizeRequest
 from service.jobs.sources import pointing
 from service.storage.durable import copy_folder, remove, sync, write_file
+from service.storage.faults import storage_faults
 from service.storage.file import locate_target
 
 
@@ -53,7 +55,8 @@ class Publisher:
         """Note that all outputs are complete."""
         path = self._folders.pending_report(job_id)
         path.parent.mkdir(exist_ok=True)
-        write_file(path, json.dumps(report.to_json()).encode())
+        with storage_faults("writing the report"):
+            write_file(path, json.dumps(report.to_json()).encode())
 
     def publish(self, job: Job, report: RunReport, stopped: Stopped) -> tuple[Artifact, ...]:
         """Put every output that is not there yet in its place, and the report last."""
@@ -62,7 +65,8 @@ class Publisher:
         folder.mkdir(exist_ok=True)
         for target in targets:
             stop_when(stopped)
-            self._publish(job.id, target, stopped)
+            with storage_faults(f"putting output {target.name!r} in its place"):
+                self._publish(job.id, target, stopped)
         pending = self._folders.pending_report(job.id)
         if pending.exists():
             pending.replace(self._folders.report(job.id))
@@ -75,9 +79,13 @@ class Publisher:
         """Remove all that a job has written, published or not. Says nothing of what is not there."""
         is_committed = self._folders.report(job.id).exists() or self._folders.pending_report(job.id).exists()
         for target in self._targets_elsewhere(job):
-            remove(_beside(target, job.id))
+            beside = _beside(target, job.id)
+            remove(beside)
             if is_committed and self._is_published(job.id, target):
-                remove(target.path)
+                # Out of sight in one step: a crash must not leave half of it where others look.
+                with suppress(FileNotFoundError):
+                    target.path.rename(beside)
+                remove(beside)
         remove(self._folders.artifacts(job.id))
         remove(self._folders.work(job.id))
 
