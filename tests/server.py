@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,25 +68,35 @@ class Server:
     """
 
     def __init__(
-        self, data_dir: Path, roots: Sequence[Path], *, log_path: Path | None = None, **settings: object
+        self,
+        data_dir: Path,
+        roots: Sequence[Path],
+        *,
+        log_path: Path | None = None,
+        prefix: Sequence[str] = (),
+        **settings: object,
     ) -> None:
+        """`prefix` is a command that executes the server's in its own place, such as `unshare`."""
         self.data_dir = data_dir
         self.log_path = log_path or data_dir.with_name(f"{data_dir.name}.log")
         self._roots = roots
+        self._prefix = prefix
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self.client = httpx.Client()
 
     def start(self) -> Self:
         """Start the process and wait until it is ready."""
-        command = [sys.executable, "-m", "service", "serve", "--port", "0", "--data-dir", str(self.data_dir)]
+        serve = [sys.executable, "-m", "service", "serve"]
+        command = [*self._prefix, *serve, "--port", "0", "--data-dir", str(self.data_dir)]
         for root in self._roots:
             command += ["--model-root", str(root)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ARROWQUANT_")}
         environment |= {f"ARROWQUANT_{name.upper()}": str(value) for name, value in self._settings.items()}
         with self.log_path.open("ab") as log:
             start = log.tell()
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            # A group of its own: a kill then takes whatever it has started as well.
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, process_group=0)
         try:
             port = self._wait_for_port(start)
             self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90.0)
@@ -107,7 +117,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL, as the kernel does when memory is short."""
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(STOP_S)
         self._forget()
 
