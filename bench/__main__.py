@@ -1,11 +1,11 @@
-"""Runs the benchmarks, or the ones named: `python -m bench [kernels] [pipeline] [memory] [service]`, or a trial."""
+"""Runs the benchmarks, or the ones named: `python -m bench [kernels] [pipeline] [memory] [service] [store]`, or a trial."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 
-NAMES = ("kernels", "pipeline", "memory", "service")
+NAMES = ("kernels", "pipeline", "memory", "service", "store")
 #: They ask what holds, and end with an error when something does not; only run when named.
 TRIALS = ("kill", "disk_full", "streams", "soak")
 

@@ -9,20 +9,20 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs import batch_table, blob_table, key_table, retention_table
+from service.jobs import batch_table, blob_table, key_table, retention_table, search_table
 from service.jobs.batch import Batch
 from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
 from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.quotas import Limits, Usage
 from service.jobs.record import from_record, to_record
+from service.jobs.search_table import text_of
 from service.jobs.webhooks import delivery_table, secret_table
 from service.storage.faults import storage_faults
 
@@ -111,6 +111,7 @@ MIGRATIONS = (
     blob_table.SCHEMA,
     retention_table.SCHEMA,
     delivery_table.SCHEMA + secret_table.SCHEMA,
+    search_table.SCHEMA,
 )
 
 _ACTIVE = tuple(status.value for status in Status if not status.is_terminal)
@@ -156,17 +157,23 @@ class Store:
         """Store new jobs with their first events, their batch, and the answer to the call that made them; or none."""
         columns = "id, tenant, kind, status, created_at, record, batch_id"
         rows = [
-            (job.id, job.tenant, job.request.kind, job.status, _text(job.created_at), to_record(job), job.batch_id)
+            (job.id, job.tenant, job.request.kind, job.status, text_of(job.created_at), to_record(job), job.batch_id)
             for job in jobs
         ]
-        labels = [(key, value, job.id, job.tenant) for job in jobs for key, value in job.request.labels.items()]
+        labels = [
+            (key, value, job.id, job.tenant, job.request.kind, job.status)
+            for job in jobs
+            for key, value in job.request.labels.items()
+        ]
         with self.transaction() as db:
             if kept is not None:
                 key_table.keep(db, *kept)
             if batch is not None:
                 batch_table.insert(db, batch)
             db.executemany(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            db.executemany("INSERT INTO labels (key, value, job_id, tenant) VALUES (?, ?, ?, ?)", labels)
+            db.executemany(
+                "INSERT INTO labels (key, value, job_id, tenant, kind, status) VALUES (?, ?, ?, ?, ?, ?)", labels
+            )
             _append(db, events)
 
     def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
@@ -202,29 +209,17 @@ class Store:
         after: str | None = None,
     ) -> tuple[list[Job], str | None]:
         """A tenant's jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is."""
-        where: list[str] = []
-        values: list[Any] = []
-        owner = "jobs.tenant = ?" if label is None else "labels.tenant = ?"
-        equal = ((owner, tenant), ("status = ?", status), ("kind = ?", kind), ("batch_id = ?", batch_id))
-        for condition, value in (*equal, ("id < ?", after)):
-            if value is not None:
-                where.append(condition)
-                values.append(value)
-        if label is not None:
-            where.append("key = ? AND value = ?")
-            values += label
-        if created_after is not None:
-            # Ids begin with their time: the index ends the search, created_at then decides to the microsecond.
-            where.append("id >= ? AND created_at > ?")
-            values += [_first_id_at(created_after), _text(created_after)]
-        # A cross join keeps this order: labels lead the search, whatever the planner believes; then batches, which
-        # are small where a status is not.
-        jobs_table = "jobs" if batch_id is None else "jobs INDEXED BY jobs_by_batch"
-        tables = jobs_table if label is None else "labels CROSS JOIN jobs ON jobs.id = labels.job_id"
-        order = "id" if label is None else "job_id"
-        condition = f"WHERE {' AND '.join(where)}" if where else ""
-        query = f"SELECT record FROM {tables} {condition} ORDER BY {order} DESC LIMIT ?"
-        jobs = [from_record(row[0]) for row in self._rows(query, (*values, limit + 1))]
+        query, values = search_table.query(
+            tenant=tenant,
+            status=status,
+            kind=kind,
+            batch_id=batch_id,
+            label=label,
+            created_after=created_after,
+            after=after,
+            limit=limit + 1,
+        )
+        jobs = [from_record(row[0]) for row in self._rows(query, values)]
         return jobs[:limit], jobs[limit - 1].id if len(jobs) > limit else None
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
@@ -345,7 +340,7 @@ def address_of_server(data_dir: Path) -> str | None:
 
 
 def _append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
-    rows = [(e.job_id, e.id, e.type, _text(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
+    rows = [(e.job_id, e.id, e.type, text_of(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
     db.executemany("INSERT INTO events (job_id, id, type, at, data) VALUES (?, ?, ?, ?, ?)", rows)
     batch_table.append(db, events)
     delivery_table.append(db, events)
@@ -426,22 +421,4 @@ def _stored_bytes(job: Job) -> int:
 
 def _kept_since(job: Job) -> str | None:
     """From when the age of an ended job counts; that of a batch's jobs does from the end of the batch."""
-    return _text(job.finished_at) if job.finished_at is not None and job.batch_id is None else None
-
-
-def _text(time: datetime) -> str:
-    """A time so that texts sort as times do."""
-    return _in_utc(time).isoformat(timespec="microseconds")
-
-
-def _first_id_at(time: datetime) -> str:
-    """The smallest job id of this millisecond: a UUIDv7 begins with it."""
-    return f"job_{UUID(int=max(0, int(_in_utc(time).timestamp() * 1000)) << 80)}"
-
-
-def _in_utc(time: datetime) -> datetime:
-    try:
-        return time.astimezone(UTC)
-    except OverflowError:
-        # Within a day of either end of the calendar the time in UTC may lie beyond it.
-        return time.replace(tzinfo=UTC)
+    return text_of(job.finished_at) if job.finished_at is not None and job.batch_id is None else None

@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import combinations as combinations_of
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import uuid_utils
 
 from service.errors import DiskFull, StorageFailure
 from service.jobs import retention_table
+from service.jobs.collector import Look
 from service.jobs.events import Event
 from service.jobs.job import Artifact, Job, Status
 from service.jobs.quotas import Usage
@@ -103,27 +105,65 @@ def test_filters_hold_alone_and_together(store: Store) -> None:
     assert ids(created_after=other.created_at) == set()
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {},
-        {"status": Status.RUNNING},
-        {"kind": "quantize"},
-        {"label": ("a", "b")},
-        {"created_after": START, "label": ("a", "b")},
-    ],
-)
-def test_a_page_is_found_by_an_index_and_sorted_by_it(tmp_path: Path, filters: dict[str, object]) -> None:
-    store = Store(tmp_path)
+FILTERS: dict[str, object] = {
+    "tenant": "a",
+    "status": Status.RUNNING,
+    "kind": "quantize",
+    "batch_id": "batch_0",
+    "label": ("a", "b"),
+    "created_after": START,
+    "after": "job_f",
+}
+
+
+def test_whatever_is_asked_for_a_page_is_found_by_an_index_that_holds_all_of_it_and_sorts(store: Store) -> None:
+    """In a batch, which is small, its own index is enough; else each filter has to narrow the search."""
+    statements: list[str] = []
+    combinations = [
+        dict(chosen) for size in range(len(FILTERS) + 1) for chosen in combinations_of(FILTERS.items(), size)
+    ]
+    for filters in combinations:
+        statements.clear()
+        store._db.set_trace_callback(statements.append)
+        store.find(**filters)  # type: ignore[arg-type]
+        store._db.set_trace_callback(None)
+        steps = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+        print(filters, steps)
+        if filters:
+            assert not any("SCAN" in step for step in steps), filters
+        assert not any("TEMP B-TREE" in step for step in steps), filters
+        if "batch_id" in filters:
+            assert "jobs_by_batch (batch_id=?" in steps[0]
+            continue
+        used = {"tenant", "status", "kind"} & filters.keys()
+        assert all(f"{name}=?" in steps[0] for name in used), (filters, steps)
+        if "label" in filters:
+            assert "key=? AND value=?" in steps[0], (filters, steps)
+        if "created_after" in filters:
+            assert "id>?" in steps[0], (filters, steps)
+        if "after" in filters:
+            assert "id<?" in steps[0], (filters, steps)
+    assert len(combinations) == 2 ** len(FILTERS)
+
+
+def test_a_label_finds_jobs_by_the_status_that_they_have_now(store: Store) -> None:
+    jobs = [a_job(labels={"team": "a"}) for _ in range(3)]
+    for job in jobs:
+        store.add(job, [])
+    store.write([jobs[1].to(Status.RUNNING)], [])
+    for status, expected in ((Status.QUEUED, {jobs[0].id, jobs[2].id}), (Status.RUNNING, {jobs[1].id})):
+        assert {job.id for job in store.find(label=("team", "a"), status=status)[0]} == expected
+
+
+@pytest.mark.parametrize("look", [retention_table.old_jobs, retention_table.old_artifacts, retention_table.old_logs])
+def test_what_is_old_is_found_by_an_index(store: Store, look: Look) -> None:
     statements: list[str] = []
     store._db.set_trace_callback(statements.append)
-    store.find(after="job_f", **filters)
-    store.close()
-    with sqlite3.connect(tmp_path / DATABASE) as db:
-        plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statements[0]}"))
-    db.close()
-    assert "SCAN" not in plan
-    assert "TEMP B-TREE" not in plan
+    look(store._db, "2026", ("2025", "job_f"), 10)
+    store._db.set_trace_callback(None)
+    (step,) = (row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}"))
+    assert "SEARCH" in step
+    assert "kept_since" in step
 
 
 def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
