@@ -175,8 +175,8 @@ def main(sizes: Sequence[int] = SIZES, repeats: int = REPEATS) -> None:
         table(head, rows),
         "A start, with the jobs that have not ended to go on with:",
         table(start_head, starts),
-        "A sweep that tells what would go of all jobs, and one that deletes the oldest hundredth, while another asks for a "
-        "job again and again through the same thread, as calls to a server do:",
+        "A sweep that tells what would go of all jobs, and one that deletes the oldest hundredth, while another asks "
+        "for a job again and again through the same thread, as calls to a server do:",
         table(sweep_head, sweeps),
         packages=("pydantic", "uuid-utils"),
     )

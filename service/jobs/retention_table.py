@@ -44,8 +44,9 @@ Cursor = tuple[str, str]
 
 
 def old_jobs(db: sqlite3.Connection, before: str, after: Cursor, limit: int) -> list[Due]:
-    """Jobs that ended before a time, oldest first."""
-    return _old(db, "jobs_by_age", "kept_since IS NOT NULL", before, after, limit)
+    """Jobs that ended before a time and whose webhook has been told all there is, oldest first."""
+    is_told = "NOT EXISTS (SELECT 1 FROM webhook_deliveries WHERE job_id = jobs.id AND status = 'pending')"
+    return _old(db, "jobs_by_age", f"kept_since IS NOT NULL AND {is_told}", before, after, limit)
 
 
 def old_artifacts(db: sqlite3.Connection, before: str, after: Cursor, limit: int) -> list[Due]:

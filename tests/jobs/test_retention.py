@@ -132,6 +132,17 @@ def test_a_job_goes_with_all_that_is_its(tmp_path: Path) -> None:
     assert not Folders(tmp_path).artifacts(old.id).exists()
 
 
+def test_a_job_whose_webhook_is_still_to_be_told_stays(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        job = keep_job(tmp_path, store, age_s=2 * DAY, webhook={"url": "https://example.org/hook"})
+    assert sweep(tmp_path, job_ttl_s=DAY).count == 0
+    with opened(tmp_path) as store, store.transaction() as db:
+        assert db.execute("UPDATE webhook_deliveries SET status = 'delivered'").rowcount > 0
+    assert names(sweep(tmp_path, job_ttl_s=DAY)) == [(What.JOBS, Why.AGE, job.id)]
+    with opened(tmp_path) as store, store.reading() as db:
+        assert db.execute("SELECT count(*) FROM webhook_deliveries").fetchone() == (0,)
+
+
 def test_a_batch_ages_as_a_whole_and_goes_with_its_last_job(tmp_path: Path) -> None:
     ids = [f"batch_{index}" for index in range(2)]
     with opened(tmp_path) as store:

@@ -161,9 +161,10 @@ def test_what_is_old_is_found_by_an_index(store: Store, look: Look) -> None:
     store._db.set_trace_callback(statements.append)
     look(store._db, "2026", ("2025", "job_f"), 10)
     store._db.set_trace_callback(None)
-    (step,) = (row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}"))
-    assert "SEARCH" in step
-    assert "kept_since" in step
+    steps = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+    assert "SEARCH jobs USING INDEX" in steps[0]
+    assert "kept_since" in steps[0]
+    assert not any("SCAN" in step or "TEMP B-TREE" in step for step in steps)
 
 
 def test_a_second_process_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
