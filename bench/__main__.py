@@ -1,4 +1,4 @@
-"""Runs the benchmarks, or the ones named: `python -m bench [kernels] [pipeline] [memory] [service] [store]`, or a trial."""
+"""Runs benchmarks, all or the named: `python -m bench [kernels] [pipeline] [memory] [service] [store]`, or a trial."""
 
 from __future__ import annotations
 
