@@ -56,6 +56,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+#: Of what an error says: names from a model may be of any length, and errors are stored, sent and logged.
+MAX_DETAIL = 2000
+MAX_TENSOR_NAME = 500
+
 
 class ArrowQuantError(Exception):
     """Something went wrong."""
@@ -63,10 +67,17 @@ class ArrowQuantError(Exception):
     code: ClassVar[str] = "error"
 
     def __init__(self, detail: str, *, pointer: str | None = None, tensor: str | None = None) -> None:
-        super().__init__(detail)
-        self.detail = detail
+        self.detail = _shortened(detail, MAX_DETAIL)
+        super().__init__(self.detail)
         self.pointer = pointer
-        self.tensor = tensor
+        self.tensor = None if tensor is None else _shortened(tensor, MAX_TENSOR_NAME)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """The text, its middle left out where it is too long: errors end with what to do."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} … {text[-limit // 3 :]}"
 
 
 class RequestError(ArrowQuantError):

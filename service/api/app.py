@@ -96,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     outgoing.document(app)
-    openapi.install(app)
+    openapi.install(app, asks_for_keys=settings.asks_for_keys)
     return app
 
 

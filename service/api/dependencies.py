@@ -70,7 +70,15 @@ async def _hold_batch(batch_id: BatchId, manager: Manager) -> AsyncIterator[None
         yield
 
 
-def _label(label: Annotated[str | None, Query(description="`key:value`.", max_length=257)] = None) -> Label:
+#: Only told: what is wrong with another text is said below in words.
+_LABEL_FORM = {"pattern": r"^[^:]+:[\s\S]+$"}
+
+
+def _label(
+    label: Annotated[
+        str | None, Query(description="`key:value`.", max_length=257, json_schema_extra=_LABEL_FORM)
+    ] = None,
+) -> Label:
     if label is None:
         return None
     key, colon, value = label.partition(":")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import Header, Query, Response
 from fastapi.sse import format_sse_event
 
-from service.api.replies import JSON, ClosingStream, dump, reply
+from service.api.replies import ClosingStream, dump, reply
 from service.api.schemas import events as wire
 from service.jobs.events import TOO_SLOW, Event, Silence
 from service.jobs.metrics import JobMetrics
@@ -31,7 +31,7 @@ LastEventId = Annotated[
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The stream; each `data` is an `Event` as JSON. Or, as JSON, a page of the log.",
-        "content": {EVENT_STREAM: {"schema": {"type": "string", "contentMediaType": JSON}}},
+        "content": {EVENT_STREAM: {"schema": {"$ref": "#/components/schemas/StreamedEvent"}}},
     },
     204: {"description": "All has ended and nothing follows behind this id."},
 }

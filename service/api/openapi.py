@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from service.api.auth import is_open, scope_for
+from service.api.openapi_links import add_links
 from service.api.problems import documented
 from service.errors import ForbiddenScope, RateLimited, Unauthorized
 
@@ -24,21 +25,38 @@ _BEARER = {
 }
 #: Bodies that the framework spells out although they have a name.
 _NAMED_BODIES = {"create_job": "JobRequest"}
+#: What of a stream of events one event is; before OpenAPI 3.2 the schema of a stream describes each of its items.
+_STREAMED_EVENT = {
+    "type": "object",
+    "description": "An event as `text/event-stream` carries it.",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "event": {"type": "string", "description": "The `type` of the event."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Event"},
+        },
+    },
+    "required": ["event", "data"],
+}
+_LOCATION = {"description": "Address of what was created.", "required": True, "schema": {"type": "string"}}
+_ETAG = {"description": "Give it as `If-None-Match`.", "required": True, "schema": {"type": "string"}}
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, *, asks_for_keys: bool) -> None:
     """Have the application serve the tidied document."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = build(app)
+            app.openapi_schema = build(app, asks_for_keys=asks_for_keys)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def build(app: FastAPI) -> dict[str, Any]:
-    """The document of an application."""
+def build(app: FastAPI, *, asks_for_keys: bool = False) -> dict[str, Any]:
+    """The document of an application; where it asks for keys, the document says that it does."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -47,10 +65,14 @@ def build(app: FastAPI) -> dict[str, Any]:
         webhooks=app.webhooks.routes,
     )
     document["components"]["securitySchemes"] = {"bearer": _BEARER}
+    document["components"]["schemas"]["StreamedEvent"] = _STREAMED_EVENT
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _name_body(operation)
-            _secure(operation, method, path)
+            _name_parameter(operation)
+            _secure(operation, method, path, asks_for_keys=asks_for_keys)
+            _promise_headers(operation)
+            add_links(operation)
     _tidy(document)
     return document
 
@@ -65,12 +87,27 @@ def _name_body(operation: dict[str, Any]) -> None:
         operation["requestBody"]["content"]["application/json"]["schema"] = {"$ref": f"#/components/schemas/{name}"}
 
 
-def _secure(operation: dict[str, Any], method: str, path: str) -> None:
+def _name_parameter(operation: dict[str, Any]) -> None:
+    if operation["operationId"] == "get_problem":
+        operation["parameters"][0]["schema"] = {"$ref": "#/components/schemas/ErrorCode"}
+
+
+def _promise_headers(operation: dict[str, Any]) -> None:
+    """`Location` of what is created, `ETag` of what can be asked for again."""
+    answers = operation["responses"]
+    if operation["operationId"].startswith("create_") and "202" in answers:
+        answers["202"]["headers"] = {"Location": _LOCATION}
+    for status in ("200", "206", "304") if "304" in answers else ():
+        if status in answers:
+            answers[status].setdefault("headers", {})["ETag"] = _ETAG
+
+
+def _secure(operation: dict[str, Any], method: str, path: str, *, asks_for_keys: bool) -> None:
     """What a key means to an operation; a server that asks for none ignores it."""
     if is_open(path):
         operation["security"] = []
         return
-    operation["security"] = [{"bearer": []}, {}]
+    operation["security"] = [{"bearer": []}] if asks_for_keys else [{"bearer": []}, {}]
     operation["x-scope"] = scope_for(method.upper(), path).value
     for status, added in documented(Unauthorized, ForbiddenScope, RateLimited).items():
         known = operation["responses"].setdefault(str(status), added)

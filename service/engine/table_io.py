@@ -31,6 +31,8 @@ def read_table(data: bytes | memoryview) -> pa.Table:
         with pa.ipc.open_stream(pa.py_buffer(data)) as stream:
             table = stream.read_all()
         table.validate(full=True)
+        if table.num_rows > len(data):  # rows of nothing, or of lists of no elements, take no bytes at all
+            raise InvalidTable(f"the table claims {table.num_rows} rows, more than it has bytes")
         return table.combine_chunks()
     except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
         raise InvalidTable(f"the body is not an Arrow IPC stream: {error}") from error

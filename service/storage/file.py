@@ -108,7 +108,10 @@ def path_of(uri: str) -> Path:
         raise InvalidConfig(f"{uri!r} holds no absolute path, as in file:///models/minilm")
     if "?" in rest or "#" in rest:
         raise InvalidConfig(f"{uri!r} holds a query or a fragment: write ? as %3F and # as %23")
-    path = os.fsdecode(unquote_to_bytes(rest))
+    try:
+        path = os.fsdecode(unquote_to_bytes(rest))
+    except UnicodeEncodeError as error:
+        raise InvalidConfig(f"{uri!r} holds half a character: percent-encode bytes that are no UTF-8") from error
     if "\0" in path or ".." in path.split("/"):
         raise ForbiddenPath(_FORBIDDEN)
     return Path(re.sub("^/+", "/", path))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BeforeValidator
 
 from service import errors
 from service.api import render
@@ -58,6 +59,19 @@ REPEATED = (errors.IdempotencyKeyReused, errors.IdempotencyKeyInFlight)
 #: What a call that makes jobs may be refused for whatever it asks.
 NO_ROOM = (errors.QueueFull, errors.TooManyOpenJobs, errors.StorageQuotaExceeded, errors.Draining)
 
+
+def _rfc3339(value: Any) -> Any:
+    # Numbers would be taken for seconds since 1970.
+    if isinstance(value, str) and not _TIME.fullmatch(value):
+        raise ValueError("is not a time after RFC 3339, such as 2026-01-31T12:00:00Z")
+    return value
+
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+CreatedAfter = Annotated[
+    Annotated[AwareDatetime, BeforeValidator(_rfc3339)] | None, Query(description="With a time zone.")
+]
+
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"description": "The job is being cancelled, or was.", "model": Job},
     204: {"description": "The job is deleted, with all that belongs to it."},
@@ -96,7 +110,7 @@ async def list_jobs(
     status: Status | None = None,
     kind: JobKind | None = None,
     batch_id: Annotated[str | None, Query(max_length=64, description="Only the jobs of this batch.")] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="With a time zone.")] = None,
+    created_after: CreatedAfter = None,
     limit: Limit = 50,
     after: AfterJob = None,
 ) -> Response:

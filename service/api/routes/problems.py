@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse
 
 from service.api.problem_codes import CODES
 from service.api.problems import documented, status_of, title_of
+from service.api.schemas.common import ErrorCode
 from service.errors import NotFound
 
 router = APIRouter(prefix="/problems", tags=["problems"])
@@ -25,7 +26,7 @@ _PAGE = """<!doctype html>
 
 
 @router.get("/{code}", response_class=HTMLResponse, responses=documented(NotFound))
-async def get_problem(code: str) -> HTMLResponse:
+async def get_problem(code: ErrorCode) -> HTMLResponse:
     """What a problem's `type` leads to."""
     error = CODES.get(code)
     if error is None:

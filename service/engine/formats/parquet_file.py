@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from service.engine.formats.parquet_guard import Refused, check_claims
 from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA
 from service.errors import CorruptModel, UnsupportedModel
 from service.storage.model_files import OpenFile
@@ -38,6 +39,7 @@ class ParquetFile:
         self._verified: set[tuple[int, int]] = set()
         self._cached: tuple[int, pa.RecordBatch] | None = None
         try:
+            self._check_claims()
             with _damage_in(self.name):
                 self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
                 self._check_columns()
@@ -49,6 +51,11 @@ class ParquetFile:
     def size(self) -> int:
         """Bytes of the file."""
         return self._source.size
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all row groups."""
+        return int(self._parquet.metadata.num_rows)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The cells of every row but the bytes: of these, `<column>_bytes` is the length, None where null.
@@ -87,6 +94,16 @@ class ParquetFile:
         with _damage_in(self.name):
             table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
+
+    def _check_claims(self) -> None:
+        columns = frozenset({*NEEDED, *BYTE_COLUMNS})
+        try:
+            check_claims(self._read_at, self._source.size, columns)
+        except Refused as refused:
+            raise CorruptModel(f"{self.name} is damaged, or made to do harm: {refused}") from refused
+
+    def _read_at(self, offset: int, count: int) -> bytes:
+        return self._source.read(offset, count).tobytes()
 
     def _check_columns(self) -> None:
         found = self._parquet.schema_arrow

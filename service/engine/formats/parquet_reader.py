@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, NoReturn, get_args
@@ -15,6 +15,7 @@ from service.engine.decode import dequantize_codes, dequantize_packed
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import Placement
 from service.engine.formats.parquet_file import ParquetFile
+from service.engine.formats.parquet_guard import MAX_ROWS
 from service.engine.formats.parquet_schema import COPIED, PACKING
 from service.engine.packing import WORD_BITS, unpack_flat
 from service.engine.schemes.base import SCALE_DTYPES, GroupSize, Scheme
@@ -59,6 +60,7 @@ class ParquetReader(ModelReader):
         try:
             for name in placement.weights:
                 self._files[name] = ParquetFile(placement.source.open(name))
+            _check_count(self._files.values())
             rows = [(name, cells) for name, file in self._files.items() for cells in file.rows()]
             self._tensors = {t.info.name: t for t in _tensors(rows)}
         except BaseException:
@@ -132,6 +134,13 @@ class ParquetReader(ModelReader):
             for chunk in tensor.chunks:
                 hashes[chunk.file].append([tensor.info.name, list(tensor.info.shape), chunk.sha256])
         return [(name, self._files[name].size, json.dumps(hashes[name]).encode()) for name in self._files]
+
+
+def _check_count(files: Iterable[ParquetFile]) -> None:
+    """A file has few rows; a folder may have many files."""
+    count = sum(file.row_count for file in files)
+    if count > MAX_ROWS:
+        raise UnsupportedModel(f"The model has {count} rows; at most {MAX_ROWS} are read.")
 
 
 def _tensors(rows: list[tuple[PurePosixPath, dict[str, Any]]]) -> Iterator[StoredTensor]:

@@ -17,8 +17,11 @@ from service.storage.model_files import OpenFile
 PREFIX_BYTES = 8
 #: The limit of the format's own library.
 MAX_HEADER_BYTES = 100_000_000
+#: Of lists, objects and their members in a file of JSON: each takes a hundred bytes of memory and more.
+MAX_JSON_ITEMS = 5_000_000
 #: What NumPy can index.
 MAX_DIMENSIONS = 64
+MAX_ELEMENTS = 1 << 59
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ def read_header(file: OpenFile) -> Header:
 
 def parse_json(raw: bytes, name: PurePosixPath) -> Any:
     """JSON without duplicate keys, lone surrogates or constants that JSON does not have; else CorruptModel."""
+    if (items := sum(map(raw.count, (b",", b"[", b"{")))) > MAX_JSON_ITEMS:
+        _corrupt(name, f"its JSON has {items} items; at most {MAX_JSON_ITEMS} are read")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
@@ -107,6 +112,9 @@ def _tensor(name: str, entry: Any, file: PurePosixPath, data_start: int) -> Tens
     shape = _integers(entry["shape"], "shape", file, name)
     if len(shape) > MAX_DIMENSIONS:
         _corrupt(file, f"its shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed", name)
+    # A zero among them makes a tensor of no bytes, whose other sizes nothing else would bound.
+    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        _corrupt(file, f"its shape {list(shape)[:8]} is of more than {MAX_ELEMENTS} elements", name)
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
