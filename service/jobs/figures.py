@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from service.jobs import blob_table
 from service.jobs.job import Status
+from service.jobs.webhooks import delivery_table
 
 _ENDED = tuple(status.value for status in Status if status.is_terminal)
 
@@ -25,13 +26,17 @@ class Disk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the database knows: ended jobs by status, bytes by tenant as quotas count them, files and their bytes."""
+    """What the database knows: ended jobs by status, bytes by tenant as quotas count them, files and their bytes.
+
+    `webhooks_pending` are deliveries that have not ended.
+    """
 
     ended: Mapping[str, int] = field(default_factory=dict)
     tenants: Mapping[str, int] = field(default_factory=dict)
     artifact_bytes: int = 0
     blobs: int = 0
     blob_bytes: int = 0
+    webhooks_pending: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,8 @@ def read_stored(db: sqlite3.Connection) -> Stored:
     ended = db.execute(f"SELECT status, count(*) FROM jobs WHERE status IN ({marks}) GROUP BY status", _ENDED)
     tenants: dict[str, int] = dict(db.execute("SELECT id, stored_bytes FROM tenants WHERE stored_bytes > 0"))
     files, blob_bytes, counted = blob_table.totals(db)
-    return Stored(dict(ended), tenants, sum(tenants.values()) - counted, files, blob_bytes)
+    artifact_bytes = sum(tenants.values()) - counted
+    return Stored(dict(ended), tenants, artifact_bytes, files, blob_bytes, delivery_table.pending(db))
 
 
 def read_disk(data_dir: Path) -> Disk | None:

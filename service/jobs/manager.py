@@ -131,7 +131,7 @@ class JobManager:
             lambda key, answer: database.change(lambda db: key_table.replace(db, key, answer)),
         )
         #: Whom jobs' users have told.
-        self.webhooks = Webhooks(database, webhooks or WebhookOptions())
+        self.webhooks = Webhooks(database, webhooks or WebhookOptions(), self.watch.metrics.registry)
         self._intake = Intake(
             database,
             self._admission,

@@ -140,6 +140,8 @@ class FiguresCollector(Collector):
             family.add_metric(["blobs"], stored.blob_bytes)
             yield family
             yield _gauge("arrowquant_blobs", "Uploaded files.", stored.blobs)
+            text = "Messages to receivers that have not arrived and are not given up."
+            yield _gauge("arrowquant_webhook_deliveries_pending", text, stored.webhooks_pending)
         if figures.disk is not None:
             yield _gauge("arrowquant_disk_free_bytes", "Free for the data folder.", figures.disk.free)
             yield _gauge("arrowquant_disk_used_bytes", "Used on the data folder's disk.", figures.disk.used)

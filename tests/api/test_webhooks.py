@@ -23,6 +23,7 @@ from service.jobs.webhooks.secrets import SigningSecrets
 from tests.api.conftest import save_model
 from tests.api.keyed import Client, Keyed
 from tests.api.test_jobs import large_model
+from tests.api.test_metrics import scrape_until
 from tests.conftest import StartServer
 from tests.receiver import (
     Authority,
@@ -335,6 +336,10 @@ def test_a_dead_receiver_holds_up_nobody_else(start_server: StartServer, tiny: P
         alive.wait("/alive")
         dead.wait("/dead", AT_ONCE_TO_PLACE)
         assert dead.most_at_once["/dead"] == AT_ONCE_TO_PLACE
+        figures = scrape_until(server, "arrowquant_webhook_deliveries_pending", len(items))
+        assert figures.value("arrowquant_webhook_attempts_open") == AT_ONCE_TO_PLACE
+        assert figures.value("arrowquant_webhook_attempts_total", outcome="delivered") == 1
+        assert figures.value("arrowquant_webhook_attempts_total", outcome="retried") == 0
 
 
 # --- restarts ---
@@ -370,16 +375,18 @@ def test_a_job_that_is_killed_and_goes_on_is_told_of(
 ) -> None:
     server = start_server(**HERE)
     make_secret(server)
-    asked = told(large_model(model_root), receiver.url("/resumed"), "job.started", "job.resumed", "job.succeeded")
+    asked = told(large_model(model_root), receiver.url("/resumed"), "job.started", "job.resumed", "job.cancelled")
     job = server.submit(asked)
     receiver.wait("/resumed")
     server.wait_for(job["id"], "tensor.completed")
     server.kill()
     server.start()
+    server.wait_for(job["id"], "job.resumed")
+    server.cancel(job["id"])
     server.finish(job["id"])
     deliveries(server, job["id"])
     ids: dict[str, str] = {call.id: call.message["type"] for call in receiver.at("/resumed")}
-    assert list(ids.values()) == ["job.started", "job.resumed", "job.succeeded"]
+    assert list(ids.values()) == ["job.started", "job.resumed", "job.cancelled"]
 
 
 # --- secrets and tenants ---

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import stat
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from standardwebhooks import Webhook
 from service.jobs.store import DATABASE
 from service.jobs.webhooks.secrets import MAX_USABLE
 from tests.api.conftest import save_model
-from tests.cli.test_keys import run
+from tests.cli.test_cli import ARROWQUANT
+from tests.cli.test_keys import ROOT, run
 from tests.conftest import StartServer
 from tests.receiver import Receiver
 
@@ -78,7 +83,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path, arguments: tuple[str, .
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_quantizing_on_a_server_can_tell_a_receiver(
+def test_the_commands_of_the_readme_and_of_a_user_tell_a_receiver(
     start_server: StartServer, model_root: Path, tmp_path: Path
 ) -> None:
     server = start_server(webhook_allow_http="true", webhook_allowed_networks="127.0.0.0/8, ::1/128")
@@ -90,6 +95,17 @@ def test_quantizing_on_a_server_can_tell_a_receiver(
         )
         assert done.returncode == 0, done.stderr
         (call,) = receiver.wait("/cli")
-    assert Webhook(text).verify(call.body, call.headers)["type"] == "job.succeeded"
+        assert Webhook(text).verify(call.body, call.headers)["type"] == "job.succeeded"
+        section = (ROOT / "README.md").read_text().split("\n## Webhooks\n")[1].split("\n## ")[0]
+        (script,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        script = f'arrowquant() {{ {shlex.join(ARROWQUANT)} "$@"; }}\n{script}'
+        variables = {"SERVER": server.base_url, "ARROWQUANT_DATA_DIR": str(server.data_dir), "MODEL": model.as_uri()}
+        environment = os.environ | variables | {"HOOK": receiver.url("/readme"), "PYTHONPATH": str(ROOT)}
+        command = ["bash", "-eu", "-o", "pipefail", "-c", script]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (call,) = receiver.wait("/readme")
+        made = done.stdout.splitlines()[0]
+        assert Webhook(made).verify(call.body, call.headers) == Webhook(text).verify(call.body, call.headers)
     alone = run("quantize", model, "--out", tmp_path / "out-2", "--webhook", "https://example.org/")
     assert (alone.returncode, "--webhook needs --server" in alone.stderr) == (2, True)

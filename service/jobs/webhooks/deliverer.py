@@ -14,12 +14,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from prometheus_client import CollectorRegistry
+
 from service.errors import ArrowQuantError
 from service.jobs.database import Database
 from service.jobs.webhooks import delivery_table, secret_table
-from service.jobs.webhooks.delivery import DeliveryStatus, Due, Verdict, judge
+from service.jobs.webhooks.delivery import Due, Verdict, judge
+from service.jobs.webhooks.metrics import WebhookMetrics
 from service.jobs.webhooks.sender import Answer, Sender
 from service.jobs.webhooks.signing import signed_headers
+from service.logs import Bound
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,9 @@ RETRY_S = 1.0
 class Deliverer:
     """The task that delivers; everything on the event loop."""
 
-    def __init__(self, database: Database, sender: Sender, delays_s: tuple[float, ...]) -> None:
+    def __init__(
+        self, database: Database, sender: Sender, delays_s: tuple[float, ...], registry: CollectorRegistry
+    ) -> None:
         """`delays_s` are those between an attempt and the next; behind the last of them there is one more attempt."""
         self._database = database
         self._sender = sender
@@ -43,13 +49,7 @@ class Deliverer:
         self._wake = asyncio.Event()
         self._flights: dict[asyncio.Task[None], Due] = {}
         self._task: asyncio.Task[None] | None = None
-        #: How attempts have ended since the start, by what became of their delivery; `pending` is one to be retried.
-        self.attempts: Counter[DeliveryStatus] = Counter()
-
-    @property
-    def in_flight(self) -> int:
-        """How many attempts are under way."""
-        return len(self._flights)
+        self._metrics = WebhookMetrics(registry, lambda: len(self._flights))
 
     def start(self) -> None:
         """Deliver from now on what is in the store, and what will be."""
@@ -116,12 +116,14 @@ class Deliverer:
         self._flights[asyncio.create_task(self._deliver(due), name=due.id)] = due
 
     async def _deliver(self, due: Due) -> None:
+        begun = time.monotonic()
         answer = await self._attempt(due)
+        seconds = time.monotonic() - begun
         verdict = judge(answer, due.attempts + 1, self._delays_s)
         await self._settle(due, verdict)
-        self.attempts[verdict.status] += 1
-        if answer.error is not None:
-            logger.info("webhook %s of %s is %s: %s", due.id, due.job_id, verdict.status.value, answer.error)
+        self._metrics.ended(verdict, seconds)
+        with Bound(job_id=due.job_id, tenant=due.tenant):
+            logger.info("webhook %s is %s: %s", due.id, verdict.status, answer.error or answer.status_code)
         # Only now: a flight whose end is not stored would be due again.
         task = asyncio.current_task()
         assert task is not None

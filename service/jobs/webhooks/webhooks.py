@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from service.errors import WebhookSecretMissing
 from service.jobs.database import Database
 from service.jobs.events import Event
@@ -40,15 +42,15 @@ class WebhookOptions:
 class Webhooks:
     """The webhooks of one data folder; everything on the event loop."""
 
-    def __init__(self, database: Database, options: WebhookOptions) -> None:
-        """Raises InvalidConfig when the certificates cannot be read."""
+    def __init__(self, database: Database, options: WebhookOptions, registry: CollectorRegistry) -> None:
+        """Counts on `registry`; raises InvalidConfig when the certificates cannot be read."""
         self._database = database
         self._reach = options.reach
         # Two, so that names which are looked up without end when jobs are made do not hold up what is delivered.
         self._resolver = Resolver(options.reach)
         sender = Sender(options.reach, Resolver(options.reach), timeout_s=options.timeout_s, ca_file=options.ca_file)
-        #: What delivers, and counts.
-        self.deliverer = Deliverer(database, sender, options.delays_s)
+        #: What delivers.
+        self.deliverer = Deliverer(database, sender, options.delays_s, registry)
 
     async def check(self, submission: Submission) -> None:
         """Raise WebhookRefused or WebhookSecretMissing, pointing at it, unless each webhook may be told of its job."""
@@ -73,10 +75,6 @@ class Webhooks:
     async def deliveries(self, job_id: str) -> list[Delivery]:
         """The newest deliveries of a job, oldest first."""
         return await self._database.read(lambda db: delivery_table.of_job(db, job_id, SHOWN))
-
-    async def pending(self) -> int:
-        """How many deliveries have not ended."""
-        return await self._database.read(delivery_table.pending)
 
     def stored(self, events: Iterable[Event]) -> None:
         """Hear of events that are in the store now, with their deliveries."""
