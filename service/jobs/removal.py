@@ -13,6 +13,7 @@ from service.jobs import retention_table
 from service.jobs.database import Database
 from service.jobs.folders import Folders
 from service.jobs.leases import Leases
+from service.storage.faults import storage_faults
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Removals:
 
     def _remove(self, to_go: dict[str, bool]) -> dict[str, bool]:
         """Those whose files are gone; what resists is tried again later."""
-        return {job_id: keeps for job_id, keeps in to_go.items() if remove_files(self._folders, job_id, keeps)}
+        with storage_faults("removing files that are kept no longer"):
+            return {job_id: keeps for job_id, keeps in to_go.items() if _remove_files(self._folders, job_id, keeps)}
 
     def _clear_soon(self, job_id: str) -> None:
         self._spawn(self._clear_later(job_id))
@@ -75,7 +77,7 @@ class Removals:
             logger.warning("job %s: its files go at the next sweep or start: %s", job_id, error.detail)
 
 
-def remove_files(folders: Folders, job_id: str, keeps_report: bool) -> bool:
+def _remove_files(folders: Folders, job_id: str, keeps_report: bool) -> bool:
     """Remove a job's files, with its report or without; whether they are gone. Blocks."""
     if keeps_report:
         return folders.remove_outputs(job_id)
