@@ -50,6 +50,8 @@ END = datetime(2026, 6, 1, tzinfo=UTC)
 STEP_MS = 1000
 RARE = 37
 GIB = 1 << 30
+#: Where indices of a million jobs are sorted.
+BUILD_CACHE_KIB = 512 << 10
 
 ABOUT = """
 Milliseconds of one call to the store, median and 99th percentile of {repeats} calls with random arguments, in one
@@ -61,8 +63,8 @@ belongs to a batch of {batch}. {open} have not ended.
 - *rare in common*: filters of which each alone fits many jobs and that together fit few or none, such as jobs that were
   cancelled with a label that a third of all have.
 - *deep page*: behind a random job, as a cursor in the middle of a long list.
-- *submit*: a new job with two labels and its first event, committed.
-- *end*: of a running job: its last state and event, committed.
+- *submit*: a new job with two labels and its first event, committed; *submit and end*: with its start and its end, three
+  commits.
 - *what to expire*: what each sweep of the retention looks at, where nothing is to be done.
 - *expire one*, *delete one*: what it then does to one job, log and labels included, committed.
 - *start*: from opening the file to the list of jobs to go on with, in a fresh process, and the memory (RssAnon) by
@@ -186,6 +188,8 @@ def build(data_dir: Path, count: int) -> None:
     """A data folder with so many jobs, by the store's own schema and triggers."""
     store = Store(data_dir)
     records = _Records()
+    with store.reading() as db:
+        db.execute(f"PRAGMA cache_size = -{BUILD_CACHE_KIB}")
     with store.transaction() as db, _without_indices(db):
         columns = "id, tenant, kind, status, created_at, record, batch_id, stored_bytes, kept_since"
         rows = (_row(records, index, count) for index in range(count))
