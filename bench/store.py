@@ -63,8 +63,8 @@ belongs to a batch of {batch}. {open} have not ended.
 - *rare in common*: filters of which each alone fits many jobs and that together fit few or none, such as jobs that were
   cancelled with a label that a third of all have.
 - *deep page*: behind a random job, as a cursor in the middle of a long list.
-- *submit*: a new job with two labels and its first event, committed; *submit and end*: with its start and its end, three
-  commits.
+- *submit*: a new job with two labels and its first event, committed; *submit and end*: with its start and its end,
+  three commits.
 - *what to expire*: what each sweep of the retention looks at, where nothing is to be done.
 - *expire one*, *delete one*: what it then does to one job, log and labels included, committed.
 - *start*: from opening the file to the list of jobs to go on with, in a fresh process, and the memory (RssAnon) by
