@@ -15,12 +15,13 @@ import httpx
 import numpy as np
 import pytest
 
+from bench.small_disk import may_mount
 from service.jobs.api_keys import Scope
 from tests.api.conftest import save_model
 from tests.api.keyed import Keyed
 from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
-from tests.jobs.test_disk_full import REPOSITORY, may_mount
+from tests.jobs.test_restart import REPOSITORY
 from tests.server import Json, Server, body, validation
 
 WAIT_S = 30.0

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.small_disk import may_mount
 from service.errors import (
     BlobNotFound,
     BlobTooLarge,
@@ -36,7 +37,7 @@ from service.jobs.removal import Removals
 from service.jobs.retention import Rules
 from service.jobs.store import Store
 from service.storage.upload import BlobFiles
-from tests.jobs.test_disk_full import REPOSITORY, may_mount
+from tests.jobs.test_restart import REPOSITORY
 
 DATA = bytes(range(256)) * 64
 DIGEST = hashlib.sha256(DATA).hexdigest()
