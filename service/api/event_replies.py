@@ -13,11 +13,13 @@ from fastapi.sse import format_sse_event
 
 from service.api.replies import ClosingStream, dump, reply
 from service.api.schemas import events as wire
-from service.jobs.events import TOO_SLOW, Event, Silence
+from service.jobs.events import TOO_SLOW, Event, Following, Silence
 from service.jobs.metrics import JobMetrics
 
 EVENT_STREAM = "text/event-stream"
 RETRY_MS = 3000
+#: Handed over at once.
+MAX_FRAMES = 64
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 #: What the database can hold; nothing is ever given a larger id.
@@ -47,25 +49,41 @@ def event_page(found: Sequence[Event], limit: int, show: Show) -> Response:
     return reply(page, headers={"Cache-Control": "no-cache", "Vary": "Accept"})
 
 
-def event_stream(items: AsyncGenerator[Event | Silence, None], show: Show, metrics: JobMetrics) -> Response:
+def event_stream(items: Following, show: Show, metrics: JobMetrics) -> Response:
     """All that is followed, until that ends."""
     return ClosingStream(_frames(items, show, metrics), 200, _STREAM_HEADERS, EVENT_STREAM)
 
 
-async def _frames(
-    followed: AsyncGenerator[Event | Silence, None], show: Show, metrics: JobMetrics
-) -> AsyncGenerator[bytes, None]:
+async def _frames(followed: Following, show: Show, metrics: JobMetrics) -> AsyncGenerator[bytes, None]:
     opened_at = datetime.now(UTC)
     async with aclosing(followed) as items:
         yield format_sse_event(retry=RETRY_MS)
+        frames: list[bytes] = []
+        events: list[Event] = []
         async for item in items:
-            yield format_sse_event(comment="silence") if isinstance(item, Silence) else _frame(item, show)
-            # What is replayed is not late.
-            if isinstance(item, Event) and item.at >= opened_at:
-                metrics.event_lag.observe((datetime.now(UTC) - item.at).total_seconds())
-                metrics.readers_cut.inc(item.type == TOO_SLOW)
+            if isinstance(item, Silence):
+                yield format_sse_event(comment="silence")
+                continue
+            events.append(item)
+            frames.append(_frame(item, show))
+            # What is here already goes in one piece: handing over a piece costs more than making a frame.
+            if items.has_more and len(frames) < MAX_FRAMES:
+                continue
+            yield b"".join(frames)
+            _observe(events, opened_at, metrics)
+            frames.clear()
+            events.clear()
             # Neither a full buffer nor a fast client is waited for, so a reader that catches up gives way here.
             await asyncio.sleep(0)
+
+
+def _observe(events: Sequence[Event], opened_at: datetime, metrics: JobMetrics) -> None:
+    now = datetime.now(UTC)
+    for event in events:
+        # What is replayed is not late.
+        if event.at >= opened_at:
+            metrics.event_lag.observe((now - event.at).total_seconds())
+            metrics.readers_cut.inc(event.type == TOO_SLOW)
 
 
 def _frame(event: Event, show: Show) -> bytes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from service.errors import NotFound, NotTerminal
 from service.jobs import batch_table
 from service.jobs.batch import Batch, LiveBatch, Place
 from service.jobs.database import Database
-from service.jobs.events import Event, LiveLog, Silence, follow, next_epoch
+from service.jobs.events import Event, Following, LiveLog, next_epoch
 
 
 class Batches:
@@ -111,7 +111,7 @@ class Batches:
         """Stored events of all jobs behind the id `after`, under their ids in the batch; none for an unknown batch."""
         return await self._database.read(lambda db: batch_table.events(db, batch_id, after=after, limit=limit))
 
-    def follow(self, batch_id: str, *, after: int = 0) -> AsyncGenerator[Event | Silence, None]:
+    def follow(self, batch_id: str, *, after: int = 0) -> Following:
         """As of a job (see JobManager), until the last job has ended."""
 
         def find_log() -> LiveLog | None:
@@ -124,7 +124,7 @@ class Batches:
         async def read_page(last: int) -> list[Event]:
             return await self.events(batch_id, after=last)
 
-        return follow(find_log, read_page, after=after, silence_s=self._silence_s, is_last=is_last)
+        return Following(find_log, read_page, after=after, silence_s=self._silence_s, is_last=is_last)
 
     def _adopt(self, batch_id: str, jobs: int, log: LiveLog) -> LiveBatch:
         self._live[batch_id] = LiveBatch(batch_id, log, jobs, self.forget)

@@ -136,6 +136,11 @@ class Reader:
             self._last = Event(None, type_, self._subject, datetime.now(UTC), {})
             self._wake.set()
 
+    @property
+    def has_events(self) -> bool:
+        """Whether the next one is here already."""
+        return bool(self._buffer)
+
     async def next(self, silence_s: float) -> Event | Silence:
         """The next event, or Silence when none came for so long."""
         if not self._buffer and self._last is None:
@@ -205,34 +210,67 @@ def next_epoch(last_stored_id: int) -> int:
     return (last_stored_id // ID_EPOCH + 1) * ID_EPOCH
 
 
-async def follow(
-    find_log: Callable[[], LiveLog | None],
-    read_page: Callable[[int], Awaitable[list[Event]]],
-    *,
-    after: int,
-    silence_s: float,
-    is_last: Callable[[Event], bool] = lambda event: event.is_terminal,
-) -> AsyncGenerator[Event | Silence, None]:
-    """Replay what is stored behind `after`, then all that happens, without gap or duplicate.
+class Following:
+    """What one reader follows: all that is stored behind an id, then all that happens, without gap or duplicate.
 
-    `find_log` gives the live end while there is one. Between its last look and the
-    subscription nothing is awaited, so nothing can be published in between.
+    To be closed when the reader goes.
     """
-    while (log := find_log()) is None or after < log.last_stored_id:
-        page = await read_page(after)
-        for event in page:
-            yield event
-            after = event.id or after
-            if is_last(event):
+
+    def __init__(
+        self,
+        find_log: Callable[[], LiveLog | None],
+        read_page: Callable[[int], Awaitable[list[Event]]],
+        *,
+        after: int,
+        silence_s: float,
+        is_last: Callable[[Event], bool] = lambda event: event.is_terminal,
+    ) -> None:
+        """`find_log` gives the live end while there is one; behind what `is_last` nothing comes."""
+        self._find_log = find_log
+        self._read_page = read_page
+        self._after = after
+        self._silence_s = silence_s
+        self._is_last = is_last
+        self._page: deque[Event] = deque()
+        self._reader: Reader | None = None
+        self._items = self._follow()
+
+    def __aiter__(self) -> Following:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> Event | Silence:
+        """The next event, or Silence when none came for a while."""
+        return await anext(self._items)
+
+    async def aclose(self) -> None:
+        """Let go of what is followed."""
+        await self._items.aclose()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next event is here already, and need not be waited for."""
+        return bool(self._page) or (self._reader is not None and self._reader.has_events)
+
+    async def _follow(self) -> AsyncGenerator[Event | Silence, None]:
+        # Between the last look for the log and the subscription nothing is awaited, so nothing can be published.
+        while (log := self._find_log()) is None or self._after < log.last_stored_id:
+            self._page.extend(await self._read_page(self._after))
+            if not self._page and log is None:
                 return
-        if not page and log is None:
-            return
-    reader = log.subscribe()
-    try:
-        while True:
-            item = await reader.next(silence_s)
-            yield item
-            if isinstance(item, Event) and (item.id is None or is_last(item)):
-                return
-    finally:
-        log.unsubscribe(reader)
+            while self._page:
+                event = self._page.popleft()
+                yield event
+                self._after = event.id or self._after
+                if self._is_last(event):
+                    self._page.clear()
+                    return
+        self._reader = log.subscribe()
+        try:
+            while True:
+                item = await self._reader.next(self._silence_s)
+                yield item
+                if isinstance(item, Event) and (item.id is None or self._is_last(item)):
+                    return
+        finally:
+            log.unsubscribe(self._reader)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -34,9 +34,8 @@ from service.jobs.events import (
     READER_LIMIT,
     SERVER_DRAINING,
     Event,
+    Following,
     LiveLog,
-    Silence,
-    follow,
     next_epoch,
 )
 from service.jobs.expiry import expire
@@ -319,7 +318,7 @@ class JobManager:
         """Stored events behind the id `after`; none for a job that does not exist."""
         return await self._in_store_thread(lambda: self._opened_store.events(job_id, after=after, limit=limit))
 
-    def follow(self, job_id: str, *, after: int = 0) -> AsyncGenerator[Event | Silence, None]:
+    def follow(self, job_id: str, *, after: int = 0) -> Following:
         """Stored events behind `after`, then all that happens, until the job ends; Silence now and then.
 
         A last event without an id says that the reader was too slow, or that the server stops.
@@ -334,7 +333,7 @@ class JobManager:
         async def read_page(last: int) -> list[Event]:
             return await self.events(job_id, after=last)
 
-        return follow(find_log, read_page, after=after, silence_s=self._silence_s)
+        return Following(find_log, read_page, after=after, silence_s=self._silence_s)
 
     # --- how the service is ---
 

@@ -18,10 +18,10 @@ from service.jobs.events import (
     TENSOR_COMPLETED,
     TOO_SLOW,
     Event,
+    Following,
     LiveLog,
     Silence,
     describe,
-    follow,
     next_epoch,
 )
 from service.jobs.job import Job, Status
@@ -61,7 +61,7 @@ class Bench:
         async def read_page(last: int) -> list[Event]:
             return await asyncio.to_thread(self.store.events, "job_1", after=last, limit=7)
 
-        return follow(lambda: self.log, read_page, after=after, silence_s=silence_s)
+        return Following(lambda: self.log, read_page, after=after, silence_s=silence_s)
 
     async def collect(self, after: int = 0) -> list[Event]:
         return [item async for item in self.follow(after) if isinstance(item, Event)]
