@@ -233,6 +233,8 @@ def _ended(place: Place, room: int, job_ids: Sequence[str]) -> Met:
                 deadline = time.monotonic() + 60
             _check_alive(server)
         assert server.follow(job_id)[-1]["type"] == f"job.{job['status']}"
+        left = [] if job["status"] == "succeeded" else [p for p in place.data.seen.rglob("*") if job_id in p.name]
+        assert not left, left
         jobs.append(job)
     place.data.free()
     for job in jobs:
