@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save_file
 
-from bench.common import note, table, write_result
+from bench.common import below, note, table, write_result
 from bench.models import scratch
 from bench.small_disk import PAGE, SmallDisk, may_mount, mounting
 from tests.server import TERMINAL, Json, Server, body, validation
@@ -233,7 +233,7 @@ def _ended(place: Place, room: int, job_ids: Sequence[str]) -> Met:
                 deadline = time.monotonic() + 60
             _check_alive(server)
         assert server.follow(job_id)[-1]["type"] == f"job.{job['status']}"
-        left = [] if job["status"] == "succeeded" else [p for p in place.data.seen.rglob("*") if job_id in p.name]
+        left = [] if job["status"] == "succeeded" else [p for p in below(place.data.seen) if job_id in p.parts]
         assert not left, left
         jobs.append(job)
     place.data.free()

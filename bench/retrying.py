@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def wait_for_file(folder: Path, patterns: Sequence[str], timeout_s: float) -> bo
     """Whether a file that fits one of the patterns was there in time; looks all the time."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if any(next(folder.glob(pattern), None) is not None for pattern in patterns):
-            return True
+        with suppress(FileNotFoundError):  # a folder that went while it was looked into
+            if any(next(folder.glob(pattern), None) is not None for pattern in patterns):
+                return True
         time.sleep(0.001)
     return False

