@@ -32,6 +32,8 @@ ENV ARROWQUANT_HOST=0.0.0.0 \
     NUMBA_CACHE_DIR=/var/cache/numba
 
 USER 10001
+# Kernels for a processor like the one that builds; another one compiles its own when it starts.
+RUN arrowquant warmup
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \

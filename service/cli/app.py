@@ -258,6 +258,16 @@ def gc(
             print_garbage(found)
 
 
+@app.command()
+def warmup() -> None:
+    """Compile what the backends of this machine need, and keep it on disk: then no first call waits for it."""
+    with outcome(as_json=False):
+        from service.cli.local import warm_up
+
+        for name, seconds in warm_up():
+            print(f"{name}: ready after {seconds:.1f} s")
+
+
 def _refuse_means(threads: int | None, block_bytes: int | None) -> None:
     if threads is not None or block_bytes is not None:
         detail = "--threads and --block-bytes are of this process: with --server the service has its own"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ class Means:
     def backend(self, config: ResolvedConfig) -> Backend:
         """The backend that the configuration names."""
         return backends()[choose_backend(config.backend or "auto")](threads=self.threads)
+
+
+def warm_up() -> Iterator[tuple[str, float]]:
+    """Make every backend that can run here compile its kernels; gives each one's name and the seconds it took."""
+    for name, backend in backends().items():
+        if backend.unavailable() is None:
+            begun = time.monotonic()
+            backend().warm_up()
+            yield name, time.monotonic() - begun
 
 
 def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -> dict[str, Any]:

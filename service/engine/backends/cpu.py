@@ -146,7 +146,7 @@ class CpuBackend(ReferenceBackend):
             return super().dequantize(q)
         out = self._buffers.empty((q.rows, q.cols), np.float32)
         packed = np.ascontiguousarray(q.packed)
-        scale = np.ascontiguousarray(q.scale, np.float32).reshape(-1)
+        scale = q.scale.astype(np.float32).reshape(-1)  # a copy: a read-only array would be another signature
         zero = np.full_like(scale, q.scheme.implied_zero)
         if q.zero_point is not None:
             zero[:] = q.zero_point.reshape(-1)

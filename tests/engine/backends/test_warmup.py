@@ -1,0 +1,74 @@
+"""Nothing is compiled twice: what `arrowquant warmup` leaves on disk serves every call of a later process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+#: Every operation on every kind of input that the kernels are told apart by, in a process of its own.
+CALLS = """
+import json, sys
+import ml_dtypes, numpy as np
+from numba.core import event
+from service.engine.backends.base import Grid
+from service.engine.backends.cpu import CpuBackend
+from service.engine.methods.registry import methods
+from service.engine.schemes.codebook import CodebookScheme
+from service.engine.schemes.integer import IntegerScheme
+from service.engine.tensors import FLOAT_DTYPES
+
+def frozen(array):
+    array.flags.writeable = False
+    return array
+
+with event.install_recorder("numba:compile") as compiled:
+    cpu = CpuBackend(2)
+    for dtype in FLOAT_DTYPES.values():
+        for shape in ((3, 40), (600, 512)):
+            x = frozen(np.random.default_rng(1).standard_normal(shape).astype(dtype))
+            cpu.observe(x)
+            for granularity in ("group", "channel", "tensor"):
+                grid = Grid(np.float32(0.1), np.float32(0)) if granularity == "tensor" else None
+                for scale_dtype in ("F32", "F16", "BF16"):
+                    common = {"granularity": granularity, "scale_dtype": scale_dtype}
+                    kinds = [(bits, symmetric) for bits in (3, 4, 8) for symmetric in (True, False)]
+                    schemes = [IntegerScheme(bits=b, is_symmetric=s, **common) for b, s in kinds]
+                    for scheme in [*schemes, CodebookScheme(**common)]:
+                        q = cpu.quantize(x, scheme, methods()["minmax"](), grid)
+                        for part in (q.packed, q.scale, q.zero_point):
+                            if part is not None:
+                                frozen(part)
+                        cpu.compare(x, frozen(cpu.dequantize(q)))
+            cpu.quantize(x, IntegerScheme(), methods()["mse"]())
+kernels = [getattr(m, n) for m, n in (
+    (cpu._rows, "quantize_rows"), (cpu._rows, "dequantize_rows"), (cpu._rows, "compare_elements"),
+    (cpu._search, "search_grids"), (cpu._observe, "observe_elements"),
+)]
+json.dump({"compiled": len(compiled.buffer), "signatures": [len(k.signatures) for k in kernels]}, sys.stdout)
+"""
+
+
+def test_after_warmup_no_call_of_another_process_compiles_anything(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    warmed = subprocess.run(
+        [sys.executable, "-m", "service", "warmup"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "cpu: ready after" in warmed.stdout
+    assert list(tmp_path.rglob("*.nbc")), "compiled kernels are on the disk"
+    called = subprocess.run([sys.executable, "-c", CALLS], env=environment, capture_output=True, text=True, check=False)
+    assert called.returncode == 0, called.stderr
+    assert json.loads(called.stdout) == {"compiled": 0, "signatures": [1] * 5}
+
+
+def test_importing_the_service_loads_no_compiler() -> None:
+    code = (
+        "import sys, service, service.api.server, service.cli.local\n"
+        "from service.engine.backends.registry import backends\n"
+        "print(sorted(backends()), sorted(sys.modules.keys() & {'numba', 'llvmlite', 'cupy', 'torch'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(" []\n"), done.stdout
+    assert "'cpu'" in done.stdout
