@@ -226,15 +226,16 @@ class CpuBackend(ReferenceBackend):
         self, address: int, kind: int, form: Form, method: Mse, first: int, last: int, result: _Result
     ) -> None:
         search, rows = self._search, self._rows
-        clips = np.array(method.starts(form.scheme), np.float32).reshape(-1, 2)
+        clips = search.lots_of_starts(method.starts(form.scheme))
         whole = form.cols // form.group
         for first_group, last_group, size in ((0, whole, form.group), (whole, form.row_groups, form.cols % form.group)):
             if last_group > first_group:
+                turns = search.TURNS if size <= search.LONGEST_IN_TURNS else 1
                 search.search_grids(
                     address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
                     clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
-                    np.empty(size * search.LANES, np.float32), np.empty(rows.SPAN_BUFFER, np.float32),
-                    np.empty(search.LANE_STATE, np.float32),
+                    np.empty(turns * size * search.LANES, np.float32), np.empty(rows.SPAN_BUFFER, np.float32),
+                    np.empty(turns * search.LANE_STATE, np.float32),
                 )  # fmt: skip
 
     def _quantize_rows(

@@ -133,6 +133,29 @@ def test_the_error_of_mse_over_a_tensor_is_that_of_the_reference(bits: int, symm
     assert mine.sum_dd == pytest.approx(theirs.sum_dd, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "scheme", [IntegerScheme(bits=3), CodebookScheme(), IntegerScheme(granularity="channel")], ids=str
+)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Mse(clips=(), max_iterations=3),
+        Mse(clips=(0.9,)),
+        Mse(clips=(0.5, 1.0), max_iterations=1),
+        Mse(clips=(1.0, 0.7), max_iterations=0),
+        Mse(clips=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5), max_iterations=2),
+    ],
+    ids=str,
+)
+def test_mse_takes_every_start_and_step_that_its_parameters_allow_and_no_other(
+    scheme: Scheme, method: Mse, rng
+) -> None:
+    x = rng.standard_normal((9, 650)).astype(np.float32)
+    mine, theirs = CPU.quantize(x, scheme, method), REFERENCE.quantize(x, scheme, method)
+    assert mine.errors.sum_dd == pytest.approx(theirs.errors.sum_dd, rel=1e-4)
+    assert np.mean(mine.scale == theirs.scale) > 0.9
+
+
 @settings(SHAPED, max_examples=40)
 @given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), KINDS, st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
 def test_compare_gives_the_sums_of_the_reference(x_dtype, y_dtype, kind, rows, cols, seed) -> None:

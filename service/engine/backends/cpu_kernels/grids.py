@@ -43,16 +43,17 @@ class Form:
         divisor, top, implied = (Vec(builder, v).splat() for v in values[:3])
         return cls(divisor, top, implied, values[3], values[4])
 
-    def grid(self, low: Vec, high: Vec) -> tuple[Vec, Vec]:
-        """`Scheme.grid`."""
+    def grid(self, low: Vec, high: Vec) -> tuple[Vec, Vec, Vec]:
+        """`Scheme.grid`, and the reciprocal of its scale."""
         zero = low.const(0.0)
         magnitude = (zero - low).max(high)
         scale = self.store_scale(self.either(magnitude, high - low) / self.divisor)
-        return scale, self.zero_point(zero - low, scale)
+        inverse = scale.const(1.0) / scale
+        return scale, self.zero_point(zero - low, inverse), inverse
 
-    def zero_point(self, offset: Vec, scale: Vec) -> Vec:
+    def zero_point(self, offset: Vec, inverse: Vec) -> Vec:
         """clip(rint(offset * (1/s)), 0, top), or the implied one."""
-        z = (offset * (scale.const(1.0) / scale)).rint().max(scale.const(0.0)).min(self.top)
+        z = (offset * inverse).rint().max(offset.const(0.0)).min(self.top)
         return self.either(self.implied, z)
 
     def either(self, symmetric: Vec, asymmetric: Vec) -> Vec:
@@ -96,7 +97,7 @@ def make_grids(
     first = ir.Constant(I64, 0)
     low, high = (Memory(builder, address, F32).load(first) for address in (lows, highs))
     form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
-    scale, zero = form.grid(low, high)
+    scale, zero, _ = form.grid(low, high)
     Memory(builder, scales, F32).store(first, scale)
     Memory(builder, zero_points, F32).store(first, zero)
 

@@ -83,6 +83,10 @@ class Vec:
         """Whether lanes are the same number."""
         return self._new(self.builder.fcmp_ordered("==", self.value, other.value))
 
+    def differs(self, other: Vec) -> Vec:
+        """Whether lanes are different numbers."""
+        return self._new(self.builder.fcmp_ordered("!=", self.value, other.value))
+
     def plus(self, other: Vec) -> Vec:
         """The sum of integers."""
         return self._new(self.builder.add(self.value, other.value))
