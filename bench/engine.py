@@ -22,6 +22,7 @@ from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
 from service.engine.plan import OutputSpec, make_plan
 from service.engine.report import RunReport
+from service.engine.validation import validate
 
 #: What the service has when nothing else is set.
 BLOCK_BYTES = 64 << 20
@@ -39,6 +40,7 @@ class Job:
     block_bytes: int = BLOCK_BYTES
     threads: int = field(default_factory=cores)
     config: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
 
     def outputs(self) -> list[OutputSpec]:
         """One for each format, configured alike. Nothing is taken twice: a fallback would be measured with it."""
@@ -47,9 +49,20 @@ class Job:
         return [OutputSpec(name, name, resolved) for name in self.formats]
 
 
-def make_backend(threads: int) -> Backend:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A validation to be done."""
+
+    original: Path
+    quantized: Path
+    block_bytes: int = BLOCK_BYTES
+    threads: int = field(default_factory=cores)
+    backend: str = "auto"
+
+
+def make_backend(threads: int, id_: str = "auto") -> Backend:
     """What the service would choose here, compiled and ready."""
-    backend = backends()[choose_backend("auto")](threads=threads)
+    backend = backends()[choose_backend(id_)](threads=threads)
     backend.warm_up()
     return backend
 
@@ -69,6 +82,20 @@ def run(job: Job, backend: Backend) -> RunReport:
         )
 
 
+def compare(comparison: Comparison, backend: Backend) -> RunReport:
+    """Measure one model against another."""
+    with closing(open_model(comparison.original)) as original, closing(open_model(comparison.quantized)) as quantized:
+        return validate(
+            original,
+            quantized,
+            min_accuracy=0.0,
+            backend=backend,
+            block_bytes=comparison.block_bytes,
+            report=lambda _: None,
+            cancelled=lambda: False,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Watched:
     """A run in a process of its own."""
@@ -78,7 +105,7 @@ class Watched:
     peak: Peak
 
 
-def run_watched(job: Job) -> Watched:
+def run_watched(job: Job | Comparison) -> Watched:
     """Do the job in a fresh process and watch that process's memory; raises RuntimeError when it fails."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -108,13 +135,16 @@ def tidy(folders: Sequence[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _in_child(job: Job, pipe: Connection) -> None:
-    backend = make_backend(job.threads)
+def _in_child(job: Job | Comparison, pipe: Connection) -> None:
+    backend = make_backend(job.threads, job.backend)
     forget_high_water()
     pipe.send(anonymous_bytes(os.getpid()))
     pipe.recv()
     begun = time.perf_counter()
-    run(job, backend)
+    if isinstance(job, Comparison):
+        compare(job, backend)
+    else:
+        run(job, backend)
     pipe.send(time.perf_counter() - begun)
     pipe.recv()
 

@@ -14,6 +14,7 @@
     │   ├── BlobTooLarge              blob_too_large
     │   ├── DigestMismatch            digest_mismatch
     │   ├── StorageQuotaExceeded      storage_quota_exceeded
+    │   ├── ExceedsMemory             exceeds_memory
     │   ├── WebhookRefused            webhook_refused
     │   ├── WebhookSecretMissing      webhook_secret_missing
     │   └── InvalidTable              invalid_table
@@ -29,6 +30,7 @@
     │   ├── StorageFailure            storage_failure
     │   ├── Cancelled                 job_cancelled
     │   ├── TimedOut                  job_timeout
+    │   ├── PendingTimedOut           pending_timeout
     │   └── InternalError             internal_error
     └── ServiceError                  the service cannot take the call now, or not at all
         ├── Unauthorized              unauthorized
@@ -208,6 +210,16 @@ class WebhookSecretMissing(RequestError):
     code = "webhook_secret_missing"
 
 
+class ExceedsMemory(RequestError):
+    """The job needs more memory than all jobs together may have.
+
+    It is the row blocks of its largest tensor that count, for every output that stores it in another way. Ask for
+    fewer ways at once, or have the operator lower `block_bytes` or raise `memory_limit_bytes`.
+    """
+
+    code = "exceeds_memory"
+
+
 class InvalidTable(RequestError):
     """The Arrow table is not what this call takes."""
 
@@ -293,9 +305,21 @@ class Cancelled(RunError):
 
 
 class TimedOut(RunError):
-    """The job ran longer than its `timeout_s`."""
+    """The job ran longer than its `timeout_s`.
+
+    Only the time in which it had its turn counts.
+    """
 
     code = "job_timeout"
+
+
+class PendingTimedOut(RunError):
+    """The job did not begin within its `max_pending_s`.
+
+    Others had the better claim all the time. Submit it again, with more time or a higher `priority`.
+    """
+
+    code = "pending_timeout"
 
 
 class InternalError(RunError):

@@ -38,7 +38,13 @@ class Settings(BaseSettings):
     )
     block_bytes: int = Field(default=64 << 20, ge=1 << 16, description="Bytes of a tensor worked on at once.")
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Of a backend, for all jobs.")
-    max_running_jobs: int = Field(default=2, ge=1)
+    max_running_jobs: int = Field(default=2, ge=1, description="That compute on the CPU at the same time.")
+    device_lanes: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="As `max_running_jobs`, of other devices, as JSON; by default one each."
+    )
+    memory_limit_bytes: int | None = Field(
+        default=None, ge=1, description="Of all running jobs, as predicted; by default four fifths of what there is."
+    )
     max_queued_jobs: int = Field(default=1000, ge=1)
     stream_silence_s: float = Field(
         default=15.0, gt=0, le=30, description="Between two comments on an event stream that has nothing to tell."

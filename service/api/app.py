@@ -111,6 +111,8 @@ def _manager(settings: Settings, watch: Watch) -> JobManager:
         block_bytes=settings.block_bytes,
         threads=settings.threads,
         max_running_jobs=settings.max_running_jobs,
+        device_lanes=settings.device_lanes,
+        memory_limit_bytes=settings.memory_limit_bytes,
         max_queued_jobs=settings.max_queued_jobs,
         config_defaults=settings.config_defaults,
         tenant_limits=_tenant_limits(settings),

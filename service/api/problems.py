@@ -41,6 +41,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.DiskFull: 507,
     errors.Cancelled: 409,
     errors.TimedOut: 504,
+    errors.PendingTimedOut: 504,
     errors.ServiceError: 409,
     errors.Unauthorized: 401,
     errors.ForbiddenScope: 403,

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service import __version__
-from service.jobs.scheduler import run_in_thread
+from service.jobs.threads import run_in_thread
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

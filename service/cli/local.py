@@ -18,10 +18,11 @@ from service.cli.display import open_display
 from service.cli.target import new_folder, refuse_inside, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
+from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
-from service.engine.pipeline import JOURNAL, quantize
+from service.engine.pipeline import quantize
 from service.engine.plan import check_outputs, make_plan
 from service.engine.report import RunReport
 from service.engine.validation import validate

@@ -8,6 +8,7 @@ behind a line that survived; the id of the boot tells, and the journal is then n
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import Any, TextIO
 from service.engine.clock import Times
 from service.engine.report import TensorReport, tensor_from_json, tensor_to_json
 
+#: Its name in the work folder.
+JOURNAL = "checkpoint.jsonl"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+#: Read from the end of a journal at once.
+TAIL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,25 @@ class Journal:
         if self._path.exists():
             with self._path.open("rb") as file:
                 yield from (line for line in file if line.endswith(b"\n"))
+
+
+def seconds_run(path: Path) -> float:
+    """How long a run has been at work up to its last finished tensor, by its journal; 0.0 when there is none."""
+    line = _last_whole_line(path) if path.exists() else b""
+    return float(json.loads(line).get("seconds", 0.0)) if line else 0.0
+
+
+def _last_whole_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        # A line that is whole has an end, and one before it.
+        while end and tail.count(b"\n") < 2:
+            start = max(0, end - TAIL_BYTES)
+            file.seek(start)
+            tail, end = file.read(size - start), start
+    lines = [line for line in tail.splitlines(keepends=True) if line.endswith(b"\n")]
+    return lines[-1] if lines else b""
 
 
 def _boot_id() -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.memory_need import need_to_quantize
 from service.engine.methods.base import Method
 from service.engine.plan import Decision, Plan
 from service.engine.schemes.base import Scheme
-from service.engine.tensor_run import row_blocks
 from service.engine.tensors import FLOAT_DTYPES, TensorInfo
 
 SAMPLE_SHAPE = (256, 2048)
@@ -32,14 +32,13 @@ class Estimate:
 
 def estimate(plan: Plan, backend: Backend, block_bytes: int) -> Estimate:
     """Predict a run of this plan; the first call for a scheme and method times them."""
-    seconds, memory = 0.0, 0
+    seconds = 0.0
     for tensor in plan.tensors:
         info, ways = tensor.info, {(d.scheme, d.method) for d in tensor.decisions}
-        block = _largest_block(info, block_bytes)
         coded = [(s, m) for s, m in ways if s is not None and m is not None]
         seconds += sum(info.size * _seconds_per_weight(backend, s, m, info.dtype) for s, m in coded)
-        memory = max(memory, block + sum(block * s.bits // (8 * _itemsize(info)) for s, _ in coded))
     written = sum(plan.predicted_bytes(index) for index in range(len(plan.outputs)))
+    memory = need_to_quantize(plan, block_bytes).nbytes
     return Estimate(seconds + written * _hash_seconds_per_byte(), memory)
 
 
@@ -81,17 +80,6 @@ def _row(info: TensorInfo, decision: Decision) -> dict[str, Any]:
         row |= {"symmetric": scheme.symmetric, "scale_dtype": scheme.scale_dtype}
         row |= {"group_size": scheme.group_size} if scheme.granularity == "group" else {}
     return row
-
-
-def _largest_block(info: TensorInfo, block_bytes: int) -> int:
-    if not info.is_float:
-        return min(info.nbytes, block_bytes)
-    rows = max((stop - start for start, stop in row_blocks(info, block_bytes)), default=0)
-    return rows * info.cols * _itemsize(info)
-
-
-def _itemsize(info: TensorInfo) -> int:
-    return FLOAT_DTYPES[info.dtype].itemsize if info.is_float else 1
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Any
 
 import service
 from service.engine.backends.base import Backend
-from service.engine.checkpoint import Entry, Journal
+from service.engine.checkpoint import JOURNAL, Entry, Journal
 from service.engine.clock import Clock, Part, Times
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
@@ -28,8 +28,6 @@ from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import TensorRun, Tools
 from service.storage.durable import remove
 from service.storage.faults import storage_faults
-
-JOURNAL = "checkpoint.jsonl"
 
 
 def quantize(
@@ -209,8 +207,7 @@ def _usual_bits(tensors: Iterable[TensorReport]) -> int | None:
 def _fingerprint(plan: Plan, reader: ModelReader, tools: Tools) -> str:
     """Names all that the bytes of the outputs depend on; of the source's files also that they are the same ones."""
     parts: list[Any] = [service.__version__, plan.layout.fingerprint, tools.backend.id, tools.block_bytes]
-    source = reader.layout.source
-    parts += [[str(name), *source.identity(name)] for name in reader.files]
+    parts += reader.identity()
     for output in plan.outputs:
         parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
         parts.append(output.config.model_dump(mode="json"))

@@ -76,6 +76,7 @@ class Plan:
     """Everything a run will do; making it reads headers only."""
 
     layout: ModelLayout
+    source_format: str
     outputs: tuple[OutputPlan, ...]
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
@@ -117,7 +118,7 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
             tensor=coded.name,
         )
     tensors = tuple(TensorPlan(info, tuple(decide(info, output) for output in checked)) for info in reader.tensors)
-    return Plan(reader.layout, checked, tensors, _notes(checked), tuple(_warnings(checked, tensors)))
+    return Plan(reader.layout, reader.format_id, checked, tensors, _notes(checked), tuple(_warnings(checked, tensors)))
 
 
 def decide(info: TensorInfo, output: OutputPlan) -> Decision:

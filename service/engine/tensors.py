@@ -100,6 +100,11 @@ class QuantizedRows:
         return int(self.packed.shape[0])
 
 
+def codes_of(info: TensorInfo, nbytes: int) -> int:
+    """Of a tensor that is stored quantized: the stored bytes behind so many of those that it reads back as."""
+    return -(-info.nbytes * nbytes // max(1, info.size * FLOAT_DTYPES[info.dtype].itemsize))
+
+
 def non_finite(info: TensorInfo) -> str:
     """What a tensor holds in which sums of float32 are not finite, as the end of a sentence about it."""
     if info.dtype == "F64":

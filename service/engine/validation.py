@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from pathlib import Path
+from typing import Any
 
+import service
 from service.engine.backends.base import Backend
-from service.engine.clock import Clock
+from service.engine.checkpoint import JOURNAL, Entry, Journal
+from service.engine.clock import Clock, Times
 from service.engine.formats.base import ModelReader
 from service.engine.meter import Meter
 from service.engine.metrics import ErrorSums
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
-from service.engine.tensor_run import row_blocks
+from service.engine.tensor_run import Tools, row_blocks
 from service.engine.tensors import TensorInfo, non_finite
 from service.errors import ModelsDiffer, NonFiniteWeights
+from service.storage.faults import storage_faults
 
 NAMES_SHOWN = 5
 
@@ -28,48 +35,114 @@ def validate(
     block_bytes: int,
     report: Report,
     cancelled: Cancelled,
+    work: Path | None = None,
     clock: Clock | None = None,
 ) -> RunReport:
-    """Measure how far `quantized` is from `original`, tensor by tensor; writes nothing.
+    """Measure how far `quantized` is from `original`, tensor by tensor; writes nothing but a journal.
 
+    That lies in the folder `work`, if there is one: a run on the same models goes on behind its last tensor.
     Raises ModelsDiffer when names or shapes do not match, and Cancelled.
     """
-    started = time.monotonic()
-    clock = clock or Clock()
     pairs = _pairs(original, quantized)
-    meter = Meter(report, len(pairs), sum(info.nbytes for info, _ in pairs))
-    meter.start("validating")
-    reports: list[TensorReport] = []
-    warnings: list[str] = []
-    for info, other in pairs:
+    with storage_faults("writing the checkpoint"):
+        tools = Tools(backend, block_bytes, report, cancelled, clock or Clock())
+        comparison = _Comparison(original, quantized, pairs, tools, work)
+        try:
+            return comparison.execute(min_accuracy)
+        finally:
+            comparison.close()
+
+
+class _Comparison:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        original: ModelReader,
+        quantized: ModelReader,
+        pairs: list[tuple[TensorInfo, TensorInfo]],
+        tools: Tools,
+        work: Path | None,
+    ) -> None:
+        self._original, self._quantized = original, quantized
+        self._pairs, self._tools = pairs, tools
+        self._journal = Journal(work / JOURNAL, _fingerprint(original, quantized, tools)) if work is not None else None
+        self._meter = Meter(tools.report, len(pairs), sum(info.nbytes for info, _ in pairs))
+        self._reports: list[TensorReport] = []
+        self._warnings: list[str] = []
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+
+    def execute(self, min_accuracy: float) -> RunReport:
+        """Every pair, then the report."""
+        for info, other in self._pairs[self._resume() :]:
+            stop_when(self._tools.cancelled)
+            self._measure(info, other)
+        output = OutputReport(
+            name=self._quantized.format_id,
+            format=self._quantized.format_id,
+            bit_width=None,
+            min_accuracy=min_accuracy,
+            tensors=tuple(self._reports),
+            original_bytes=sum(info.nbytes for info, _ in self._pairs),
+        )
+        return RunReport(
+            kind="validate",
+            modality=self._original.layout.modality,
+            backend=self._tools.backend.id,
+            outputs=(output,),
+            warnings=tuple(self._warnings),
+            seconds=self._seconds,
+            stages=self._tools.clock.times.seconds,
+            stage_bytes=self._tools.clock.times.nbytes,
+        )
+
+    def close(self) -> None:
+        """Let go of the journal; harmless after `execute`."""
+        if self._journal is not None:
+            self._journal.close()
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _resume(self) -> int:
+        entries = self._journal.resume() if self._journal is not None else []
+        for entry in entries:
+            self._reports.extend(entry.reports)
+            self._warnings.extend(entry.warnings)
+            self._seconds_before = entry.seconds
+        self._tools.clock.go_on(entries[-1].times if entries else Times())
+        done = len(entries)
+        self._meter.start("validating", done, sum(info.nbytes for info, _ in self._pairs[:done]))
+        return done
+
+    def _measure(self, info: TensorInfo, other: TensorInfo) -> None:
         begun = time.monotonic()
-        sums = _compare(original, quantized, info, other, backend, block_bytes, cancelled, meter, clock)
-        reports.append(_report(info, other, sums, time.monotonic() - begun))
-        meter.tensor_done(info.nbytes)
-        report(reports[-1].completed(quantized.format_id))
-        if sums is None and not _same_bytes(original, quantized, info, other, block_bytes, cancelled, clock):
-            notice = Notice("copy_differs", f"{info.dtype} is not compared as numbers, and its bytes differ", info.name)
-            warnings.append(notice.sentence)
-            report(notice)
-    output = OutputReport(
-        name=quantized.format_id,
-        format=quantized.format_id,
-        bit_width=None,
-        min_accuracy=min_accuracy,
-        tensors=tuple(reports),
-        original_bytes=sum(info.nbytes for info, _ in pairs),
-    )
-    seconds = time.monotonic() - started
-    return RunReport(
-        kind="validate",
-        modality=original.layout.modality,
-        backend=backend.id,
-        outputs=(output,),
-        warnings=tuple(warnings),
-        seconds=seconds,
-        stages=clock.times.seconds,
-        stage_bytes=clock.times.nbytes,
-    )
+        original, quantized, tools = self._original, self._quantized, self._tools
+        sums = _compare(original, quantized, info, other, tools, self._meter)
+        measured = _report(info, other, sums, time.monotonic() - begun)
+        warnings: list[Notice] = []
+        if sums is None and not _same_bytes(original, quantized, info, other, tools):
+            text = f"{info.dtype} is not compared as numbers, and its bytes differ"
+            warnings.append(Notice("copy_differs", text, info.name))
+        told = [notice.sentence for notice in warnings]
+        if self._journal is not None:
+            self._journal.append(Entry((measured,), tuple(told), (), self._seconds, tools.clock.times))
+        self._reports.append(measured)
+        self._warnings += told
+        self._meter.tensor_done(info.nbytes)
+        tools.report(measured.completed(quantized.format_id))
+        for notice in warnings:
+            tools.report(notice)
+
+
+def _fingerprint(original: ModelReader, quantized: ModelReader, tools: Tools) -> str:
+    """Names all that the measured figures depend on."""
+    parts: list[Any] = [service.__version__, tools.backend.id, tools.block_bytes]
+    for reader in (original, quantized):
+        parts += [reader.layout.fingerprint, reader.identity()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _pairs(original: ModelReader, quantized: ModelReader) -> list[tuple[TensorInfo, TensorInfo]]:
@@ -100,23 +173,21 @@ def _compare(
     quantized: ModelReader,
     info: TensorInfo,
     other: TensorInfo,
-    backend: Backend,
-    block_bytes: int,
-    cancelled: Cancelled,
+    tools: Tools,
     meter: Meter,
-    clock: Clock,
 ) -> ErrorSums | None:
     """The errors of a float tensor, None of any other."""
     if not (info.is_float and other.is_float):
         return None
     sums = ErrorSums()
-    for start, stop in row_blocks(info, block_bytes):
-        stop_when(cancelled)
+    for start, stop in row_blocks(info, tools.block_bytes):
+        stop_when(tools.cancelled)
         nbytes = info.nbytes * (stop - start) // max(1, info.rows)
-        with clock.during("read", nbytes):
-            rows = original.rows(info, start, stop), quantized.rows(other, start, stop)
-        with clock.during("compare", nbytes):
-            sums += backend.compare(*rows)
+        with tools.clock.during("read", nbytes):
+            x, y = original.rows(info, start, stop), quantized.rows(other, start, stop)
+        with tools.clock.during("compare", nbytes):
+            sums += tools.backend.compare(x, y)
+        del x, y  # not held while the next ones are read
         meter.within_tensor(info.nbytes * stop // max(1, info.rows))
     if not sums.finite:
         raise NonFiniteWeights(f"tensor {info.name} {non_finite(info)}, in one of the models", tensor=info.name)
@@ -124,22 +195,16 @@ def _compare(
 
 
 def _same_bytes(
-    original: ModelReader,
-    quantized: ModelReader,
-    info: TensorInfo,
-    other: TensorInfo,
-    block_bytes: int,
-    cancelled: Cancelled,
-    clock: Clock,
+    original: ModelReader, quantized: ModelReader, info: TensorInfo, other: TensorInfo, tools: Tools
 ) -> bool:
     if info.dtype != other.dtype or other.stored_as is not None:
         return False
-    for start in range(0, info.nbytes, block_bytes):
-        stop_when(cancelled)
-        stop = min(start + block_bytes, info.nbytes)
-        with clock.during("read", stop - start):
-            raw = original.raw(info, start, stop), quantized.raw(other, start, stop)
-        if raw[0] != raw[1]:
+    for start in range(0, info.nbytes, tools.block_bytes):
+        stop_when(tools.cancelled)
+        stop = min(start + tools.block_bytes, info.nbytes)
+        with tools.clock.during("read", stop - start):
+            is_same = original.raw(info, start, stop) == quantized.raw(other, start, stop)
+        if not is_same:
             return False
     return True
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.engine.backends.registry import choose_backend
+from service.engine.backends.base import CPU
+from service.engine.backends.registry import backends, choose_backend
+from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.registry import is_readable, open_model
-from service.engine.pipeline import JOURNAL
-from service.engine.plan import OutputSpec, check_outputs
-from service.errors import InvalidConfig, TargetInUse
+from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
+from service.engine.plan import OutputSpec, check_outputs, make_plan
+from service.errors import ArrowQuantError, InvalidConfig, TargetInUse
 from service.jobs.folders import REPORT
 from service.jobs.job import Job
 from service.jobs.request import JobRequest, OutputRequest, QuantizeRequest
@@ -22,30 +25,51 @@ from service.storage.file import resolve_target
 
 #: Names that the work folder needs for itself.
 RESERVED = frozenset({REPORT, JOURNAL})
+#: Of models that have more of them together, a caller is not made to wait until all plans are made.
+MAX_TENSORS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that may run: its configuration as JSON, and the folders that it alone may write to."""
+    """A request that may run: its configuration as JSON, and the folders that it alone may write to.
+
+    `memory_bytes` is what it is predicted to need, by headers of so many `tensors`; None where that was not seen at
+    once.
+    """
 
     config: dict[str, Any]
     targets: tuple[Path, ...]
+    device: str
+    memory_bytes: int | None
+    tensors: int
 
 
 class Admission:
     """Checks requests. Blocks on files."""
 
-    def __init__(self, roots: Sequence[Path], defaults: QuantizationConfig | None, sources: Sources) -> None:
-        """`defaults` come between a profile and a request."""
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        defaults: QuantizationConfig | None,
+        sources: Sources,
+        *,
+        block_bytes: int,
+        memory_limit_bytes: int,
+    ) -> None:
+        """`defaults` come between a profile and a request; no job may need more than `memory_limit_bytes`."""
         self._roots = tuple(roots)
         self._defaults = defaults
         self._sources = sources
+        self._block_bytes = block_bytes
+        self._memory_limit_bytes = memory_limit_bytes
 
-    def admit(self, request: JobRequest, tenant: str) -> Admitted:
-        """All that a tenant's request can be refused for without reading a model.
+    def admit(self, request: JobRequest, tenant: str, max_tensors: int = MAX_TENSORS) -> Admitted:
+        """All that a tenant's request can be refused for without reading more of a model than headers.
 
+        Headers of more than `max_tensors` are left to the job.
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
-        (PickledWeights, AlreadyQuantized), CorruptModel or TargetInUse, with a pointer where there is one.
+        (PickledWeights, AlreadyQuantized), CorruptModel, TargetInUse or ExceedsMemory, with a pointer where there is
+        one.
         """
         config = self.resolve(request)
         targets: tuple[Path, ...] = ()
@@ -57,7 +81,11 @@ class Admission:
                     _check_readable(place)
                 if isinstance(request, QuantizeRequest):
                     targets = self._targets(request.outputs, places)
-        return Admitted(config.model_dump(mode="json", exclude_none=True), targets)
+                need, tensors = self._need(request, config, places, max_tensors)
+        if need is not None:
+            check_need(need, self._memory_limit_bytes)
+        nbytes = None if need is None else need.nbytes
+        return Admitted(config.model_dump(mode="json", exclude_none=True), targets, device_of(config), nbytes, tensors)
 
     def resolve(self, request: JobRequest) -> ResolvedConfig:
         """The configuration that holds for this request now."""
@@ -65,6 +93,28 @@ class Admission:
         with pointing("/config"):
             choose_backend(config.backend or "auto")
         return config
+
+    def _need(
+        self, request: JobRequest, config: ResolvedConfig, places: Sequence[Place], max_tensors: int
+    ) -> tuple[Need | None, int]:
+        """What the headers say that the job needs, and of how many tensors they are.
+
+        None where these are too many or something is wrong with a model, which the job tells that reads it.
+        """
+        if max_tensors <= 0:
+            return None, 0
+        try:
+            with ExitStack() as stack:
+                readers = [stack.enter_context(closing(open_model(place.files()))) for place in places]
+                tensors = sum(len(reader.tensors) for reader in readers)
+                if tensors > max_tensors:
+                    return None, tensors
+                if isinstance(request, QuantizeRequest):
+                    plan = make_plan(readers[0], output_specs(request, config))
+                    return need_to_quantize(plan, self._block_bytes), tensors
+                return need_to_validate(readers[0], readers[1], self._block_bytes), tensors
+        except ArrowQuantError:
+            return None, 0
 
     def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Place]) -> tuple[Path, ...]:
         targets: list[Path] = []
@@ -86,6 +136,14 @@ def output_specs(request: QuantizeRequest, config: ResolvedConfig) -> list[Outpu
 def job_config(job: Job) -> ResolvedConfig:
     """The configuration that was resolved when the job was accepted."""
     return ResolvedConfig.model_validate(job.config)
+
+
+def device_of(config: ResolvedConfig) -> str:
+    """Where a job with this configuration computes."""
+    try:
+        return backends()[choose_backend(config.backend or "auto")].device
+    except InvalidConfig:
+        return CPU  # a backend that could run when the job was accepted: running it tells what is wrong
 
 
 def target_pointers(request: JobRequest) -> list[str]:

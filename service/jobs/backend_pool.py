@@ -1,11 +1,17 @@
-"""One instance of each backend, shared by all jobs and calls."""
+"""One instance of each backend, shared by all jobs and calls; and how many jobs each device runs at once."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
-from service.engine.backends.base import Backend
+from service.engine.backends.base import CPU, Backend
 from service.engine.backends.registry import backends, choose_backend
+
+
+def lanes_of(cpu: int, others: Mapping[str, int]) -> dict[str, int]:
+    """The lanes of every device that a backend computes on: so many of the CPU, one of each that is not named."""
+    return {backend.device: 1 for backend in backends().values()} | dict(others) | {CPU: cpu}
 
 
 class BackendPool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from service.engine.checkpoint import JOURNAL
 from service.storage.durable import remove
 
 REPORT = "report.json"
@@ -27,6 +28,10 @@ class Folders:
     def work(self, job_id: str) -> Path:
         """What the engine writes to: a folder per output, and its checkpoint."""
         return self._work / job_id
+
+    def checkpoint(self, job_id: str) -> Path:
+        """The journal that a job which was interrupted goes on from."""
+        return self._work / job_id / JOURNAL
 
     def artifacts(self, job_id: str) -> Path:
         """A folder per output without an address of its own, and the report."""

@@ -14,10 +14,10 @@ from service.jobs.batch import Batch
 from service.jobs.batches import Batches
 from service.jobs.database import Database
 from service.jobs.events import EVENT_OF_STATUS, READER_LIMIT, Event, LiveLog
+from service.jobs.execution import Execution
 from service.jobs.job import Job, Status
 from service.jobs.live import LiveJob
 from service.jobs.quotas import NO_LIMITS, Limits, check_room
-from service.jobs.scheduler import Scheduler
 from service.jobs.sources import pointing
 from service.jobs.submission import Submission
 from service.jobs.webhooks.webhooks import Webhooks
@@ -34,7 +34,7 @@ class Intake:
         database: Database,
         admission: Admission,
         webhooks: Webhooks,
-        scheduler: Scheduler,
+        execution: Execution,
         batches: Batches,
         live: Mapping[str, LiveJob],
         adopt: Adopt,
@@ -48,7 +48,7 @@ class Intake:
         self._database = database
         self._admission = admission
         self._webhooks = webhooks
-        self._scheduler = scheduler
+        self._execution = execution
         self._batches = batches
         self._live = live
         self._adopt = adopt
@@ -72,7 +72,7 @@ class Intake:
             check_open()
             jobs, batch, live_jobs = self._accept(submission, admitted)
             try:
-                events = self._queued_events(submission, live_jobs)
+                events = self._queued_events(submission, admitted, live_jobs)
                 kept = submission.kept(jobs, batch)
                 await self._database.run(lambda store: store.add_all(jobs, events, batch, kept))
             except BaseException:
@@ -81,15 +81,15 @@ class Intake:
         self._webhooks.stored(events)
         for live, event in zip(live_jobs, events, strict=True):
             live.accepted(event)
-        for live in live_jobs:
+        for live, entry in zip(live_jobs, admitted, strict=True):
             if live.status is Status.QUEUED:
-                self._scheduler.put(live.job.id, live.job.request.priority)
+                self._execution.enqueue(live, entry.device, entry.memory_bytes)
         return jobs, batch
 
     @contextmanager
     def _room_for(self, count: int) -> Iterator[None]:
         """Hold places in the queue until the jobs are in it; raises QueueFull."""
-        waiting = self._scheduler.depth + self._admitting
+        waiting = self._execution.depth + self._admitting
         if waiting + count > self._max_queued_jobs:
             raise QueueFull(
                 f"{waiting} jobs wait already, and {self._max_queued_jobs} may: there is no room for {count} more, "
@@ -134,10 +134,15 @@ class Intake:
         if batch is not None:
             self._batches.forget(batch.id)
 
-    def _queued_events(self, submission: Submission, live_jobs: Sequence[LiveJob]) -> list[Event]:
-        ahead = {request.priority: self._scheduler.ahead_of(request.priority) for request in submission.requests}
+    def _queued_events(
+        self, submission: Submission, admitted: Sequence[Admitted], live_jobs: Sequence[LiveJob]
+    ) -> list[Event]:
+        places = [
+            (request.priority, entry.device) for request, entry in zip(submission.requests, admitted, strict=True)
+        ]
+        ahead = {place: self._execution.ahead_of(submission.tenant, *place) for place in set(places)}
         type_, status = EVENT_OF_STATUS[Status.QUEUED], Status.QUEUED.value
         return [
-            live.event(type_, {"status": status, "queue_position": ahead[request.priority] + others})
-            for live, request, others in zip(live_jobs, submission.requests, submission.order(), strict=True)
+            live.event(type_, {"status": status, "queue_position": ahead[place] + others})
+            for live, place, others in zip(live_jobs, places, submission.order(), strict=True)
         ]

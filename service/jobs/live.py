@@ -42,6 +42,8 @@ class LiveJob:
         self.clock = Clock()
         self.targets = targets
         self.ended = asyncio.Event()
+        #: Whether an earlier server began it, and whether it was taken up since.
+        self.is_left_over = job.status is Status.RUNNING
         self.is_resumed = False
         self._job = job
         self._shown = job
@@ -110,6 +112,9 @@ class LiveJob:
         if not isinstance(happening, Progress):
             self._put(*describe(happening), None)
             return
+        if self._progress is not None and happening.fraction < self._progress.fraction:
+            # A tensor that was begun before is done again.
+            happening = replace(happening, fraction=self._progress.fraction)
         self._progress = happening
         self._times = self.clock.times.seconds
         if self._progress_timer is None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from service.engine.progress import Happening, Progress
-from service.jobs.scheduler import call_on_loop
+from service.jobs.threads import call_on_loop
 
 #: Handed over at once; the loop serves others in between.
 BATCH = 256

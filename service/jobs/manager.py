@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
 from service.engine.plan import Plan, make_plan
-from service.engine.progress import TensorCompleted
 from service.engine.report import RunReport
-from service.errors import ArrowQuantError, Draining, NotFinished, NotFound, NotReady, NotTerminal, StorageFailure
+from service.errors import Draining, NotFinished, NotFound, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
-from service.jobs.admission import Admission, output_specs
-from service.jobs.backend_pool import BackendPool
+from service.jobs.admission import Admission, device_of, job_config, output_specs
+from service.jobs.backend_pool import BackendPool, lanes_of
 from service.jobs.batch import Batch
 from service.jobs.batches import Batches
 from service.jobs.blobs import BlobLimits, Blobs
@@ -38,6 +37,7 @@ from service.jobs.events import (
     LiveLog,
     next_epoch,
 )
+from service.jobs.execution import UNKNOWN_BLOCKS, Execution
 from service.jobs.expiry import expire
 from service.jobs.figures import Figures, Stored, read_disk, read_stored
 from service.jobs.folders import Folders
@@ -47,20 +47,21 @@ from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
 from service.jobs.leases import Leases
 from service.jobs.live import LiveJob
-from service.jobs.mailbox import Mailbox
+from service.jobs.log_completion import complete_log
+from service.jobs.machine_memory import default_limit_bytes
+from service.jobs.memory_ledger import MemoryLedger
 from service.jobs.publisher import Publisher, load_report
 from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
 from service.jobs.removal import Removals
 from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.retention import KEEP_ALL, Rules
-from service.jobs.runner import Discarded, Failed, Finished, Outcome, Runner, Suspended
-from service.jobs.scheduler import Scheduler, run_in_thread
+from service.jobs.runner import Runner
 from service.jobs.sources import Sources, blobs_used, jobs_used
-from service.jobs.stop import Reason
 from service.jobs.store import Store
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
+from service.jobs.threads import run_in_thread
 from service.jobs.watch import Watch
 from service.jobs.webhooks.webhooks import GRACE_S, WebhookOptions, Webhooks
 from service.storage.faults import storage_faults
@@ -80,7 +81,9 @@ class JobManager:
         block_bytes: int = 64 << 20,
         threads: int = 1,
         max_running_jobs: int = 2,
+        device_lanes: Mapping[str, int] | None = None,
         max_queued_jobs: int = 1000,
+        memory_limit_bytes: int | None = None,
         config_defaults: QuantizationConfig | None = None,
         blob_limits: BlobLimits | None = None,
         tenant_limits: Limits = NO_LIMITS,
@@ -92,6 +95,8 @@ class JobManager:
     ) -> None:
         """`config_defaults` come between a profile and a request; `reader_limit` is in events.
 
+        `max_running_jobs` are the lanes of the CPU, `device_lanes` those of other devices, one each by default.
+        `memory_limit_bytes` is for all running jobs together; by default what this machine lets a service have.
         `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
         """
         #: Counts what becomes of jobs.
@@ -104,12 +109,14 @@ class JobManager:
         #: Files that clients have sent.
         self.blobs = Blobs(self._data_dir / "blobs", lambda: self._opened_store, blob_limits or BlobLimits())
         self._sources = Sources(self._roots, self._folders, lambda *job: self._opened_store.get(*job), self.blobs)
-        self._admission = Admission(self._roots, config_defaults, self._sources)
+        memory = MemoryLedger(memory_limit_bytes or default_limit_bytes())
+        self._admission = Admission(
+            self._roots, config_defaults, self._sources, block_bytes=block_bytes, memory_limit_bytes=memory.limit_bytes
+        )
         self._publisher = Publisher(self._folders, self._roots)
         self._backends = BackendPool(threads)
         self._default_backend = (config_defaults and config_defaults.backend) or "auto"
-        self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes)
-        self._scheduler = Scheduler(max_running_jobs, self._start_job)
+        self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes, memory)
         self._store: Store | None = None
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._live: dict[str, LiveJob] = {}
@@ -120,6 +127,15 @@ class JobManager:
         self._retention = retention
         #: Removes what is kept no longer.
         self.collector = Collector(database, self.leases, self._removals, self.blobs, self._blobs_in_use)
+        self._execution = Execution(
+            self._runner,
+            self._live,
+            self._spawn,
+            lambda live: complete_log(live, self._journal, database, self._folders),
+            lanes_of(max_running_jobs, device_lanes or {}),
+            memory,
+            UNKNOWN_BLOCKS * block_bytes,
+        )
         #: What clients do with batches.
         self.batches = Batches(
             database, self._cancel_all, self.collector.erase, silence_s=silence_s, reader_limit=reader_limit
@@ -135,7 +151,7 @@ class JobManager:
             database,
             self._admission,
             self.webhooks,
-            self._scheduler,
+            self._execution,
             self.batches,
             self._live,
             self._adopt,
@@ -164,6 +180,7 @@ class JobManager:
         for leftover in leftovers:
             self._readopt(leftover)
         self.webhooks.deliverer.start()
+        self._execution.open()
         self._warming = asyncio.create_task(self._warm_up())
         self._expiring = asyncio.create_task(expire(self.collector, self._retention))
 
@@ -174,10 +191,9 @@ class JobManager:
         after `timeout_s` at the latest, then with threads still busy.
         """
         self._draining = True
-        self._scheduler.stop()
+        self._execution.close()
         for live in self._live.values():
             live.log.close(SERVER_DRAINING)
-            live.stop.ask(Reason.DRAIN)
         self.batches.close(SERVER_DRAINING)
         if self._store is None:
             return
@@ -339,13 +355,13 @@ class JobManager:
 
     @property
     def queue_depth(self) -> int:
-        """How many jobs wait."""
-        return self._scheduler.depth
+        """How many jobs wait for a turn."""
+        return self._execution.depth
 
     @property
     def running(self) -> int:
-        """How many jobs run."""
-        return self._scheduler.running
+        """How many jobs have their turn."""
+        return self._execution.running
 
     @property
     def live_jobs(self) -> int:
@@ -428,12 +444,7 @@ class JobManager:
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
         """End those that have not ended. All waiting ones are out of the queue before a lane is freed."""
         for live in filter(None, map(self._live.get, job_ids)):
-            if live.status is Status.QUEUED:
-                self._scheduler.remove(live.job.id)
-                live.to(Status.CANCELLED)
-            elif live.status is Status.RUNNING:
-                live.to(Status.CANCELLING)
-                live.stop.ask(Reason.CANCEL)
+            self._execution.cancel(live)
         await self._journal.settled()
 
     def _adopt(self, job: Job, log: LiveLog, targets: tuple[Path, ...]) -> LiveJob:
@@ -460,61 +471,7 @@ class JobManager:
         if job.status is Status.CANCELLING:
             live.to(Status.CANCELLED)
             return
-        if job.request.timeout_s is not None and job.status is Status.RUNNING:
-            live.stop.set_deadline(job.request.timeout_s - leftover.seconds_run)
-        self._scheduler.put(job.id, job.request.priority, resumed=job.status is Status.RUNNING)
-
-    def _start_job(self, job_id: str) -> None:
-        """Called by the scheduler when a lane is free."""
-        live = self._live[job_id]
-        if live.status is Status.RUNNING:
-            live.resume()
-        else:
-            live.to(Status.RUNNING)
-            if live.job.request.timeout_s is not None:
-                live.stop.set_deadline(live.job.request.timeout_s)
-        self._spawn(self._run_job(live))
-
-    async def _run_job(self, live: LiveJob) -> None:
-        job, stop, mailbox = live.job, live.stop, Mailbox(live.happened)
-        outcome = await run_in_thread(lambda: self._runner.run(job, stop, mailbox.put, live.clock), name=job.id)
-        await mailbox.flush()
-        if live.is_resumed and isinstance(outcome, Finished):
-            await self._tell_what_was_lost(live)
-        if live.status is Status.CANCELLING and not isinstance(outcome, Discarded):
-            # The cancel came when there was nothing left to stop.
-            outcome = await run_in_thread(lambda: self._runner.discard(job), name=job.id)
-        self._conclude(live, outcome)
-        self._scheduler.lane_freed()
-
-    async def _tell_what_was_lost(self, live: LiveJob) -> None:
-        """Complete the log of a job that was killed: a tensor may be in its checkpoint and not yet in the store."""
-        await self._journal.settled()
-        job_id = live.job.id
-
-        def untold() -> list[TensorCompleted]:
-            told = self._opened_store.tensors_told(job_id)
-            with storage_faults("reading the report"):
-                outputs = load_report(self._folders.report(job_id)).outputs
-            finished = (tensor.completed(output.name) for output in outputs for tensor in output.tensors)
-            return [tensor for tensor in finished if (tensor.output, tensor.name) not in told]
-
-        try:
-            for tensor in await self._in_store_thread(untold):
-                live.happened(tensor)
-        except ArrowQuantError as error:
-            logger.warning("job %s: its log may lack tensors: %s", job_id, error.detail)
-
-    def _conclude(self, live: LiveJob, outcome: Outcome) -> None:
-        match outcome:
-            case Finished(result, artifacts):
-                live.to(Status.SUCCEEDED, result=result, artifacts=artifacts)
-            case Failed(failure):
-                live.to(Status.FAILED, error=failure)
-            case Discarded():
-                live.to(Status.CANCELLED)
-            case Suspended():
-                pass
+        self._execution.enqueue(live, device_of(job_config(job)), None, leftover.seconds_run)
 
     async def _warm_up(self) -> None:
         # A thread that no exit waits for: compiling may take long.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.engine.checkpoint import seconds_run
 from service.jobs import batch_table
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
@@ -21,7 +22,7 @@ CHUNK = 500
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A job that has not ended, and where it stood. `seconds_run` leaves out when no server was up."""
+    """A job that has not ended, and where it stood. `seconds_run` are those of its turns, up to its checkpoint."""
 
     job: Job
     last_event_id: int
@@ -56,7 +57,9 @@ def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftov
         for orphan in _orphans(store, folders, {job.id for job in jobs}):
             remove(orphan)
     return [
-        Leftover(job, store.last_event_id(job.id), store.seconds_run(job.id), publisher.targets_elsewhere(job))
+        Leftover(
+            job, store.last_event_id(job.id), seconds_run(folders.checkpoint(job.id)), publisher.targets_elsewhere(job)
+        )
         for job in jobs
     ]
 

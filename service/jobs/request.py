@@ -110,8 +110,24 @@ class Webhook(_Body):
 class _JobBody(_Body):
     profile: Profile = Profile.LOCAL
     config: QuantizationConfig | None = None
-    timeout_s: float | None = Field(default=None, gt=0, le=30 * 86400)
-    priority: int = Field(default=0, ge=-100, le=100)
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=30 * 86400,
+        description="How long the job may run. The time it waits does not count, for its first turn or a later one.",
+    )
+    max_pending_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=30 * 86400,
+        description="How long after its creation the job has to have begun, or it fails with `pending_timeout`.",
+    )
+    priority: int = Field(
+        default=0,
+        ge=-100,
+        le=100,
+        description="As long as jobs of a higher priority wait, those of a lower one get no turn.",
+    )
     labels: dict[LabelKey, Label] = Field(
         default_factory=dict, max_length=32, description="To find the job by; no colon in the names."
     )

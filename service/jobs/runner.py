@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from service.engine.clock import Clock, Times
+from service.engine.clock import Clock, Part, Times
+from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
 from service.engine.pipeline import quantize
 from service.engine.plan import make_plan
 from service.engine.progress import Report
@@ -19,6 +20,7 @@ from service.jobs.backend_pool import BackendPool
 from service.jobs.folders import Folders
 from service.jobs.job import Artifact, Failure, Job
 from service.jobs.memory import release_memory
+from service.jobs.memory_ledger import MemoryLedger
 from service.jobs.publisher import Publisher
 from service.jobs.request import QuantizeRequest
 from service.jobs.sources import Sources
@@ -54,30 +56,59 @@ class Suspended:
     """The server is going down; the next one goes on from the checkpoint."""
 
 
-Outcome = Finished | Failed | Discarded | Suspended
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The job has made room for others and goes on from the checkpoint; when its need of memory is new, with that."""
+
+    memory_bytes: int | None = None
+
+
+Outcome = Finished | Failed | Discarded | Suspended | Parked
+
+
+class _LacksMemory(Exception):
+    """What a job needs is more than is free."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes = nbytes
 
 
 class Runner:
     """Runs jobs. Every method blocks and belongs in a worker thread."""
 
     def __init__(
-        self, folders: Folders, sources: Sources, publisher: Publisher, backends: BackendPool, block_bytes: int
+        self,
+        folders: Folders,
+        sources: Sources,
+        publisher: Publisher,
+        backends: BackendPool,
+        block_bytes: int,
+        memory: MemoryLedger,
     ) -> None:
+        """`memory` is where each job that runs has what was predicted for it, or a guess."""
         self._folders = folders
         self._sources = sources
         self._publisher = publisher
         self._backends = backends
         self._block_bytes = block_bytes
+        self._memory = memory
 
     def run(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Outcome:
-        """Run a job from its start or its checkpoint to its end, and tell the clock what goes on; never raises."""
+        """Run a job from its start or its checkpoint until it ends or has to make room; never raises.
+
+        The clock is told what goes on.
+        """
         clock.turn("plan")
+        after: Part | None = None
         with log_of(job):
             try:
-                return self._attempt(job, stop, report, clock)
+                outcome = self._attempt(job, stop, report, clock)
+                after = "wait" if isinstance(outcome, Parked) else None
+                return outcome
             finally:
                 release_memory()
-                clock.turn(None)
+                clock.turn(after)
 
     def discard(self, job: Job) -> Discarded:
         """Remove all that a job has written; never raises."""
@@ -93,8 +124,12 @@ class Runner:
         except Cancelled:
             if stop.reason is Reason.DRAIN:
                 return Suspended()
+            if stop.reason is Reason.PARK:
+                return Parked()
             if stop.reason is Reason.TIMEOUT:
                 failure = _timed_out(job)
+        except _LacksMemory as error:
+            return Parked(error.nbytes)
         except ArrowQuantError as error:
             failure = Failure(error.code, error.detail, error.tensor, error.pointer)
         except Exception:  # noqa: BLE001 - the one place where a crash becomes a failed job
@@ -124,7 +159,7 @@ class Runner:
         tools: dict[str, Any] = {
             "backend": backend,
             "block_bytes": self._block_bytes,
-            "report": report,
+            "report": stop.watching(report),
             "cancelled": stop.is_set,
             "clock": clock,
         }
@@ -132,8 +167,16 @@ class Runner:
         with self._sources.opened(job.request, job.tenant, inputs) as readers:
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
+                self._claim(job, need_to_quantize(plan, self._block_bytes))
                 return quantize(plan, readers[0], work, **tools)
-            return validate(readers[0], readers[1], min_accuracy=config.min_accuracy or 0.0, **tools)
+            self._claim(job, need_to_validate(readers[0], readers[1], self._block_bytes))
+            return validate(readers[0], readers[1], work=work, min_accuracy=config.min_accuracy or 0.0, **tools)
+
+    def _claim(self, job: Job, need: Need) -> None:
+        """Have the job hold what its headers say that it needs, whatever was known when it was queued."""
+        check_need(need, self._memory.limit_bytes)
+        if not self._memory.give(job.id, need.nbytes):
+            raise _LacksMemory(need.nbytes)
 
     def _clean_up(self, job: Job) -> None:
         try:

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from service.errors import DiskFull, StorageFailure
 from service.jobs import batch_table, blob_table, key_table, retention_table, search_table
 from service.jobs.batch import Batch
-from service.jobs.events import RESUMED, TENSOR_COMPLETED, Event
+from service.jobs.events import TENSOR_COMPLETED, Event
 from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.quotas import Limits, Usage
@@ -242,13 +241,6 @@ class Store:
     def last_event_id(self, job_id: str) -> int:
         """The largest id stored for a job; 0 when there is none."""
         return int(self._rows("SELECT coalesce(max(id), 0) FROM events WHERE job_id = ?", (job_id,))[0][0])
-
-    def seconds_run(self, job_id: str) -> float:
-        """How long a job has run, as far as its events tell: without the time the server was down."""
-        rows = self._rows("SELECT type, at FROM events WHERE job_id = ? AND id > 1 ORDER BY id", (job_id,))
-        times = [(row[0], datetime.fromisoformat(row[1])) for row in rows]
-        steps = pairwise(times)
-        return sum((at - before).total_seconds() for (_, before), (type_, at) in steps if type_ != RESUMED)
 
     def usage(self, tenant: str) -> Usage:
         """What a tenant stores in the data folder, artifacts and blobs, and the limits set for it alone."""

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import uuid_utils
 
-from service.jobs.admission import Admission, Admitted
+from service.jobs.admission import MAX_TENSORS, Admission, Admitted
 from service.jobs.batch import Batch
 from service.jobs.idempotency import Key, Once
 from service.jobs.job import Job, Status
@@ -34,10 +34,12 @@ class Submission:
 
     def admit(self, admission: Admission) -> list[Admitted]:
         """What may be made of each request; raises what `Admission.admit` raises. Blocks on files."""
-        admitted = []
+        admitted: list[Admitted] = []
+        tensors = 0
         for index, request in enumerate(self.requests):
             with self.at(index):
-                admitted.append(admission.admit(request, self.tenant))
+                admitted.append(admission.admit(request, self.tenant, MAX_TENSORS - tensors))
+            tensors += admitted[-1].tensors
         return admitted
 
     def jobs(self, admitted: Sequence[Admitted], now: datetime) -> list[Job]:

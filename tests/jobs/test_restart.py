@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs.events import TENSOR_COMPLETED, Event
+from service.jobs.events import TENSOR_COMPLETED
 from service.jobs.job import Job, Status
 from service.jobs.request import QuantizeRequest
 from service.jobs.store import DATABASE, Store
@@ -240,12 +240,10 @@ async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_serve
         started = now - timedelta(days=1)
         config = {"profile": "local", "bit_width": 4, "method": "mse", "backend": "reference", "group_size": 128}
         job = Job(f"job_{name}", request, config, Status.RUNNING, started, started_at=started)
-        moments = [("job.queued", 0.0), ("job.started", 0.0), (TENSOR_COMPLETED, ran_s)]
-        events = [
-            Event(id_, type_, job.id, started + timedelta(seconds=seconds), {})
-            for id_, (type_, seconds) in enumerate(moments, start=1)
-        ]
-        store.add(job, events)
+        store.add(job, [])
+        checkpoint = tmp_path / "data" / "work" / job.id / "checkpoint.jsonl"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text(f'{{"run": "…"}}\n{{"seconds": {ran_s}}}\n{{"sec')
         jobs[name] = job
     store.close()
     manager = await make_manager()
@@ -256,12 +254,13 @@ async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_serve
     await manager.cancel("job_fresh")
 
 
-async def test_jobs_that_ran_before_a_restart_go_before_those_that_waited(
-    make_manager: MakeManager, tmp_path: Path, root: Path
+@pytest.mark.parametrize("priority", [0, 100])
+async def test_a_restart_does_not_change_who_has_the_better_claim(
+    make_manager: MakeManager, tmp_path: Path, root: Path, priority: int
 ) -> None:
     slow = quantize_request(make_long_model(root / "long.safetensors"), config={"method": "mse"})
-    eager = quantize_request(make_model(root / "m.safetensors"), priority=100)
-    with child(tmp_path, root, [slow, eager]) as process:
+    other = quantize_request(make_model(root / "m.safetensors"), priority=priority)
+    with child(tmp_path, root, [slow, other]) as process:
         running = first_line(process)
         until(process, TENSOR_COMPLETED)
         process.kill()
@@ -269,6 +268,8 @@ async def test_jobs_that_ran_before_a_restart_go_before_those_that_waited(
     assert (await manager.get(running)).status is Status.RUNNING
     waiting = next(job for job in (await manager.find())[0] if job.id != running)
     first, second = await manager.wait(running, 60), await manager.wait(waiting.id, 60)
-    assert first.finished_at is not None
+    assert (first.status, second.status) == (Status.SUCCEEDED, Status.SUCCEEDED)
+    resumed = [event.at for event in await manager.events(running, limit=1000) if event.type == "job.resumed"]
+    assert len(resumed) == 1, "however many turns it took"
     assert second.started_at is not None
-    assert first.finished_at <= second.started_at
+    assert (resumed[0] < second.started_at) == (priority == 0)

@@ -220,20 +220,6 @@ def test_a_full_disk_is_named_as_such_and_the_store_works_on_when_there_is_room(
     assert store.get(big.id) == big
 
 
-def test_the_time_a_job_has_run_leaves_out_when_no_server_was_up(store: Store) -> None:
-    job = a_job()
-    history = [
-        (1, "job.queued", 0.0),
-        (2, "job.started", 100.0),
-        (3, "tensor.completed", 110.0),
-        (1_000_000, "job.resumed", 5000.0),
-        (1_000_001, "tensor.completed", 5007.0),
-        (2_000_000, "job.resumed", 9000.0),
-    ]
-    store.add(job, [event(job, id_, type_, seconds) for id_, type_, seconds in history])
-    assert store.seconds_run(job.id) == pytest.approx(17.0)
-
-
 def test_threads_may_share_it(store: Store) -> None:
     jobs = [[a_job() for _ in range(20)] for _ in range(4)]
 

@@ -51,6 +51,7 @@ CREATION_ERRORS = (
     errors.TargetInUse,
     errors.WebhookRefused,
     errors.WebhookSecretMissing,
+    errors.ExceedsMemory,
 )
 
 #: What a call may be refused for that comes with an idempotency key.

@@ -14,6 +14,9 @@ from service.engine.metrics import ErrorSums
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, FloatArray, QuantizedRows
 
+#: The device that every machine has.
+CPU = "cpu"
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -30,6 +33,8 @@ class Backend(ABC):
     id: ClassVar[str]
     #: One line for `/v1/backends`.
     description: ClassVar[str]
+    #: Where it computes; backends on the same device share its lanes.
+    device: ClassVar[str] = CPU
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

@@ -81,6 +81,10 @@ class ModelReader(ABC):
     def close(self) -> None:
         """Let go of the files."""
 
+    def identity(self) -> list[list[int | str]]:
+        """What has to be the same of all files, for a run to go on from what another one did with them."""
+        return [[str(name), *self.layout.source.identity(name)] for name in self.files]
+
     def find(self, name: str) -> TensorInfo | None:
         """The tensor of this name."""
         return next((t for t in self.tensors if t.name == name), None)
@@ -187,6 +191,24 @@ class Format(ABC):
         """Why this tensor is copied although it could be quantized, or None."""
         del info, scheme
         return None
+
+    @classmethod
+    def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:
+        """What a reader holds of memory while it gives so many bytes of a tensor, these included."""
+        del info
+        return nbytes
+
+    @classmethod
+    def writing_bytes(cls, rows: int, cols: int, bits: int) -> int:
+        """What a writer holds while it takes rows of codes, beside these."""
+        del rows, cols, bits
+        return 0
+
+    @classmethod
+    def closing_bytes(cls, stored: Sequence[tuple[int, int]]) -> int:
+        """What a writer holds while it closes; of each tensor the bytes of its codes, and all that is stored of it."""
+        del stored
+        return 0
 
     @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:

@@ -15,7 +15,7 @@ from service.engine.formats.layout import find_placement
 from service.engine.formats.safetensors import quantization_config
 from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
-from service.engine.tensors import TensorInfo
+from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
 
 
@@ -75,6 +75,11 @@ class CompressedTensorsFormat(Format):
         if _trips_the_library(info, scheme):
             return f"the library compressed-tensors cannot unpack 4-bit zero points in groups of {info.rows} rows"
         return None
+
+    @classmethod
+    def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:
+        """Numbers come from codes: see `Format.reading_bytes`."""
+        return nbytes if info.stored_as is None else nbytes + codes_of(info, nbytes)
 
     @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,10 +12,16 @@ from service.engine.formats.base import Format, FormatOptions, ModelReader, Mode
 from service.engine.formats.layout import find_placement, weights_folder
 from service.engine.formats.parquet_reader import ParquetReader
 from service.engine.formats.parquet_schema import SUFFIX
-from service.engine.formats.parquet_writer import ParquetWriter
+from service.engine.formats.parquet_spool import CHUNK_BYTES
+from service.engine.formats.parquet_writer import ROW_GROUP_BYTES, ParquetWriter
 from service.engine.formats.weights import WEIGHTS_SUFFIX
+from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
+from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
+
+#: How often a row group is in memory while it is written, as measured; Arrow's buffer doubles.
+ROW_GROUP_COPIES = 3.5
 
 
 class ParquetOptions(FormatOptions):
@@ -51,6 +58,27 @@ class ParquetFormat(Format):
         """Every scheme has its columns."""
         del scheme, options
         return None
+
+    @classmethod
+    def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:
+        """A cell is read as a whole, and what is wanted of it copied: see `Format.reading_bytes`."""
+        part = nbytes if info.stored_as is None else codes_of(info, nbytes) + nbytes
+        return nbytes + part + min(info.nbytes, 2 * CHUNK_BYTES)
+
+    @classmethod
+    def writing_bytes(cls, rows: int, cols: int, bits: int) -> int:
+        """Rows that do not end on whole words are unpacked and packed again: see `Format.writing_bytes`."""
+        if cols * bits % WORD_BITS == 0:
+            return 0
+        elements = min(rows * cols, CHUNK_BYTES * 8 // bits)
+        return elements + elements * bits // 8
+
+    @classmethod
+    def closing_bytes(cls, stored: Sequence[tuple[int, int]]) -> int:
+        """A row group as it is spooled, as Arrow collects it and as pages: see `Format.closing_bytes`."""
+        together = sum(nbytes for _, nbytes in stored)
+        widest = max((nbytes / max(1, codes) for codes, nbytes in stored), default=1.0)
+        return int(ROW_GROUP_COPIES * min(together, ROW_GROUP_BYTES * widest))
 
     @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:

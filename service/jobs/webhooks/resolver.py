@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from service.errors import WebhookRefused
-from service.jobs.scheduler import run_in_thread
+from service.jobs.threads import run_in_thread
 from service.jobs.webhooks.addresses import Reach
 
 #: Names looked up at once; others wait.

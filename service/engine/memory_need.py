@@ -1,0 +1,132 @@
+"""What a run will hold in memory at most, from headers and configuration: the model that admission goes by.
+
+It is meant to be a little high: a test holds it against the measured peaks of real runs. What follows the block is
+the block that is worked on, the one that is read ahead, and what comes of it; formats add what they hold themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from service.engine.backends.reference import TILE_ELEMENTS
+from service.engine.formats.base import Format, ModelReader
+from service.engine.formats.registry import find_format
+from service.engine.histogram import BINS
+from service.engine.plan import OutputPlan, Plan, TensorPlan
+from service.engine.schemes.base import Scheme
+from service.engine.tensor_run import row_blocks
+from service.engine.tensors import FLOAT_DTYPES, TensorInfo
+from service.errors import ExceedsMemory
+
+#: What allocators keep, and all that is small.
+OVERHEAD_BYTES = 32 << 20
+#: Of a block that small, allocators keep one that is no longer used.
+KEPT_BLOCK_BYTES = 32 << 20
+#: Temporaries for an element of a tile that NumPy works on.
+TILE_ELEMENT_BYTES = 64
+#: Per scale while it is computed: itself and the zero point in float32, and both as they are stored.
+SCALE_BYTES = 11
+#: Elements that one histogram covers, of a tensor with one grid, and the bytes of a histogram.
+OBSERVED_ELEMENTS, HISTOGRAM_BYTES = 1 << 22, 16 * BINS
+#: What is kept of a tensor for its whole run: header, decisions, and in each output its report and place.
+TENSOR_BYTES, OUTPUT_TENSOR_BYTES = 3 << 10, 4 << 10
+#: The widest codes that a fallback may take.
+FALLBACK_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes above the idle service, and the tensor that asks for most of them."""
+
+    nbytes: int
+    tensor: str | None
+    block_bytes: int
+
+
+def need_to_quantize(plan: Plan, block_bytes: int) -> Need:
+    """What a run of this plan will hold."""
+    source = find_format(plan.source_format)
+    peaks = {tensor.info.name: _quantizing(tensor, plan, source, block_bytes) for tensor in plan.tensors}
+    writing = _largest(peaks)
+    closing = max(o.format.closing_bytes(list(_stored(plan, i))) for i, o in enumerate(plan.outputs))
+    records = len(plan.tensors) * (TENSOR_BYTES + len(plan.outputs) * OUTPUT_TENSOR_BYTES)
+    return _need(writing, closing, records, block_bytes)
+
+
+def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes: int) -> Need:
+    """What comparing two models will hold; whether they fit together is not asked."""
+    others = {info.name: info for info in quantized.tensors}
+    before, after = find_format(original.format_id), find_format(quantized.format_id)
+    peaks = {
+        info.name: before.reading_bytes(info, _block_bytes(info, block_bytes))
+        + after.reading_bytes(others[info.name], _block_bytes(others[info.name], block_bytes, like=info))
+        for info in original.tensors
+        if info.name in others
+    }
+    records = len(original.tensors) * (2 * TENSOR_BYTES + OUTPUT_TENSOR_BYTES)
+    return _need(_largest(peaks), 0, records, block_bytes)
+
+
+def check_need(need: Need, limit_bytes: int) -> None:
+    """Raise ExceedsMemory when a run can never have what it needs."""
+    if need.nbytes > limit_bytes:
+        about = f", most of it for tensor {need.tensor}" if need.tensor is not None else ""
+        raise ExceedsMemory(
+            f"the job needs {need.nbytes} bytes of memory{about} with block_bytes {need.block_bytes}, and all jobs"
+            f" together may have {limit_bytes}",
+            tensor=need.tensor,
+        )
+
+
+def _need(working: tuple[int, str | None], closing: int, records: int, block_bytes: int) -> Need:
+    kept = min(block_bytes, KEPT_BLOCK_BYTES, working[0])
+    nbytes = max(working[0], closing) + records + kept + OVERHEAD_BYTES
+    return Need(nbytes, working[1] if working[0] >= closing else None, block_bytes)
+
+
+def _largest(peaks: Mapping[str, int]) -> tuple[int, str | None]:
+    name = max(peaks, key=peaks.__getitem__, default=None)
+    return (0, None) if name is None else (peaks[name], name)
+
+
+def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_bytes: int) -> int:
+    info, rows = tensor.info, _rows(tensor.info, block_bytes)
+    block = _block_bytes(info, block_bytes)
+    reading = block + source.reading_bytes(info, block)
+    ways = zip(plan.outputs, tensor.decisions, strict=True)
+    # One way after the other.
+    coding = max((_coding(o, info, d.scheme, rows) for o, d in ways if d.scheme is not None), default=0)
+    return reading + coding
+
+
+def _coding(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:
+    bits = max(scheme.bits, FALLBACK_BITS) if output.config.on_failure == "fallback" else scheme.bits
+    elements = rows * info.cols
+    codes = elements * bits // 8
+    scales = (1 if scheme.granularity == "tensor" else rows * scheme.groups(info.cols)) * SCALE_BYTES
+    histograms = (elements // OBSERVED_ELEMENTS + 2) * HISTOGRAM_BYTES if scheme.granularity == "tensor" else 0
+    tiles = min(elements, max(TILE_ELEMENTS, info.cols)) * TILE_ELEMENT_BYTES
+    return codes + scales + histograms + tiles + output.format.writing_bytes(rows, info.cols, bits)
+
+
+def _stored(plan: Plan, output: int) -> Iterator[tuple[int, int]]:
+    """Of each tensor: bytes of its codes, or of its copy, and of all that is stored of it."""
+    for tensor in plan.tensors:
+        info, scheme = tensor.info, tensor.decisions[output].scheme
+        if scheme is None:
+            yield info.nbytes, info.nbytes
+        else:
+            yield info.size * scheme.bits // 8, scheme.stored_bytes(info.rows, info.cols)
+
+
+def _rows(info: TensorInfo, block_bytes: int) -> int:
+    start, stop = next(row_blocks(info, block_bytes), (0, 0))
+    return stop - start
+
+
+def _block_bytes(info: TensorInfo, block_bytes: int, like: TensorInfo | None = None) -> int:
+    """Bytes of a tensor that are read at once: in rows, as many as of the one that it is `like`."""
+    if not info.is_float:
+        return min(info.nbytes, block_bytes)
+    return _rows(like or info, block_bytes) * info.cols * FLOAT_DTYPES[info.dtype].itemsize
