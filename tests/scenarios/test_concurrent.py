@@ -115,7 +115,7 @@ def test_no_more_jobs_run_than_there_are_lanes_and_the_most_urgent_goes_first(
 ) -> None:
     server = start_server(max_running_jobs=1, threads=1)
     slow = body(new_model(layers=12), "parquet", backend="reference")
-    first = server.submit(slow)["id"]
+    first = server.submit(slow | {"priority": 100})["id"]
     server.wait_for(first, "job.started")
     quick = body(new_model(layers=1), "parquet")
     ids = {priority: server.submit(quick | {"priority": priority})["id"] for priority in (0, -5, 10, 3)}
