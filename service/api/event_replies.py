@@ -41,6 +41,10 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 #: How an event is shown.
 Show = Callable[[Event], wire.Event]
 
+KEPT_FRAMES = 2048
+#: Frames of the newest events, each with its event: so no other can have the same identity meanwhile.
+_newest: dict[tuple[int, Show], tuple[Event, bytes]] = {}
+
 
 def event_page(found: Sequence[Event], limit: int, show: Show) -> Response:
     """The first `limit` of these events, of which there is one more where another page follows."""
@@ -65,7 +69,8 @@ async def _frames(followed: Following, show: Show, metrics: JobMetrics) -> Async
                 yield format_sse_event(comment="silence")
                 continue
             events.append(item)
-            frames.append(_frame(item, show))
+            # What is replayed is this reader's alone.
+            frames.append(_shared_frame(item, show) if item.at >= opened_at else _frame(item, show))
             # What is here already goes in one piece: handing over a piece costs more than making a frame.
             if items.has_more and len(frames) < MAX_FRAMES:
                 continue
@@ -84,6 +89,16 @@ def _observe(events: Sequence[Event], opened_at: datetime, metrics: JobMetrics) 
         if event.at >= opened_at:
             metrics.event_lag.observe((now - event.at).total_seconds())
             metrics.readers_cut.inc(event.type == TOO_SLOW)
+
+
+def _shared_frame(event: Event, show: Show) -> bytes:
+    """As `_frame`, made once for all who are shown the event while it is new."""
+    key = (id(event), show)
+    if (kept := _newest.get(key)) is None:
+        kept = _newest[key] = (event, _frame(event, show))
+        if len(_newest) > KEPT_FRAMES:
+            del _newest[next(iter(_newest))]
+    return kept[1]
 
 
 def _frame(event: Event, show: Show) -> bytes:
