@@ -9,6 +9,7 @@
     │   ├── UnsupportedModel          unsupported_model
     │   │   ├── PickledWeights        pickled_weights
     │   │   └── AlreadyQuantized      already_quantized
+    │   ├── StoreRefused              store_refused
     │   ├── TargetInUse               target_in_use
     │   ├── BlobNotFound              blob_not_found
     │   ├── BlobTooLarge              blob_too_large
@@ -109,8 +110,8 @@ class UnsupportedByFormat(RequestError):
 class ForbiddenPath(RequestError):
     """The path is outside the folders that this server may use.
 
-    A `file://` address has to lie under one of the server's model roots, links resolved. The
-    operator adds a root with `arrowquant serve --model-root`.
+    A `file://` address has to lie under one of the server's model roots, links resolved, and one in a store under a
+    remote root. The operator adds roots with `arrowquant serve --model-root` and `--remote-root`.
     """
 
     code = "path_forbidden"
@@ -145,6 +146,16 @@ class AlreadyQuantized(UnsupportedModel):
     """
 
     code = "already_quantized"
+
+
+class StoreRefused(RequestError):
+    """The store does not let this server in.
+
+    Buckets and gated models are read with the credentials of the server, which its operator sets: never with any of a
+    request.
+    """
+
+    code = "store_refused"
 
 
 class TargetInUse(RequestError):

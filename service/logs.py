@@ -13,6 +13,8 @@ from typing import Literal
 
 LogFormat = Literal["text", "json"]
 
+#: Their lines hold the addresses that they call, some of them signed, which is as good as a password.
+TALKATIVE = ("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub")
 #: Before each further line of a record: of a traceback.
 INDENT = "    | "
 _context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default={})  # noqa: B039 - never changed in place
@@ -43,6 +45,8 @@ def configure(level: str, format_: LogFormat) -> None:
     handler.setFormatter(TextFormatter() if format_ == "text" else _json_formatter())
     handler.addFilter(_add_context)
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    for library in TALKATIVE:
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 class TextFormatter(logging.Formatter):

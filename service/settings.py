@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -13,10 +14,12 @@ from pydantic import Field, IPvAnyNetwork, ValidationError, field_validator, mod
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.config import QuantizationConfig
-from service.errors import InvalidConfig
+from service.errors import ArrowQuantError, InvalidConfig
 from service.jobs.retention import Rules
 from service.jobs.webhooks.retries import DELAYS_S
 from service.logs import LogFormat
+from service.storage.remote_address import parse_root
+from service.storage.store_options import StoreOptions
 
 PREFIX = "ARROWQUANT_"
 
@@ -36,6 +39,18 @@ class Settings(BaseSettings):
     model_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(), description="Folders that `file://` addresses may name; in the environment separated by a colon."
     )
+    remote_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="What `s3://`, `gs://`, `az://` and `hf://` addresses must begin with, whole parts of them, such "
+        "as `s3://models/` or `hf://`; in the environment separated by spaces.",
+    )
+    s3_endpoint: str | None = Field(default=None, description="Of a store that is not AWS's own.")
+    s3_region: str | None = Field(default=None, description="Instead of `AWS_REGION`.")
+    gs_endpoint: str | None = Field(default=None, description="Of a store that is not Google's own.")
+    az_endpoint: str | None = Field(default=None, description="Of a store that is not Azure's own.")
+    hub_endpoint: str | None = Field(default=None, description="Of a hub that is not huggingface.co.")
+    store_allow_http: bool = Field(default=False, description="Speak to these endpoints without TLS as well.")
+    store_timeout_s: float = Field(default=60.0, gt=0, le=600, description="How long a store may fail to answer.")
     block_bytes: int = Field(default=64 << 20, ge=1 << 16, description="Bytes of a tensor worked on at once.")
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Of a backend, for all jobs.")
     max_running_jobs: int = Field(default=2, ge=1, description="That compute on the CPU at the same time.")
@@ -137,6 +152,42 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def stores(self) -> StoreOptions:
+        """What is said of stores."""
+        return StoreOptions(
+            roots=tuple(parse_root(root) for root in self.remote_roots),
+            s3_endpoint=self.s3_endpoint,
+            s3_region=self.s3_region,
+            gs_endpoint=self.gs_endpoint,
+            az_endpoint=self.az_endpoint,
+            hub_endpoint=self.hub_endpoint,
+            allow_http=self.store_allow_http,
+            timeout_s=self.store_timeout_s,
+        )
+
+    @field_validator("remote_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("remote_roots")
+    @classmethod
+    def _check_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for root in value:
+            try:
+                parse_root(root)
+            except ArrowQuantError as error:
+                raise ValueError(error.detail) from error
+        return value
+
+    @field_validator("s3_endpoint", "gs_endpoint", "az_endpoint", "hub_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
+            raise ValueError("it has to be http:// or https:// and a host, without a user, a password or a query")
         return value
 
     @field_validator("model_roots", mode="before")

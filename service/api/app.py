@@ -27,6 +27,7 @@ from service.jobs.watch import Watch
 from service.jobs.webhooks.addresses import Reach
 from service.jobs.webhooks.webhooks import WebhookOptions
 from service.settings import Settings
+from service.storage.stores import Stores
 
 ROUTERS = (
     jobs.router,
@@ -108,6 +109,7 @@ def _manager(settings: Settings, watch: Watch) -> JobManager:
     return JobManager(
         data_dir=settings.data_dir,
         model_roots=settings.model_roots,
+        stores=Stores(settings.stores),
         block_bytes=settings.block_bytes,
         threads=settings.threads,
         max_running_jobs=settings.max_running_jobs,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
+from anyio.to_thread import run_sync
 
 from service.api.replies import CHUNK_BYTES, SourceGone
+from service.errors import ArrowQuantError
+from service.jobs.contents import Contents
 from service.jobs.job import Artifact
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -26,18 +30,23 @@ def archive_etag(artifacts: Sequence[Artifact]) -> str:
     return f'"tar-{hashlib.sha256(lines.encode()).hexdigest()[:32]}"'
 
 
-async def archive(artifacts: Sequence[Artifact]) -> AsyncGenerator[bytes, None]:
+async def archive(contents: Contents, artifacts: Sequence[Artifact]) -> AsyncGenerator[bytes, None]:
     """The archive in pieces."""
     for artifact in artifacts:
         yield _header(artifact)
-        async for piece in file_range(Path(artifact.location), 0, artifact.size_bytes):
+        async for piece in file_range(contents, artifact, 0, artifact.size_bytes):
             yield piece
         yield bytes(_padding(artifact))
     yield _END
 
 
-async def file_range(path: Path, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+def file_range(contents: Contents, artifact: Artifact, start: int, stop: int) -> AsyncGenerator[bytes, None]:
     """Bytes start to stop of a file. Raises SourceGone when it is not there any more, or shorter than that."""
+    path = contents.path(artifact)
+    return _local_range(path, start, stop) if path is not None else _remote_range(contents, artifact, start, stop)
+
+
+async def _local_range(path: Path, start: int, stop: int) -> AsyncGenerator[bytes, None]:
     try:
         opened = await anyio.open_file(path, "rb")
     except FileNotFoundError as error:
@@ -50,6 +59,18 @@ async def file_range(path: Path, start: int, stop: int) -> AsyncGenerator[bytes,
                 raise SourceGone(f"{path} was cut short")
             start += len(piece)
             yield piece
+
+
+async def _remote_range(contents: Contents, artifact: Artifact, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+    with ExitStack() as stack:
+        try:
+            file = await run_sync(stack.enter_context, contents.opened(artifact))
+            while start < stop:
+                piece = await run_sync(file.read, start, min(CHUNK_BYTES, stop - start))
+                start += piece.size
+                yield piece.tobytes()
+        except ArrowQuantError as error:
+            raise SourceGone(error.detail) from error
 
 
 def _header(artifact: Artifact) -> bytes:

@@ -26,6 +26,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.RequestError: 422,
     errors.ForbiddenPath: 403,
     errors.ModelNotFound: 404,
+    errors.StoreRefused: 403,
     errors.TargetInUse: 409,
     errors.BlobNotFound: 404,
     errors.BlobTooLarge: 413,

@@ -55,13 +55,17 @@ def serve(
     model_root: Annotated[
         list[Path] | None, typer.Option(help="Folder whose models may be read; can be given again.")
     ] = None,
+    remote_root: Annotated[
+        list[str] | None,
+        typer.Option(help="What addresses in stores begin with, such as s3://models/ or hf://; can be given again."),
+    ] = None,
 ) -> None:
     """Start the HTTP service. What is not given comes from ARROWQUANT_… variables, see `service/settings.py`."""
     with outcome(as_json=False):
         from service.api.server import serve as run
 
         roots = tuple(root.resolve() for root in model_root) if model_root else None
-        run(_settings(host=host, port=port, data_dir=data_dir, model_roots=roots))
+        run(_settings(host=host, port=port, data_dir=data_dir, model_roots=roots, remote_roots=remote_root or None))
 
 
 @app.command()

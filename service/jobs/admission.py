@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from service.engine.backends.base import CPU
@@ -22,6 +22,7 @@ from service.jobs.request import JobRequest, OutputRequest, QuantizeRequest
 from service.jobs.sources import Place, Sources, pointing
 from service.storage.faults import storage_faults
 from service.storage.file import resolve_target
+from service.storage.stores import Stores
 
 #: Names that the work folder needs for itself.
 RESERVED = frozenset({REPORT, JOURNAL})
@@ -38,18 +39,19 @@ class Admitted:
     """
 
     config: dict[str, Any]
-    targets: tuple[Path, ...]
+    targets: tuple[PurePath, ...]
     device: str
     memory_bytes: int | None
     tensors: int
 
 
 class Admission:
-    """Checks requests. Blocks on files."""
+    """Checks requests. Blocks on files and the network."""
 
     def __init__(
         self,
         roots: Sequence[Path],
+        stores: Stores,
         defaults: QuantizationConfig | None,
         sources: Sources,
         *,
@@ -58,6 +60,7 @@ class Admission:
     ) -> None:
         """`defaults` come between a profile and a request; no job may need more than `memory_limit_bytes`."""
         self._roots = tuple(roots)
+        self._stores = stores
         self._defaults = defaults
         self._sources = sources
         self._block_bytes = block_bytes
@@ -69,10 +72,10 @@ class Admission:
         Headers of more than `max_tensors` are left to the job.
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
         (PickledWeights, AlreadyQuantized), CorruptModel, TargetInUse or ExceedsMemory, with a pointer where there is
-        one.
+        one; of addresses in a store also StoreRefused and StoreUnavailable.
         """
         config = self.resolve(request)
-        targets: tuple[Path, ...] = ()
+        targets: tuple[PurePath, ...] = ()
         with storage_faults("looking at the request's addresses"):
             if isinstance(request, QuantizeRequest):
                 check_outputs(output_specs(request, config))
@@ -99,9 +102,10 @@ class Admission:
     ) -> tuple[Need | None, int]:
         """What the headers say that the job needs, and of how many tensors they are.
 
-        None where these are too many or something is wrong with a model, which the job tells that reads it.
+        None where these are too many or far away, or something is wrong with a model, which the job tells that reads
+        it.
         """
-        if max_tensors <= 0:
+        if max_tensors <= 0 or any(place.is_remote for place in places):
             return None, 0
         try:
             with ExitStack() as stack:
@@ -116,16 +120,23 @@ class Admission:
         except ArrowQuantError:
             return None, 0
 
-    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Place]) -> tuple[Path, ...]:
-        targets: list[Path] = []
+    def _targets(self, outputs: Sequence[OutputRequest], sources: Sequence[Place]) -> tuple[PurePath, ...]:
+        targets: list[PurePath] = []
         claims = Claims()
         for index, output in enumerate(outputs):
             if output.uri is not None:
                 with pointing(f"/outputs/{index}/uri"):
-                    targets.append(resolve_target(output.uri, self._roots))
+                    targets.append(self._free_target(output.uri))
                     claims.add(targets[-1])
                     _check_apart(targets[-1], sources)
         return tuple(targets)
+
+    def _free_target(self, uri: str) -> PurePath:
+        address = self._stores.target(uri)
+        if address is None:
+            return resolve_target(uri, self._roots)
+        self._stores.check_free(address)
+        return address.key
 
 
 def output_specs(request: QuantizeRequest, config: ResolvedConfig) -> list[OutputSpec]:
@@ -155,25 +166,25 @@ def target_pointers(request: JobRequest) -> list[str]:
 class Claims:
     """Folders of which none is, holds, or lies in another; a look costs the same at a thousand of them."""
 
-    def __init__(self, claimed: Iterable[Path] = ()) -> None:
+    def __init__(self, claimed: Iterable[PurePath] = ()) -> None:
         """What is claimed already is taken as it is."""
-        self._claimed: set[Path] = set()
-        self._above: set[Path] = set()
+        self._claimed: set[PurePath] = set()
+        self._above: set[PurePath] = set()
         for target in claimed:
             self._claim(target)
 
-    def add(self, target: Path) -> None:
+    def add(self, target: PurePath) -> None:
         """Claim one more; raises TargetInUse when it is not free."""
         if target in self._claimed or target in self._above or not self._claimed.isdisjoint(target.parents):
             raise TargetInUse("another output is being written to this address: choose another, or wait for its job")
         self._claim(target)
 
-    def _claim(self, target: Path) -> None:
+    def _claim(self, target: PurePath) -> None:
         self._claimed.add(target)
         self._above.update(target.parents)
 
 
-def _check_apart(target: Path, sources: Sequence[Place]) -> None:
+def _check_apart(target: PurePath, sources: Sequence[Place]) -> None:
     """Raise InvalidConfig when a target lies in a model that is read, or around it."""
     for source in sources:
         if target.is_relative_to(source.path) or source.path.is_relative_to(target):
@@ -192,5 +203,6 @@ def _output_spec(index: int, request: QuantizeRequest, output: OutputRequest, co
 
 def _check_readable(place: Place) -> None:
     """Refuse what no format takes for its own, such as pickled weights; the rest shows when it is read."""
-    if not is_readable(files := place.files()):
-        open_model(files).close()
+    with closing(place.files()) as files:
+        if not is_readable(files):
+            open_model(files).close()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import PurePath
 
 from service.errors import QueueFull
 from service.jobs.admission import Admission, Admitted, Claims, target_pointers
@@ -23,7 +23,7 @@ from service.jobs.submission import Submission
 from service.jobs.webhooks.webhooks import Webhooks
 
 #: Makes a job live: its record, its log, the folders that it alone may write to.
-Adopt = Callable[[Job, LiveLog, tuple[Path, ...]], LiveJob]
+Adopt = Callable[[Job, LiveLog, tuple[PurePath, ...]], LiveJob]
 
 
 class Intake:

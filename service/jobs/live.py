@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from service.engine.clock import Clock
@@ -31,7 +31,7 @@ class LiveJob:
         journal: Journal,
         on_end: Callable[[Job], None],
         watch: Watch,
-        targets: tuple[Path, ...] = (),
+        targets: tuple[PurePath, ...] = (),
         place: Place | None = None,
     ) -> None:
         """`on_end` is called when the job's last state is stored and has been shown; `place` is that in its batch."""

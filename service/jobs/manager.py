@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
@@ -28,6 +28,7 @@ from service.jobs.batches import Batches
 from service.jobs.blobs import BlobLimits, Blobs
 from service.jobs.blobs import Key as BlobKey
 from service.jobs.collector import Collector
+from service.jobs.contents import Contents
 from service.jobs.database import Database
 from service.jobs.events import (
     READER_LIMIT,
@@ -65,6 +66,8 @@ from service.jobs.threads import run_in_thread
 from service.jobs.watch import Watch
 from service.jobs.webhooks.webhooks import GRACE_S, WebhookOptions, Webhooks
 from service.storage.faults import storage_faults
+from service.storage.store_options import StoreOptions
+from service.storage.stores import Stores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,6 +81,7 @@ class JobManager:
         *,
         data_dir: Path,
         model_roots: Sequence[Path] = (),
+        stores: Stores | None = None,
         block_bytes: int = 64 << 20,
         threads: int = 1,
         max_running_jobs: int = 2,
@@ -97,23 +101,34 @@ class JobManager:
 
         `max_running_jobs` are the lanes of the CPU, `device_lanes` those of other devices, one each by default.
         `memory_limit_bytes` is for all running jobs together; by default what this machine lets a service have.
+        Without `stores` no address in one may be named.
         `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
         """
         #: Counts what becomes of jobs.
         self.watch = watch or Watch()
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
+        stores = stores or Stores(StoreOptions())
         self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
         #: Files that clients have sent.
         self.blobs = Blobs(self._data_dir / "blobs", lambda: self._opened_store, blob_limits or BlobLimits())
-        self._sources = Sources(self._roots, self._folders, lambda *job: self._opened_store.get(*job), self.blobs)
+        self._sources = Sources(
+            self._roots, stores, self._folders, lambda *job: self._opened_store.get(*job), self.blobs
+        )
         memory = MemoryLedger(memory_limit_bytes or default_limit_bytes())
         self._admission = Admission(
-            self._roots, config_defaults, self._sources, block_bytes=block_bytes, memory_limit_bytes=memory.limit_bytes
+            self._roots,
+            stores,
+            config_defaults,
+            self._sources,
+            block_bytes=block_bytes,
+            memory_limit_bytes=memory.limit_bytes,
         )
-        self._publisher = Publisher(self._folders, self._roots)
+        self._publisher = Publisher(self._folders, self._roots, stores)
+        #: What jobs wrote, for downloads.
+        self.contents = Contents(stores)
         self._backends = BackendPool(threads)
         self._default_backend = (config_defaults and config_defaults.backend) or "auto"
         self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes, memory)
@@ -447,7 +462,7 @@ class JobManager:
             self._execution.cancel(live)
         await self._journal.settled()
 
-    def _adopt(self, job: Job, log: LiveLog, targets: tuple[Path, ...]) -> LiveJob:
+    def _adopt(self, job: Job, log: LiveLog, targets: tuple[PurePath, ...]) -> LiveJob:
         place = self.batches.place(job.batch_id, job.batch_index or 0) if job.batch_id else None
         live = LiveJob(job, log, self._journal, self._forget, self.watch, targets, place)
         self._live[job.id] = live

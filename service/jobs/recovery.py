@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from service.engine.checkpoint import seconds_run
 from service.jobs import batch_table
@@ -27,7 +27,7 @@ class Leftover:
     job: Job
     last_event_id: int
     seconds_run: float
-    targets: tuple[Path, ...]
+    targets: tuple[PurePath, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,12 @@ class UriSource(_Body):
     """A model at an address."""
 
     type: Literal["uri"]
-    uri: str = Field(min_length=1, max_length=4096, description="`file://` and a path under a model root.")
+    uri: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="`file://` and a path under a model root, or under a remote root `s3://bucket/path`, "
+        "`gs://bucket/path`, `az://container/path` or `hf://owner/name@revision/path`.",
+    )
 
 
 class JobSource(_Body):
@@ -75,7 +80,11 @@ class OutputRequest(_Body):
     name: Name | None = Field(default=None, description="Folder of its artifacts; by default the format.")
     config: QuantizationConfig | None = Field(default=None, description="Overrides the job's `config`.")
     options: dict[str, Any] | None = Field(default=None, description="The format's own options, see `/v1/formats`.")
-    uri: str | None = Field(default=None, max_length=4096, description="Where to write, instead of the server's store.")
+    uri: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="Where to write, instead of the server's store: `file://`, `s3://`, `gs://` or `az://`.",
+    )
 
     @property
     def folder(self) -> str:

@@ -164,7 +164,7 @@ class Runner:
             "clock": clock,
         }
         inputs = self._folders.inputs(job.id)
-        with self._sources.opened(job.request, job.tenant, inputs) as readers:
+        with self._sources.opened(job.request, job.tenant, inputs, stop.is_set) as readers:
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
                 self._claim(job, need_to_quantize(plan, self._block_bytes))

@@ -5,32 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import files_under
 from service.engine.formats.registry import open_model
 from service.engine.formats.source import LocalFiles
+from service.engine.progress import Cancelled
 from service.errors import ArrowQuantError, ArtifactsExpired, InvalidConfig, ModelNotFound
 from service.jobs.blobs import Blobs
 from service.jobs.blobs import Key as BlobKey
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.request import BlobsSource, JobRequest, JobSource, OutputRequest, QuantizeRequest, Source
+from service.storage.durable import write_file
 from service.storage.file import check_links, resolve_model
 from service.storage.model_files import ModelFiles
+from service.storage.remote_address import HUB_SCHEME, RemoteAddress
+from service.storage.stores import Stores
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model lies, and the folders that its files must not lead out of."""
+    """Where a model lies, and the folders that its files must not lead out of.
 
-    path: Path
+    `path` is that of a file or folder of this machine, or the key of an address in a store; the files of
+    that are looked up by `find`. `pointer` is where the request names it.
+    """
+
+    path: PurePath
     roots: tuple[Path, ...]
+    pointer: str
+    find: Callable[[Cancelled], ModelFiles] | None = None
 
-    def files(self) -> ModelFiles:
-        """Its files, for a format to look at or to open."""
-        return LocalFiles(self.path)
+    def files(self, cancelled: Cancelled = lambda: False) -> ModelFiles:
+        """Its files, for a format to look at or to open, and to be closed; `cancelled` is asked while they are read.
+
+        Raises what `Stores.files` raises, with the pointer.
+        """
+        if self.find is None:
+            return LocalFiles(Path(self.path))
+        with pointing(self.pointer):
+            return self.find(cancelled)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether looking at its files takes calls to a store."""
+        return self.find is not None
 
     def check(self, reader: ModelReader) -> None:
         """Raise ForbiddenPath when one of the files that a reader has opened, or will, leads out of the roots."""
@@ -40,13 +62,19 @@ class Place:
 
 
 class Sources:
-    """Finds models for requests. Blocks on files and the store."""
+    """Finds models for requests. Blocks on files, the job store and the network."""
 
     def __init__(
-        self, roots: Sequence[Path], folders: Folders, find_job: Callable[[str, str], Job | None], blobs: Blobs
+        self,
+        roots: Sequence[Path],
+        stores: Stores,
+        folders: Folders,
+        find_job: Callable[[str, str], Job | None],
+        blobs: Blobs,
     ) -> None:
         """`find_job` takes an id and the tenant whose the job has to be."""
         self._roots = tuple(roots)
+        self._stores = stores
         self._folders = folders
         self._find_job = find_job
         self._blobs = blobs
@@ -63,16 +91,20 @@ class Sources:
             yield tuple(self._places(request, tenant, inputs))
 
     @contextmanager
-    def opened(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[list[ModelReader]]:
+    def opened(
+        self, request: JobRequest, tenant: str, inputs: Path, cancelled: Cancelled = lambda: False
+    ) -> Iterator[list[ModelReader]]:
         """The sources in the order of `looked_at`, open until the block ends.
 
-        Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already.
-        Raises what `looked_at` and `open_model` raise.
+        Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already; it
+        also keeps which commit of the hub is read. Raises Cancelled when `cancelled` says so, and what
+        `looked_at` and `open_model` raise.
         """
         with ExitStack() as stack:
             readers = []
             for place in self._places(request, tenant, inputs):
-                reader = stack.enter_context(closing(open_model(place.files())))
+                files = stack.enter_context(closing(place.files(cancelled)))
+                reader = stack.enter_context(closing(open_model(files)))
                 # Once more: a file may have become a link since. From here on the reader knows its files.
                 place.check(reader)
                 readers.append(reader)
@@ -85,16 +117,16 @@ class Sources:
     def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> Place:
         if isinstance(source, JobSource):
             with pointing(pointer):
-                return self._output_of_job(source, tenant)
+                return self._output_of_job(source, pointer, tenant, inputs)
         if isinstance(source, BlobsSource):
             with pointing(pointer):
                 self._blobs.lay_out(tenant, source.digests, inputs)
                 # Where there are no hard links, what lies in `inputs` are links to where the blobs lie.
-                return Place(inputs, (inputs, self._blobs.root))
+                return Place(inputs, (inputs, self._blobs.root), pointer)
         with pointing(f"{pointer}/uri"):
-            return self._at(source.uri)
+            return self._at(source.uri, f"{pointer}/uri", inputs)
 
-    def _output_of_job(self, source: JobSource, tenant: str) -> Place:
+    def _output_of_job(self, source: JobSource, pointer: str, tenant: str, inputs: Path) -> Place:
         job = self._find_job(source.job_id, tenant)
         if job is None:
             raise ModelNotFound(f"there is no job {source.job_id!r}", pointer="/job_id")
@@ -102,17 +134,30 @@ class Sources:
             raise InvalidConfig(f"job {job.id} is {job.status} and has written no model", pointer="/job_id")
         output = _choose(job.request.outputs, source.output)
         if output.uri is not None:
-            return self._at(output.uri)  # where anybody may have put links since
+            return self._at(output.uri, pointer, inputs)  # where anybody may have put links since
         if job.artifacts_expired_at is not None:
             detail = f"the files of job {job.id} were kept until {job.artifacts_expired_at:%Y-%m-%d %H:%M:%S} UTC"
             raise ArtifactsExpired(f"{detail}: run it again, or write to a `uri` of your own", pointer="/job_id")
         artifacts = self._folders.artifacts(job.id)
-        return Place(artifacts / output.folder, (artifacts,))
+        return Place(artifacts / output.folder, (artifacts,), pointer)
 
-    def _at(self, uri: str) -> Place:
+    def _at(self, uri: str, pointer: str, inputs: Path) -> Place:
+        address = self._stores.address(uri)
+        if address is not None:
+            return Place(address.key, (), pointer, partial(self._in_store, address, inputs))
         path = resolve_model(uri, self._roots)
         check_links(files_under(path), self._roots)
-        return Place(path, self._roots)
+        return Place(path, self._roots, pointer)
+
+    def _in_store(self, address: RemoteAddress, inputs: Path, cancelled: Cancelled) -> ModelFiles:
+        """The files at an address; a branch of the hub is what it was when the job first looked."""
+        if address.scheme == HUB_SCHEME:
+            pin = inputs.with_name(f"{inputs.name}.commit")
+            if not pin.exists():
+                pin.parent.mkdir(parents=True, exist_ok=True)
+                write_file(pin, self._stores.pinned(address, cancelled).revision.encode())
+            address = address.at(pin.read_text())
+        return self._stores.files(address, cancelled)
 
 
 def jobs_used(request: JobRequest) -> Iterator[str]:

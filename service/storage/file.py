@@ -20,9 +20,10 @@ from service.errors import (
     TargetInUse,
     UnsupportedModel,
 )
+from service.storage.remote_address import REMOTE_SCHEMES
 
-#: The URI schemes that this server can read from and write to.
-SUPPORTED_SCHEMES = ("file",)
+#: The URI schemes that this server can read from; those of stores are looked up elsewhere.
+SUPPORTED_SCHEMES = ("file", *REMOTE_SCHEMES)
 #: Beyond this a folder is not a model; walking it would only cost time.
 MAX_ENTRIES = 100_000
 #: Room for what is put around a name while its folder is being written.
@@ -97,6 +98,8 @@ def path_of(uri: str) -> Path:
     if match is None:
         raise InvalidConfig(f"{uri!r} is not an address: write file:// and an absolute path")
     scheme, rest = match[1].lower(), match[2]
+    if scheme in REMOTE_SCHEMES:
+        raise InvalidConfig(f"{scheme}:// is not on this machine: a server reads from there (`--server`)")
     if scheme not in SUPPORTED_SCHEMES:
         raise InvalidConfig(f"{scheme}:// is not supported by this server, only {_listed(SUPPORTED_SCHEMES)}")
     if rest.startswith("//"):

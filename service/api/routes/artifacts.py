@@ -19,6 +19,7 @@ from service.api.ranges import Unsatisfiable, parse_range
 from service.api.render import job_path
 from service.api.replies import NOT_MODIFIED, ClosingStream, dump, is_known, tagged_reply
 from service.api.schemas.results import ArtifactInfo, ArtifactPage
+from service.jobs.contents import Contents
 from service.jobs.job import Artifact, Job, Status
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
@@ -79,8 +80,8 @@ async def download_job_artifact(
     }
     if is_known(request, headers["ETag"]):
         return Response(None, 304, headers)
-    await run_sync(_check_there, artifact)
-    return _send(request, artifact, headers)
+    await run_sync(manager.contents.check, artifact)
+    return _send(request, manager.contents, artifact, headers)
 
 
 @router.get(
@@ -105,11 +106,11 @@ async def download_job_archive(request: Request, job_id: JobId, manager: Manager
     if is_known(request, headers["ETag"]):
         return Response(None, 304, {"ETag": headers["ETag"]})
     for artifact in job.artifacts:
-        await run_sync(_check_there, artifact)
-    return ClosingStream(archive(job.artifacts), 200, headers, TAR)
+        await run_sync(manager.contents.check, artifact)
+    return ClosingStream(archive(manager.contents, job.artifacts), 200, headers, TAR)
 
 
-def _send(request: Request, artifact: Artifact, headers: dict[str, str]) -> Response:
+def _send(request: Request, contents: Contents, artifact: Artifact, headers: dict[str, str]) -> Response:
     size = artifact.size_bytes
     fresh = request.headers.get("if-range", headers["ETag"]) == headers["ETag"]
     try:
@@ -121,7 +122,7 @@ def _send(request: Request, artifact: Artifact, headers: dict[str, str]) -> Resp
     headers |= {"Content-Length": str(stop - start)}
     if span:
         headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
-    pieces = file_range(Path(artifact.location), start, stop)
+    pieces = file_range(contents, artifact, start, stop)
     return ClosingStream(pieces, 206 if span else 200, headers, artifact.media_type)
 
 
@@ -135,14 +136,6 @@ def _expired(job: Job) -> errors.ArtifactsExpired:
         f"the files of job {job.id} were kept until {job.artifacts_expired_at:%Y-%m-%d %H:%M:%S} UTC; its report is "
         f"still at {job_path(job.id)}/report"
     )
-
-
-def _check_there(artifact: Artifact) -> None:
-    path = Path(artifact.location)
-    if not path.is_file():
-        raise errors.NotFound(f"{artifact.path} was removed from where the job wrote it")
-    if path.stat().st_size != artifact.size_bytes:
-        raise errors.NotFound(f"{artifact.path} was changed where the job wrote it")
 
 
 def _attachment(name: str) -> str:

@@ -1,0 +1,157 @@
+"""What requests may read from and write to beside this machine's disk, by address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import PurePosixPath
+
+from service.errors import InvalidConfig, ModelNotFound, TargetInUse
+from service.storage.calls import Calls
+from service.storage.hub import HubRepository
+from service.storage.object_store import ObjectStoreFolder
+from service.storage.remote_address import (
+    HUB_SCHEME,
+    REMOTE_SCHEMES,
+    RemoteAddress,
+    check_allowed,
+    is_a_root,
+    parse_address,
+    scheme_of,
+)
+from service.storage.remote_files import PARTS_AT_ONCE, Entry, RemoteFiles, usable_files
+from service.storage.store_options import StoreOptions
+
+Cancelled = Callable[[], bool]
+
+
+class Stores:
+    """Finds models and free places in stores. Blocks on the network."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options = options
+
+    def address(self, uri: str) -> RemoteAddress | None:
+        """The address in a store that a request names, None when it names a file.
+
+        Raises InvalidConfig, or ForbiddenPath for whatever the operator has not listed.
+        """
+        if scheme_of(uri) not in REMOTE_SCHEMES:
+            return None
+        return self.checked(parse_address(uri))
+
+    def checked(self, address: RemoteAddress) -> RemoteAddress:
+        """The address; raises ForbiddenPath for what the operator has not listed."""
+        check_allowed(address, self._options.roots)
+        return address
+
+    def files(self, address: RemoteAddress, cancelled: Cancelled) -> RemoteFiles:
+        """The files at an address, as they are now; to be closed.
+
+        `cancelled` is asked as long as they are read. Raises ModelNotFound, StoreRefused, StorageFailure,
+        UnsupportedModel, InvalidConfig without the extra, or Cancelled.
+        """
+        calls = Calls(PARTS_AT_ONCE, cancelled, self._options.timeout_s)
+        try:
+            opening = _of_hub if address.scheme == HUB_SCHEME else _of_object_store
+            return calls.run(partial(opening, address, self._options, calls))
+        except BaseException:
+            calls.close()
+            raise
+
+    def pinned(self, address: RemoteAddress, cancelled: Cancelled) -> RemoteAddress:
+        """The address with the commit that its revision names now; of anything but the hub as it is."""
+        if address.scheme != HUB_SCHEME:
+            return address
+        with closing(self.calls(cancelled)) as calls:
+            repository = calls.run(partial(HubRepository, address, self._options))
+        repository.close()
+        return address.at(repository.commit)
+
+    def file(self, address: RemoteAddress) -> RemoteFiles:
+        """The one file at an address, to be closed; raises ModelNotFound and what `files` raises."""
+        calls = Calls(PARTS_AT_ONCE, lambda: False, self._options.timeout_s)
+        try:
+            return calls.run(partial(_one_object, address, self._options, calls))
+        except BaseException:
+            calls.close()
+            raise
+
+    def target(self, uri: str) -> RemoteAddress | None:
+        """Where an output is to go, None when that is this disk; raises InvalidConfig or ForbiddenPath."""
+        if scheme_of(uri) == HUB_SCHEME:
+            raise InvalidConfig("models can be read from hf:// but not written there: write to s3://, gs:// or az://")
+        return self.address(uri)
+
+    def folder(self, address: RemoteAddress) -> ObjectStoreFolder:
+        """What lies below an address; raises InvalidConfig without the extra."""
+        return ObjectStoreFolder(address, self._options)
+
+    def calls(self, cancelled: Cancelled, grace_s: float = 0.0) -> Calls:
+        """Where to make calls to `folder`, one after the other, so that a cancel is heard; to be closed."""
+        return Calls(1, cancelled, self._options.timeout_s, grace_s)
+
+    def check_free(self, address: RemoteAddress) -> None:
+        """Raise TargetInUse unless nothing lies below an address."""
+        folder = self.folder(address)
+        with closing(self.calls(lambda: False)) as calls:
+            is_free = calls.run(folder.is_empty)
+        if not is_free:
+            raise TargetInUse("there are objects below this address: choose another")
+
+
+def _of_object_store(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
+    folder = ObjectStoreFolder(address, options)
+    files, warnings = usable_files(folder.list())
+    if files or not address.path:
+        return RemoteFiles(
+            address.name, None, files, warnings=warnings, stat=folder.stat, fetch=folder.fetch, calls=calls
+        )
+    if is_a_root(address, options.roots):
+        raise ModelNotFound("there is no model at this address")  # what lies beside it is not under the root
+    return _one_object(address, options, calls)
+
+
+def _one_object(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
+    around = ObjectStoreFolder(RemoteAddress(address.scheme, address.parts[:-1]), options)
+    entry = PurePosixPath(address.name)
+    found = around.stat(entry)
+    if found is None:
+        raise ModelNotFound("there is no model at this address")
+    return RemoteFiles(address.name, entry, {entry: found}, stat=around.stat, fetch=around.fetch, calls=calls)
+
+
+def _of_hub(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
+    repository = HubRepository(address, options)
+    files, warnings = usable_files(repository.list())
+    if files or not address.path:
+        return _files_of_hub(repository, address.name, None, files, warnings, calls)
+    repository.close()
+    repository = HubRepository(RemoteAddress(address.scheme, address.parts[:-1]), options)
+    entry = PurePosixPath(address.name)
+    found = repository.stat(entry)
+    if found is None or is_a_root(address, options.roots):
+        repository.close()
+        raise ModelNotFound("there is no model at this address")
+    return _files_of_hub(repository, address.name, entry, {entry: found}, [], calls)
+
+
+def _files_of_hub(
+    repository: HubRepository,
+    name: str,
+    entry: PurePosixPath | None,
+    files: Mapping[PurePosixPath, Entry],
+    warnings: Sequence[str],
+    calls: Calls,
+) -> RemoteFiles:
+    return RemoteFiles(
+        name,
+        entry,
+        files,
+        warnings=warnings,
+        stat=repository.stat,
+        fetch=repository.fetch,
+        calls=calls,
+        release=repository.close,
+    )
