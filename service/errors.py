@@ -29,6 +29,7 @@
     │   ├── AccuracyTooLow            accuracy_too_low
     │   ├── DiskFull                  disk_full
     │   ├── StorageFailure            storage_failure
+    │   │   └── StoreUnavailable      store_unavailable
     │   ├── Cancelled                 job_cancelled
     │   ├── TimedOut                  job_timeout
     │   ├── PendingTimedOut           pending_timeout
@@ -307,6 +308,15 @@ class StorageFailure(RunError):
     """Reading or writing a file failed."""
 
     code = "storage_failure"
+
+
+class StoreUnavailable(StorageFailure):
+    """A bucket or a hub does not answer as it should.
+
+    Several attempts were made. Send the request again when the store is well; what a job had written is removed.
+    """
+
+    code = "store_unavailable"
 
 
 class Cancelled(RunError):

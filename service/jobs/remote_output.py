@@ -76,8 +76,7 @@ class RemoteOutput:
         is_new = calls.run(partial(store.create, CLAIM, self._claimed_by))
         if not is_new and calls.run(partial(store.read, CLAIM, MAX_WHOLE_BYTES)) != self._claimed_by:
             raise TargetInUse("another output is being written to this address: choose another")
-        others = [name for name, _ in calls.run(partial(store.list, 1)) if name != str(CLAIM)]
-        if others:
+        if calls.run(partial(store.holds_more_than, CLAIM)):
             calls.run(partial(store.remove, [CLAIM]))
             raise TargetInUse("there are objects below this address: choose another")
 

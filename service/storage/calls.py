@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from service.errors import Cancelled, StorageFailure
+from service.errors import Cancelled, StoreUnavailable
 
 T = TypeVar("T")
 #: Between two looks at whether to go on waiting.
@@ -42,7 +42,7 @@ class Calls:
     def run_all(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Make these calls at once and wait for all; raises what the first raises that fails, or Cancelled.
 
-        Also raises StorageFailure when none of them ends for too long.
+        Also raises StoreUnavailable when none of them ends for too long.
         """
         futures: list[Future[T]] = [Future() for _ in calls]
         self._start(len(calls))
@@ -60,7 +60,7 @@ class Calls:
                     raise Cancelled("the run was cancelled")
                 heard = time.monotonic() if done else heard
                 if time.monotonic() - heard > self._patience_s:
-                    raise StorageFailure("the store does not answer: try again when it is well")
+                    raise StoreUnavailable("the store does not answer: try again when it is well")
             return [future.result() for future in futures]
         finally:
             for future in futures:

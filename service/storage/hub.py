@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import httpx
 
-from service.errors import ArrowQuantError, ModelNotFound, StorageFailure, StoreRefused, UnsupportedModel
+from service.errors import (
+    ArrowQuantError,
+    ModelNotFound,
+    StorageFailure,
+    StoreRefused,
+    StoreUnavailable,
+    UnsupportedModel,
+)
 from service.storage.remote_address import RemoteAddress
 from service.storage.remote_files import MAX_ENTRIES, Entry, source_changed
 from service.storage.store_faults import is_passing, require, store_error
@@ -52,7 +59,7 @@ class HubRepository:
         self._client = httpx.Client(timeout=httpx.Timeout(min(REQUEST_S, self._timeout_s), connect=CONNECT_S))
         self._elsewhere: dict[PurePosixPath, httpx.URL] = {}
 
-    def list(self) -> list[tuple[str, Entry]]:
+    def entries(self) -> list[tuple[str, Entry]]:
         """Every file below the address's path, by its name relative to that; raises UnsupportedModel for too many."""
         if len(self._siblings) > MAX_ENTRIES:
             raise UnsupportedModel(f"The model holds more than {MAX_ENTRIES} files.")
@@ -156,7 +163,9 @@ class HubRepository:
             except (OSError, self._errors.HTTPError, httpx.HTTPError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise StorageFailure(f"the hub answered with something else than was asked for while {doing}") from None
+                raise StoreUnavailable(
+                    f"the hub answered with something else than was asked for while {doing}"
+                ) from None
             if not is_passing(status) or time.monotonic() + pause > deadline:
                 raise store_error(status, self._what, doing) from None
             time.sleep(pause)

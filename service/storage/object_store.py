@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,7 @@ UPLOAD_PART_BYTES = 16 << 20
 MAX_UPLOAD_PARTS = 10_000
 UPLOADS_AT_ONCE = 4
 NOT_IMPLEMENTED = 501
+LISTING = "listing the folder"
 UPLOAD_READ_BYTES = 4 << 20
 
 
@@ -49,18 +51,18 @@ class ObjectStoreFolder:
         self._prefix = "/".join(address.path)
         self._store = _open(address, options)
 
-    def list(self, limit: int = MAX_ENTRIES) -> list[tuple[str, Entry]]:
+    def entries(self, limit: int = MAX_ENTRIES) -> list[tuple[str, Entry]]:
         """Every object below, by its name relative to the address; raises UnsupportedModel beyond `limit`."""
-        found: list[tuple[str, Entry]] = []
-        for meta in self._listed():
-            found.append((self._relative(meta["path"]), _entry(meta)))
-            if len(found) > limit:
-                raise UnsupportedModel(f"The folder holds more than {limit} files. Give the model's own folder.")
-        return found
+        return [(self._relative(meta["path"]), _entry(meta)) for meta in self._listed(limit)]
 
     def is_empty(self) -> bool:
         """Whether nothing lies below."""
-        return next(iter(self._listed()), None) is None
+        return not self._call(lambda: next(self._pages(), []), LISTING)
+
+    def holds_more_than(self, name: PurePosixPath) -> bool:
+        """Whether anything lies below but this one object."""
+        first = self._call(lambda: list(islice(chain.from_iterable(self._pages()), 2)), LISTING)
+        return any(meta["path"] != self._key(name) for meta in first)
 
     def stat(self, name: PurePosixPath) -> Entry | None:
         """The object of this name, None when there is none."""
@@ -133,10 +135,20 @@ class ObjectStoreFolder:
             with suppress(ModelNotFound):
                 self._call(partial(self._obs.delete, self._store, self._key(name)), f"removing {name}")
 
-    def _listed(self) -> Iterator[Any]:
-        stream = self._obs.list(self._store, self._prefix or None, chunk_size=1000)
-        while batch := self._call(lambda: next(stream, None), "listing the folder"):
-            yield from batch
+    def _listed(self, limit: int) -> list[Any]:
+        def listing() -> list[Any]:
+            found: list[Any] = []
+            for page in self._pages():
+                found += page
+                if len(found) > limit:
+                    raise UnsupportedModel(f"The folder holds more than {limit} files. Give the model's own folder.")
+            return found
+
+        # As a whole: a listing that broke off goes on as if it had ended.
+        return self._call(listing, LISTING)
+
+    def _pages(self) -> Iterator[list[Any]]:
+        return iter(self._obs.list(self._store, self._prefix or None, chunk_size=1000))
 
     def _key(self, name: PurePosixPath) -> str:
         return f"{self._prefix}/{name}" if self._prefix else str(name)

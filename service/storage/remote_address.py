@@ -141,7 +141,7 @@ def _hub_parts(parts: tuple[str, ...], default_revision: str | None = None) -> t
         names = (*owner, name)
         chosen = written if at else default_revision
         revision = (chosen,) if chosen is not None else ()
-        if path and not revision:
+        if path and not at:
             raise InvalidConfig("the hf:// address has a path but no revision: write hf://owner/name@revision/path")
     if not all(_HUB_NAME.fullmatch(part) for part in (*names, *revision)):
         raise InvalidConfig(f"the hf:// address needs {_shape(HUB_SCHEME)}: no user, password or port belongs into it")

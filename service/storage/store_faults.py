@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 from types import ModuleType
-from typing import NoReturn
 
-from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound, StorageFailure, StoreRefused
+from service.errors import ArrowQuantError, InvalidConfig, ModelNotFound, StoreRefused, StoreUnavailable
 
 _STATUS = re.compile(r"status code: (\d{3})")
 #: What a client of the store may answer later: too many requests, a timeout, and whatever is the store's own fault.
@@ -45,9 +44,4 @@ def store_error(status: int | None, what: str, doing: str) -> ArrowQuantError:
     if status == 404:
         return ModelNotFound(f"the store has no {what}")
     told = f"answered with HTTP {status}" if status is not None else "could not be reached, or broke off"
-    return StorageFailure(f"the store {told} while {doing}, after several attempts: try again when it is well")
-
-
-def refuse(status: int | None, what: str, doing: str) -> NoReturn:
-    """Raise `store_error` without what caused it: its text may hold credentials."""
-    raise store_error(status, what, doing) from None
+    return StoreUnavailable(f"the store {told} while {doing}, after several attempts: try again when it is well")

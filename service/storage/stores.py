@@ -103,7 +103,7 @@ class Stores:
 
 def _of_object_store(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
     folder = ObjectStoreFolder(address, options)
-    files, warnings = usable_files(folder.list())
+    files, warnings = usable_files(folder.entries())
     if files or not address.path:
         return RemoteFiles(
             address.name, None, files, warnings=warnings, stat=folder.stat, fetch=folder.fetch, calls=calls
@@ -124,7 +124,7 @@ def _one_object(address: RemoteAddress, options: StoreOptions, calls: Calls) -> 
 
 def _of_hub(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
     repository = HubRepository(address, options)
-    files, warnings = usable_files(repository.list())
+    files, warnings = usable_files(repository.entries())
     if files or not address.path:
         return _files_of_hub(repository, address.name, None, files, warnings, calls)
     repository.close()
