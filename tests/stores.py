@@ -27,6 +27,8 @@ ACCESS_KEY = "AKIAMARKEROFACCESS00"
 SECRET_KEY = "marker-of-the-secret-key-0123456789abcdef"
 HUB_TOKEN = "hf_markerOfTheHubTokenOfTheServer"
 SECRETS = (ACCESS_KEY, SECRET_KEY, HUB_TOKEN)
+#: Enough for moto, which looks at who calls and not at the signature.
+SIGNED = {"authorization": f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20260101/us-east-1/s3/aws4_request"}
 START_S = 60.0
 COMMIT = "a" * 40
 
@@ -153,6 +155,18 @@ class Proxy(Loopback):
             connection.close()
 
 
+class GoogleStyle(Proxy):
+    """Makes the S3 server answer as Google's XML interface does, which differs in names and conditions."""
+
+    def _pass_on(self, call: Call, body: bytes) -> Answer:
+        headers = dict(call.headers) | SIGNED
+        if headers.pop("x-goog-if-generation-match", None) == "0":
+            headers["if-none-match"] = "*"
+        answer = super()._pass_on(Call(call.method, unquote(call.path), headers), body)
+        answer.headers["x-goog-generation"] = "1"
+        return answer
+
+
 class S3:
     """A real S3 server in a process of its own, and what a tester does with it."""
 
@@ -163,8 +177,7 @@ class S3:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        signed = {"Authorization": f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20260101/us-east-1/s3/aws4_request"}
-        self.client = httpx.Client(base_url=self.url, headers=signed, timeout=60)
+        self.client = httpx.Client(base_url=self.url, headers=SIGNED, timeout=60)
         deadline = time.monotonic() + START_S
         while True:
             with suppress(httpx.TransportError):

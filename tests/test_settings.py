@@ -79,3 +79,22 @@ def test_settings_cannot_be_changed() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):
         settings.port = 1  # type: ignore[misc]
+
+
+def test_remote_roots_are_separated_by_spaces_and_have_to_be_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWQUANT_REMOTE_ROOTS", "s3://models/public/ hf://")
+    assert [root.parts for root in load_settings().stores.roots] == [("models", "public"), ()]
+    for wrong in ("models", "s3://user:hunter2@models", "s3://models/../x", "file:///models"):
+        with pytest.raises(InvalidConfig, match="remote_roots") as caught:
+            load_settings(remote_roots=(wrong,))
+        assert "hunter2" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://user:hunter2@host", "host:9000", "ftp://host", "https://host?key=hunter2"]
+)
+def test_an_endpoint_holds_no_credentials(endpoint: str) -> None:
+    with pytest.raises(InvalidConfig, match="s3_endpoint") as caught:
+        load_settings(s3_endpoint=endpoint)
+    assert "hunter2" not in caught.value.detail
+    assert load_settings(s3_endpoint="http://host:9000/path").stores.s3_endpoint == "http://host:9000/path"
