@@ -60,7 +60,7 @@ class Admission:
     ) -> None:
         """`defaults` come between a profile and a request; no job may need more than `memory_limit_bytes`."""
         self._roots = tuple(roots)
-        self._stores = stores
+        self._stores = stores.hurried
         self._defaults = defaults
         self._sources = sources
         self._block_bytes = block_bytes

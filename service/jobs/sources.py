@@ -37,12 +37,13 @@ class Place:
     path: PurePath
     roots: tuple[Path, ...]
     pointer: str
-    find: Callable[[Cancelled], ModelFiles] | None = None
+    find: Callable[[Cancelled | None], ModelFiles] | None = None
 
-    def files(self, cancelled: Cancelled = lambda: False) -> ModelFiles:
-        """Its files, for a format to look at or to open, and to be closed; `cancelled` is asked while they are read.
+    def files(self, cancelled: Cancelled | None = None) -> ModelFiles:
+        """Its files, for a format to look at or to open, and to be closed.
 
-        Raises what `Stores.files` raises, with the pointer.
+        `cancelled` is asked while they are read; without it a client waits. Raises what `Stores.files`
+        raises, with the pointer.
         """
         if self.find is None:
             return LocalFiles(Path(self.path))
@@ -92,7 +93,7 @@ class Sources:
 
     @contextmanager
     def opened(
-        self, request: JobRequest, tenant: str, inputs: Path, cancelled: Cancelled = lambda: False
+        self, request: JobRequest, tenant: str, inputs: Path, cancelled: Cancelled | None = None
     ) -> Iterator[list[ModelReader]]:
         """The sources in the order of `looked_at`, open until the block ends.
 
@@ -149,15 +150,16 @@ class Sources:
         check_links(files_under(path), self._roots)
         return Place(path, self._roots, pointer)
 
-    def _in_store(self, address: RemoteAddress, inputs: Path, cancelled: Cancelled) -> ModelFiles:
+    def _in_store(self, address: RemoteAddress, inputs: Path, cancelled: Cancelled | None) -> ModelFiles:
         """The files at an address; a branch of the hub is what it was when the job first looked."""
+        stores, stopped = (self._stores, cancelled) if cancelled else (self._stores.hurried, lambda: False)
         if address.scheme == HUB_SCHEME:
             pin = inputs.with_name(f"{inputs.name}.commit")
             if not pin.exists():
                 pin.parent.mkdir(parents=True, exist_ok=True)
-                write_file(pin, self._stores.pinned(address, cancelled).revision.encode())
+                write_file(pin, stores.pinned(address, stopped).revision.encode())
             address = address.at(pin.read_text())
-        return self._stores.files(address, cancelled)
+        return stores.files(address, stopped)
 
 
 def jobs_used(request: JobRequest) -> Iterator[str]:

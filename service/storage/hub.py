@@ -162,7 +162,7 @@ class HubRepository:
                 status = error.status
             except (OSError, self._errors.HTTPError, httpx.HTTPError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, httpx.InvalidURL):
                 raise StoreUnavailable(
                     f"the hub answered with something else than was asked for while {doing}"
                 ) from None

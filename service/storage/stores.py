@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -24,6 +25,8 @@ from service.storage.remote_files import PARTS_AT_ONCE, Entry, RemoteFiles, usab
 from service.storage.store_options import StoreOptions
 
 Cancelled = Callable[[], bool]
+#: At most so long a request is looked at before it is accepted.
+CLIENT_WAITS_S = 10.0
 
 
 class Stores:
@@ -31,6 +34,11 @@ class Stores:
 
     def __init__(self, options: StoreOptions) -> None:
         self._options = options
+
+    @property
+    def hurried(self) -> Stores:
+        """The same for as long as a client waits for the answer: a store that does not answer is given up soon."""
+        return Stores(replace(self._options, timeout_s=min(self._options.timeout_s, CLIENT_WAITS_S)))
 
     def address(self, uri: str) -> RemoteAddress | None:
         """The address in a store that a request names, None when it names a file.
