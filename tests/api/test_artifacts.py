@@ -15,7 +15,10 @@ import pytest
 
 from service.api.archive import archive, archive_bytes
 from service.api.ranges import Unsatisfiable, parse_range
+from service.jobs.contents import Contents
 from service.jobs.job import Artifact
+from service.storage.store_options import StoreOptions
+from service.storage.stores import Stores
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
 from tests.server import Server, body, wait_until
@@ -164,7 +167,7 @@ async def test_names_of_any_length_and_script_fit_into_the_archive(tmp_path: Any
         path = tmp_path / str(index)
         path.write_bytes(b"x" * (index - 2) ** 2 * 300)
         artifacts.append(Artifact(name, path.stat().st_size, "0" * 64, "application/octet-stream", str(path)))
-    content = b"".join([piece async for piece in archive(artifacts)])
+    content = b"".join([piece async for piece in archive(Contents(Stores(StoreOptions())), artifacts)])
     assert len(content) == archive_bytes(artifacts)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert [(m.name, m.size) for m in tar.getmembers()] == [(a.path, a.size_bytes) for a in artifacts]
