@@ -54,7 +54,8 @@ def test_no_image_runs_as_root(name: str) -> None:
 def test_the_steps_of_the_cpu_image_give_a_healthy_server(tmp_path: Path) -> None:
     image = build(tmp_path, target="cpu")
     assert len(image.skipped) == 1
-    image.environment |= COMPOSE["services"]["cpu"]["environment"] | {"ARROWQUANT_PORT": free_port()}
+    given = {name: value for name, value in COMPOSE["services"]["cpu"]["environment"].items() if value is not None}
+    image.environment |= given | {"ARROWQUANT_PORT": free_port()}
     address = f"http://127.0.0.1:{image.environment['ARROWQUANT_PORT']}/healthz"
     with subprocess.Popen(image.command, cwd=image.workdir, env=image.environment) as process:
         try:
