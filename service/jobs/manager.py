@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -51,6 +50,7 @@ from service.jobs.live import LiveJob
 from service.jobs.log_completion import complete_log
 from service.jobs.machine_memory import default_limit_bytes
 from service.jobs.memory_ledger import MemoryLedger
+from service.jobs.overview import look_over
 from service.jobs.publisher import Publisher, load_report
 from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
@@ -412,14 +412,13 @@ class JobManager:
         """How many and how much there is now; what the database counts is left out while it is not open."""
         stored = await self._in_store_thread(self._read_stored)
         disk = await asyncio.to_thread(read_disk, self._data_dir)
-        # From here on nothing is awaited: the parts fit together.
-        clocks = [live.clock for live in self._live.values() if live.status is not Status.QUEUED]
-        seconds, nbytes = self.watch.metrics.stages(clocks)
+        jobs = await look_over(self._live)
+        seconds, nbytes = self.watch.metrics.stages(jobs.clocks)
         return Figures(
-            open_jobs=Counter((live.tenant, live.status.value) for live in self._live.values()),
+            open_jobs=jobs.open_jobs,
             queue_depth=self.queue_depth,
             running=self.running,
-            readers=self.readers,
+            readers=jobs.readers + self.batches.readers,
             stage_seconds=seconds,
             stage_bytes=nbytes,
             stored=stored,
