@@ -80,7 +80,8 @@ def main(minutes: float = MINUTES) -> None:
     about = ABOUT.format(command=command, seed=seed, customers=CUSTOMERS, minutes=minutes, ttl=BLOB_TTL_S)
     head = ("", "second quarter", "last quarter", "largest", "may be more by")
     done = table(("done", "times"), traffic.done.most_common())
-    write_result("soak", "A soak", about, table(head, rows), done, packages=PACKAGES)
+    verdict = f"Grown beyond that: {', '.join(grown)}." if grown else "Nothing has grown beyond that."
+    write_result("soak", "A soak", about, table(head, rows), verdict, done, packages=PACKAGES)
     if grown:
         raise SystemExit(f"bench: grown are {', '.join(grown)}")
 
