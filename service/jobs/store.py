@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs import batch_table, blob_table, key_table, retention_table, search_table
+from service.jobs import batch_table, blob_table, count_table, key_table, retention_table, search_table
 from service.jobs.batch import Batch
 from service.jobs.events import TENSOR_COMPLETED, Event
 from service.jobs.idempotency import Key
@@ -111,6 +111,7 @@ MIGRATIONS = (
     retention_table.SCHEMA,
     delivery_table.SCHEMA + secret_table.SCHEMA,
     search_table.SCHEMA,
+    count_table.SCHEMA,
 )
 
 _ACTIVE = tuple(status.value for status in Status if not status.is_terminal)

@@ -15,7 +15,7 @@ import pytest
 import uuid_utils
 
 from service.errors import DiskFull, StorageFailure
-from service.jobs import retention_table
+from service.jobs import count_table, retention_table
 from service.jobs.collector import Look
 from service.jobs.events import Event
 from service.jobs.job import Artifact, Job, Status
@@ -248,6 +248,17 @@ def test_a_tenant_finds_its_own_jobs_alone_and_everybody_else_all(store: Store) 
         assert store.find(label=label) == ([theirs, mine], None)
 
 
+def test_jobs_are_counted_by_status_without_looking_at_them(store: Store) -> None:
+    jobs = [a_job() for _ in range(6)]
+    store.add_all(jobs, [])
+    store.write([job.to(Status.RUNNING) for job in jobs[:4]], [])
+    store.write([job.to(Status.RUNNING).to(Status.FAILED) for job in jobs[:3]], [])
+    store.write([jobs[5]], [])
+    erase(store, jobs[0])
+    with store.reading() as db:
+        assert count_table.read(db) == {"queued": 2, "running": 1, "failed": 2}
+
+
 def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / DATABASE)
     db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
@@ -265,6 +276,8 @@ def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path)
     assert found.id == job.id
     assert found.tenant == DEFAULT_TENANT
     assert store.usage(DEFAULT_TENANT).stored_bytes == 700
+    with store.reading() as opened:
+        assert count_table.read(opened) == {"queued": 1}
     erase(store, job)
     assert store.usage(DEFAULT_TENANT).stored_bytes == 0
     store.close()
