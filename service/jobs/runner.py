@@ -164,7 +164,8 @@ class Runner:
             "clock": clock,
         }
         inputs = self._folders.inputs(job.id)
-        with self._sources.opened(job.request, job.tenant, inputs, stop.is_set) as readers:
+        # Readers ask from threads of their own, which must not take up the wish to park.
+        with self._sources.opened(job.request, job.tenant, inputs, lambda: stop.reason is not None) as readers:
             if isinstance(job.request, QuantizeRequest):
                 plan = make_plan(readers[0], output_specs(job.request, config))
                 self._claim(job, need_to_quantize(plan, self._block_bytes))

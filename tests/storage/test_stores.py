@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -392,7 +393,18 @@ def test_the_hub_is_not_written_to(hub: Hub) -> None:
         make_stores(hub=hub).target("hf://own/net")
 
 
-# --- what cannot be tried here
+# --- what cannot be tried here, or is not there
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "uri"), [("obstore", "s3", "s3://models/x"), ("huggingface_hub", "hub", "hf://own/net")]
+)
+def test_without_its_extra_a_scheme_is_refused_with_how_to_get_it(
+    module: str, extra: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InvalidConfig, match=rf"arrowquant-service\[{extra}\]"), opened(make_stores(), uri):
+        pass
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
