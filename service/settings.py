@@ -90,6 +90,14 @@ class Settings(BaseSettings):
         description="Of all artifacts and blobs; beyond it goes what ended or was used longest ago, not within 10 min.",
     )
     upload_idle_s: float = Field(default=30.0, gt=0, description="How long an upload may stand still.")
+    max_connections: int = Field(default=2000, ge=1, description="Open at once; more are answered with 503.")
+    head_timeout_s: float = Field(default=20.0, gt=0, description="How long the headers of a call may take to come.")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="How long a body, uploads apart, may take beside a second for each 64 KiB."
+    )
+    unread_timeout_s: float = Field(
+        default=300.0, gt=0, description="How long a client may read nothing of an answer that waits for it."
+    )
     max_open_jobs: int | None = Field(
         default=None, ge=1, description="Of a tenant, not ended; without it there is no limit but `max_queued_jobs`."
     )

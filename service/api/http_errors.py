@@ -35,6 +35,24 @@ class BodyTooSlow(RequestError):
     code = "body_too_slow"
 
 
+class HeadTooSlow(RequestError):
+    """The headers did not come in time."""
+
+    code = "head_too_slow"
+
+
+class HeadTooLarge(RequestError):
+    """The address and the headers of the call are larger than this server takes."""
+
+    code = "head_too_large"
+
+
+class MalformedRequest(RequestError):
+    """What came is not HTTP."""
+
+    code = "malformed_request"
+
+
 class LengthRequired(RequestError):
     """The call has to say how long its body is.
 
@@ -72,3 +90,12 @@ class RangeNotSatisfiable(ServiceError):
     """
 
     code = "range_not_satisfiable"
+
+
+class TooManyConnections(ServiceError):
+    """The server has as many connections as it takes.
+
+    Close those that are not needed, and try again after the time in `Retry-After`.
+    """
+
+    code = "too_many_connections"

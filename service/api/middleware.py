@@ -17,6 +17,8 @@ from service.api.http_errors import BodyTooLarge
 from service.api.problems import respond
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+#: A body that comes at this pace, or faster, is never too slow.
+MIN_BYTES_PER_S = 64 << 10
 #: How long the rest of a body that was refused may go on coming.
 LINGER_S = 5.0
 #: Nothing served here is meant to run or to be framed in a browser.
@@ -95,6 +97,47 @@ class BodyLimit:
             await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send_and_linger)
             return
         await self.app(scope, receive_counted, send_and_linger)
+
+
+class BodyPace:
+    """Answers 408 to a body that comes too slowly. Paths that begin with `own` see to that themselves."""
+
+    def __init__(self, app: ASGIApp, own: str, timeout_s: float) -> None:
+        """`timeout_s` is how long a body may take beside the time that its bytes are good for."""
+        self.app = app
+        self.own = own
+        self.timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http" or scope["path"].startswith(self.own):
+            await self.app(scope, receive, send)
+            return
+        due = asyncio.get_running_loop().time() + self.timeout_s
+        is_over = has_begun = False
+
+        async def receive_in_time() -> Message:
+            nonlocal due, is_over
+            if is_over:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await receive()
+            except TimeoutError:
+                if has_begun:  # nothing else can be told any more
+                    return {"type": "http.disconnect"}
+                # An HTTPException, because the framework turns any other into "400".
+                raise HTTPException(408, headers={"Connection": "close"}) from None
+            is_over = not message.get("more_body")
+            due += len(message.get("body", b"")) / MIN_BYTES_PER_S
+            return message
+
+        async def send_noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        await self.app(scope, receive_in_time, send_noting)
 
 
 async def discard_rest(receive: Receive) -> None:

@@ -36,6 +36,10 @@ STATUS: dict[type[ArrowQuantError], int] = {
     http_errors.BodyTooLarge: 413,
     http_errors.BodyTooSlow: 408,
     http_errors.LengthRequired: 411,
+    http_errors.HeadTooSlow: 408,
+    http_errors.HeadTooLarge: 431,
+    http_errors.MalformedRequest: 400,
+    http_errors.TooManyConnections: 503,
     errors.ModelError: 422,
     errors.RunError: 500,
     errors.AccuracyTooLow: 422,
@@ -67,6 +71,7 @@ RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {
     errors.Draining: 10,
     errors.StoreUnavailable: 10,
     errors.NotReady: 5,
+    http_errors.TooManyConnections: 2,
     errors.UploadInProgress: 1,
     errors.RateLimited: 1,
     errors.TooManyOpenJobs: 5,
@@ -77,6 +82,7 @@ _FRAMEWORK: dict[int, tuple[type[ArrowQuantError], str]] = {
     400: (http_errors.MalformedBody, "the body could not be read as JSON"),
     404: (errors.NotFound, "there is nothing at this address"),
     405: (http_errors.MethodNotAllowed, "this address does not take {method}"),
+    408: (http_errors.BodyTooSlow, "the body did not come in time"),
     413: (http_errors.BodyTooLarge, "the body is larger than this server takes"),
 }
 

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.app import create_app
+from service.api.connections import MAX_HEAD_BYTES, ConnectionLimits, bounded
 from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
@@ -48,11 +49,18 @@ def serve(settings: Settings) -> None:
         # The application writes lines of its own, with ids and without queries.
         access_log=False,
         server_header=False,
+        http=bounded(_connection_limits(settings)),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=CANCEL_S,
         ws="none",
     )
     with closing(listening), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(app, DrainingServer(config), listening))
+
+
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    limits = ConnectionLimits(settings.max_connections, settings.head_timeout_s, settings.unread_timeout_s)
+    return limits.within_descriptors()
 
 
 async def _serve(app: FastAPI, server: DrainingServer, listening: socket.socket) -> None:

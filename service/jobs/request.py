@@ -121,18 +121,21 @@ class _JobBody(_Body):
     config: QuantizationConfig | None = None
     timeout_s: float | None = Field(
         default=None,
+        strict=True,
         gt=0,
         le=30 * 86400,
         description="How long the job may run. The time it waits does not count, for its first turn or a later one.",
     )
     max_pending_s: float | None = Field(
         default=None,
+        strict=True,
         gt=0,
         le=30 * 86400,
         description="How long after its creation the job has to have begun, or it fails with `pending_timeout`.",
     )
     priority: int = Field(
         default=0,
+        strict=True,
         ge=-100,
         le=100,
         description="As long as jobs of a higher priority wait, those of a lower one get no turn.",

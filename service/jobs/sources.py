@@ -13,7 +13,7 @@ from service.engine.formats.layout import files_under
 from service.engine.formats.registry import open_model
 from service.engine.formats.source import LocalFiles
 from service.engine.progress import Cancelled
-from service.errors import ArrowQuantError, ArtifactsExpired, InvalidConfig, ModelNotFound
+from service.errors import ArrowQuantError, ArtifactsExpired, InvalidConfig, ModelNotFound, SourceChanged
 from service.jobs.blobs import Blobs
 from service.jobs.blobs import Key as BlobKey
 from service.jobs.folders import Folders
@@ -147,7 +147,10 @@ class Sources:
         if address is not None:
             return Place(address.key, (), pointer, partial(self._in_store, address, inputs))
         path = resolve_model(uri, self._roots)
-        check_links(files_under(path), self._roots)
+        try:
+            check_links(files_under(path), self._roots)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SourceChanged(f"{uri!r} changed while it was looked at: submit the job again") from error
         return Place(path, self._roots, pointer)
 
     def _in_store(self, address: RemoteAddress, inputs: Path, cancelled: Cancelled | None) -> ModelFiles:

@@ -9,7 +9,14 @@ from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.layout import PICKLE_SUFFIXES, find_placement
 from service.engine.formats.safetensors import quantization_config
 from service.engine.formats.source import LocalFiles
-from service.errors import AlreadyQuantized, InvalidConfig, ModelNotFound, PickledWeights, UnsupportedModel
+from service.errors import (
+    AlreadyQuantized,
+    InvalidConfig,
+    ModelNotFound,
+    PickledWeights,
+    SourceChanged,
+    UnsupportedModel,
+)
 from service.storage.faults import storage_error
 from service.storage.model_files import ModelFiles
 
@@ -39,9 +46,11 @@ def open_model(path: Path | ModelFiles) -> ModelReader:
         for cls in formats().values():
             if cls.can_read and cls.recognizes(source):
                 return cls.open(source)
+        raise _nothing_reads(source)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SourceChanged(f"{source.name} changed while it was being opened. Submit the job again.") from error
     except OSError as error:
         raise storage_error(error, f"opening {source.name}") from error
-    raise _nothing_reads(source)
 
 
 def is_readable(source: ModelFiles) -> bool:

@@ -81,6 +81,8 @@ class SourceFile(OpenFile):
                     raise self._changed("was removed")
                 raise ModelNotFound(f"There is no file {name} in the model.")
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise self._changed("was removed") from error
         except OSError as error:
             raise storage_error(error, f"opening {name}") from error
         stat = os.fstat(self._fd)
