@@ -46,7 +46,7 @@ class Place:
         raises, with the pointer.
         """
         if self.find is None:
-            return LocalFiles(Path(self.path))
+            return LocalFiles(Path(self.path), self.roots)
         with pointing(self.pointer):
             return self.find(cancelled)
 

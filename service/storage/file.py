@@ -56,11 +56,23 @@ def check_links(files: Iterable[Path], roots: Sequence[Path]) -> None:
     real_roots = _real(roots)
     for path in files:
         # Alike for all that lies outside, there or not; the name is one that the user put under a root.
-        if not _is_under(Path(os.path.realpath(path)), real_roots):
+        if not _is_under(_resolved(path), real_roots):
             raise ForbiddenPath(
                 f"{path.name!r} in the model is a link that leads outside the model roots of this server:"
                 " put the file itself there, or have the operator add a root with --model-root"
             )
+
+
+def check_opened(descriptor: int, name: str, roots: Sequence[Path]) -> None:
+    """Raise ForbiddenPath when an open file lies outside the roots.
+
+    Whatever was looked at before it was opened, somebody may have put a link there in between.
+    """
+    found = Path(f"/proc/self/fd/{descriptor}").readlink()
+    if not _is_under(found, _real(roots)):
+        raise ForbiddenPath(
+            f"{name!r} in the model has become a link that leads outside the model roots of this server"
+        )
 
 
 def locate_target(uri: str, roots: Sequence[Path]) -> Path:
@@ -130,10 +142,17 @@ def _inside(path: Path, roots: Sequence[Path]) -> Path:
     # By name first, so that nothing outside the roots is even looked at.
     if not _is_under(path, [*(root.absolute() for root in roots), *real_roots]):
         raise ForbiddenPath(_FORBIDDEN)
-    real = Path(os.path.realpath(path))
+    real = _resolved(path)
     if not _is_under(real, real_roots):
         raise ForbiddenPath(_FORBIDDEN)
     return real
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError as error:  # a link that was removed while it was followed
+        raise ModelNotFound("the model was exchanged while it was looked at: submit the job again") from error
 
 
 def _real(roots: Sequence[Path]) -> list[Path]:
@@ -169,7 +188,7 @@ def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], Path]]:
     waiting = [folder]
     while waiting:
         current = waiting.pop()
-        real = os.path.realpath(current)
+        real = str(_resolved(current))
         if real in seen:
             continue
         seen.add(real)

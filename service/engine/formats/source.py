@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 
 import numpy as np
 
@@ -17,14 +18,16 @@ from service.engine.formats.walk import walk
 from service.engine.tensors import CodeArray
 from service.errors import ModelNotFound, SourceChanged
 from service.storage.faults import storage_error
+from service.storage.file import check_opened
 from service.storage.model_files import Identity, Listing, ModelFiles, OpenFile
 
 
 class LocalFiles(ModelFiles):
     """The files at a path on this machine."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is that of a folder, of a file, or of nothing."""
+    def __init__(self, path: Path, roots: Sequence[Path] | None = None) -> None:
+        """`path` is that of a folder, of a file, or of nothing; no file that is opened may lie outside the `roots`."""
+        self._roots = roots
         is_folder = path.is_dir()
         self.root = path if is_folder else path.parent
         self.name = path.name
@@ -61,7 +64,14 @@ class LocalFiles(ModelFiles):
 
     def open(self, name: PurePosixPath, expected: Identity | None = None) -> SourceFile:
         """See `ModelFiles.open`."""
-        return SourceFile(self.root, name, expected)
+        file = SourceFile(self.root, name, expected)
+        if self._roots is not None:
+            try:
+                check_opened(file.descriptor, name.name, self._roots)
+            except BaseException:
+                file.close()
+                raise
+        return file
 
 
 def _identity(stat: os.stat_result) -> Identity:
@@ -80,17 +90,26 @@ class SourceFile(OpenFile):
                 if expected is not None:
                     raise self._changed("was removed")
                 raise ModelNotFound(f"There is no file {name} in the model.")
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            # Nor may it block where a pipe has come into its place since.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise self._changed("was removed") from error
         except OSError as error:
             raise storage_error(error, f"opening {name}") from error
         stat = os.fstat(self._fd)
+        if not S_ISREG(stat.st_mode):
+            os.close(self._fd)
+            raise self._changed("was replaced")
         self._size, self._identity = stat.st_size, _identity(stat)
         self._closed = False
         if expected not in (None, self._identity):
             self.close()
             raise self._changed("was changed or replaced")
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._fd
 
     @property
     def size(self) -> int:
