@@ -13,7 +13,7 @@ from service import __version__
 from service.api import openapi, outgoing, problems
 from service.api.authentication import Authentication
 from service.api.key_ring import KeyRing
-from service.api.middleware import BodyLimit, BodyPace, Head, RequestId
+from service.api.middleware import BodyLimit, BodyPace, Head, OneLength, RequestId
 from service.api.observation import Observation
 from service.api.routes import artifacts, batches, catalog, events, gc, health, jobs, plans, reports, tensors, uploads
 from service.api.routes import metrics as metrics_route
@@ -88,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         "/": settings.max_body_bytes,
     }
     app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(OneLength)
     app.add_middleware(BodyPace, own=uploads.PREFIX, timeout_s=settings.body_timeout_s)
     if settings.asks_for_keys:
         app.add_middleware(Authentication, keys=keys, defaults=_tenant_limits(settings))

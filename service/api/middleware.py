@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
-from service.api.http_errors import BodyTooLarge
+from service.api.http_errors import BodyTooLarge, MalformedRequest
 from service.api.problems import respond
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -97,6 +97,24 @@ class BodyLimit:
             await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send_and_linger)
             return
         await self.app(scope, receive_counted, send_and_linger)
+
+
+class OneLength:
+    """Refuses a call that gives its length in two ways, and hangs up.
+
+    Something in front of this server may have read it in the other way, and take what follows for another's call.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] == "http" and {"content-length", "transfer-encoding"}.issubset(Headers(scope=scope).keys()):
+            error = MalformedRequest("the call has both Content-Length and Transfer-Encoding: send one of them")
+            await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 class BodyPace:
