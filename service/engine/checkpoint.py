@@ -19,6 +19,7 @@ from service.engine.report import TensorReport, tensor_from_json, tensor_to_json
 
 #: Its name in the work folder.
 JOURNAL = "checkpoint.jsonl"
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 #: Read from the end of a journal at once.
 TAIL_BYTES = 64 << 10
@@ -43,7 +44,7 @@ class Entry:
             "seconds": self.seconds,
             "times": {"seconds": self.times.seconds, "nbytes": self.times.nbytes},
         }
-        return json.dumps(fields, separators=(",", ":")) + "\n"
+        return _ENCODER.encode(fields) + "\n"
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -205,6 +206,7 @@ def _resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> R
     return ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
 
 
+@lru_cache(maxsize=256)  # a model has thousands of tensors and few configurations
 def build(config: TensorConfig, dtype: str) -> Scheme:
     """The scheme that a resolved tensor configuration means for a tensor of this dtype."""
     number_format = config.number_format or "int"

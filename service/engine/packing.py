@@ -24,10 +24,10 @@ def pack_rows(codes: CodeArray, bits: int) -> CodeArray:
     rows, cols = codes.shape
     width = row_bytes(cols, bits)
     if bits == 8:
-        return np.pad(codes, ((0, 0), (0, width - cols)))
+        return _filled_up(codes, width)
     # Eight codes fill exactly `bits` bytes, so a row is a sequence of such cells.
     cells = -(-cols // 8)
-    padded = np.pad(codes, ((0, 0), (0, cells * 8 - cols))).reshape(rows, cells, 8)
+    padded = _filled_up(codes, cells * 8).reshape(rows, cells, 8)
     word = np.zeros((rows, cells), np.uint64)
     for i in range(8):
         word |= padded[:, :, i].astype(np.uint64) << np.uint64(i * bits)
@@ -36,6 +36,13 @@ def pack_rows(codes: CodeArray, bits: int) -> CodeArray:
     n = min(width, cells * bits)
     packed[:, :n] = cell_bytes[:, :n]
     return packed
+
+
+def _filled_up(codes: CodeArray, cols: int) -> CodeArray:
+    """A copy with zeros at the ends of its rows."""
+    wide = np.zeros((codes.shape[0], cols), np.uint8)
+    wide[:, : codes.shape[1]] = codes
+    return wide
 
 
 def unpack_rows(packed: CodeArray, bits: int, cols: int) -> CodeArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -209,7 +210,12 @@ def _is_too_wide(info: TensorInfo) -> bool:
 
 
 def _method(config: TensorConfig) -> Method:
-    return methods()[config.method or "minmax"]()
+    return _default_method(config.method or "minmax")
+
+
+@cache
+def _default_method(id_: str) -> Method:
+    return methods()[id_]()
 
 
 def _stored_bytes(info: TensorInfo, decision: Decision) -> int:

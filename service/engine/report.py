@@ -63,7 +63,7 @@ class TensorReport:
     def row(self) -> dict[str, Any]:
         """As a flat row, sums replaced by the figures."""
         quality = self.quality
-        figures = asdict(quality) if quality else dict.fromkeys(Quality.__dataclass_fields__)
+        figures = _fields(quality) if quality else dict.fromkeys(Quality.__dataclass_fields__)
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "sums"}
         return fields | {"shape": list(self.shape)} | figures
 
@@ -133,7 +133,7 @@ class OutputReport:
         return self.summary() | {
             "min_accuracy": self.min_accuracy,
             "worst_tensors": [t.name for t in self.worst],
-            "tensors": [_drop_none(t.row()) | {"sums": asdict(t.sums) if t.sums else None} for t in self.tensors],
+            "tensors": [_drop_none(t.row()) | {"sums": _fields(t.sums) if t.sums else None} for t in self.tensors],
             "files": [asdict(f) | {"path": str(f.path)} for f in self.files],
         }
 
@@ -249,9 +249,7 @@ TABLE_SCHEMA = pa.schema(
 
 def tensor_to_json(report: TensorReport) -> dict[str, Any]:
     """For a checkpoint: just the fields."""
-    # Not `asdict` of the whole, which copies deeply: this is done for every tensor.
-    fields = {name: getattr(report, name) for name in TensorReport.__dataclass_fields__}
-    return fields | {"sums": asdict(report.sums) if report.sums else None}
+    return _fields(report) | {"sums": _fields(report.sums) if report.sums else None}
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
@@ -260,6 +258,11 @@ def tensor_from_json(data: dict[str, Any]) -> TensorReport:
     sums = fields.pop("sums", None)
     report = TensorReport(**(fields | {"shape": tuple(fields["shape"])}))
     return replace(report, sums=ErrorSums(**sums)) if sums else report
+
+
+def _fields(value: TensorReport | Quality | ErrorSums) -> dict[str, Any]:
+    """`asdict` copies deeply; this does not, for it is done for every tensor."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def _drop_none(row: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Spool:
 
     def __init__(self, folder: Path, stem: str, max_file_bytes: int) -> None:
         self._folder, self._stem, self._max = folder, stem, max_file_bytes
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: dict[tuple[int, int], int] = {}  # by file and column
         self._committed = (0, [0, 0, 0])  # file, bytes of each spool file
         self._file, self._sizes = 0, [0, 0, 0]
         self._chunks: list[Chunk] = []
@@ -161,10 +161,10 @@ class Spool:
             rest = rest[written:]
 
     def _descriptor(self, file: int, column: int) -> int:
-        path = self._path(file, column)
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        return self._descriptors[path]
+        key = file, column
+        if key not in self._descriptors:
+            self._descriptors[key] = os.open(self._path(*key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return self._descriptors[key]
 
     def _paths(self) -> Iterator[Path]:
         yield from (p for p in list(self._folder.iterdir()) if p.name.startswith(f"{self._stem}.spool-"))

@@ -9,10 +9,10 @@ others to one of three tails, by what divides their size; tails are appended in 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MAX_RESERVE = MAX_HEADER_BYTES // 2
 COPY_BYTES = 8 << 20
 #: The length, braces, and `__metadata__`.
 FIXED_BYTES = 512
+#: An entry without its name and shape.
+LONGEST_ENTRY_BYTES = len(', : {"dtype": "F8_E4M3FNUZ", "shape": , "data_offsets": [, ]}') + 2 * len(str(1 << 62))
 
 
 @dataclass(slots=True)
@@ -76,7 +78,7 @@ class ShardWriter:
         self._stem = stem
         self._reserve = min(reserve, MAX_RESERVE) // 8 * 8 + 8
         self._max = max_shard_bytes
-        self._files: dict[Path, int] = {}  # descriptors of what is being written
+        self._files: dict[tuple[int, int], int] = {}  # descriptors of what is being written, by shard and part
         self._pending: list[Region] = []
         self._committed: list[dict[str, Any]] = []  # what `state` has not told yet
         self.shards = [Shard(1)]
@@ -105,7 +107,7 @@ class ShardWriter:
         """Bytes of a region begun, `offset` from its start."""
         start = region.start + offset + (self._reserve if region.part == BODY else 0)
         with storage_faults("writing the weights"):
-            _pwrite(self._open(self._part_path(self.shards[-1], region.part)), data, start)
+            _pwrite(self._open(self.shards[-1], region.part), data, start)
 
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
@@ -164,12 +166,12 @@ class ShardWriter:
 
     def _complete(self, shard: Shard, metadata: dict[str, str]) -> None:
         """Append the tails and fill in the header; harmless when done twice."""
-        body = self._open(self._part_path(shard, BODY))
+        body = self._open(shard, BODY)
         os.ftruncate(body, self._reserve + shard.sizes[BODY])
         starts = shard.starts()
         for part in TAIL_DIVISORS:
             if shard.sizes[part]:
-                tail = self._open(self._part_path(shard, part))
+                tail = self._open(shard, part)
                 _copy(tail, 0, body, self._reserve + starts[part], shard.sizes[part])
         ordered = sorted(shard.regions, key=lambda r: (starts[r.part] + r.start, r.nbytes))
         entries = ((r.name, r.dtype, r.shape, starts[r.part] + r.start, starts[r.part] + r.start + r.nbytes)
@@ -186,12 +188,12 @@ class ShardWriter:
             path = self._part_path(shard, part)
             lacking = not path.exists() or path.stat().st_size < shard.sizes[part]
             if shard.sizes[part] and lacking:
-                source = self._open(body)
-                _copy(source, self._reserve + starts[part], self._open(path), 0, shard.sizes[part])
+                source = self._open(shard, BODY)
+                _copy(source, self._reserve + starts[part], self._open(shard, part), 0, shard.sizes[part])
             if path.exists():
                 os.truncate(path, shard.sizes[part])
         if shard.regions:
-            file = self._open(body)  # made here if all that was written lies in tails
+            file = self._open(shard, BODY)  # made here if all that was written lies in tails
             if shard.sizes[BODY] and os.fstat(file).st_size < self._reserve + shard.sizes[BODY]:
                 raise OSError(errno.EIO, "a file is shorter than what was written to it")
             os.ftruncate(file, self._reserve + shard.sizes[BODY])
@@ -224,10 +226,12 @@ class ShardWriter:
         for part in TAIL_DIVISORS:
             self._part_path(shard, part).unlink(missing_ok=True)
 
-    def _open(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        return self._files[path]
+    def _open(self, shard: Shard, part: int) -> int:
+        key = shard.number, part
+        if key not in self._files:
+            path = self._part_path(shard, part)
+            self._files[key] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return self._files[key]
 
     def _close_files(self) -> None:
         while self._files:
@@ -241,10 +245,8 @@ def header_reserve(tensor_count: int, name_bytes: int, parts_per_tensor: int) ->
 
 def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
     """Bytes of an entry, its offsets taken to be as long as can be."""
-    text = json.dumps(
-        {name: {"dtype": "F8_E4M3FNUZ", "shape": shape, "data_offsets": [1 << 62, 1 << 62]}}, ensure_ascii=False
-    )
-    return len(text.encode())
+    # Put together here: a writer asks this several times a tensor, and the encoder takes longer than the tensor may.
+    return LONGEST_ENTRY_BYTES + len(encode_basestring(name).encode()) + len(str(list(shape)))
 
 
 def _part(nbytes: int) -> int:
