@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +72,8 @@ def tensor_cells(info: TensorInfo, scheme: Scheme | None, quality: Quality | Non
             "group_size": scheme.group_size if scheme.granularity == "group" else None,
         }
     if quality is not None:
-        cells |= asdict(quality)  # its fields are columns by the same names
+        # Its fields are columns by the same names.
+        cells |= {name: getattr(quality, name) for name in Quality.__dataclass_fields__}
     return cells
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 
-from service.engine.backends.cpu_kernels.vector import F32, I32, I64, Memory, Vec, emitted
+from service.engine.backends.cpu_kernels.vector import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Memory,
+    State,
+    Vec,
+    emitted,
+    loop,
+)
 from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS
 
 #: Scale dtypes as the kernels number them.
 SCALE_KINDS = {name: number for number, name in enumerate(SCALE_DTYPES)}
-_F16 = SCALE_KINDS["F16"]
-_SMALLEST_NORMAL_HALF, _HALF_STEPS = np.float32(2.0**-14), np.float32(2.0**24)
 
 _P = types.intp
 #: What the kernels know of a scheme: see `Form`.
@@ -102,17 +112,45 @@ def make_grids(
     Memory(builder, zero_points, F32).store(first, zero)
 
 
-@emitted(types.int32, types.float32)
-def _pattern(builder: ir.IRBuilder, value: ir.Value) -> Vec:
-    """A float32's bits."""
-    return Vec(builder, builder.bitcast(value, I32))
+@emitted(types.none, _P, _P, _P, _P)
+def store_scale_bits(
+    builder: ir.IRBuilder, scales: ir.Value, count: ir.Value, kind: ir.Value, target: ir.Value
+) -> None:
+    """Write the 16-bit patterns of `count` scales that have been rounded to F16 or BF16."""
+    is_half = builder.icmp_signed("==", kind, ir.Constant(I64, SCALE_KINDS["F16"]))
+
+    def convert(scale: Vec) -> Vec:
+        half = builder.bitcast(builder.fptrunc(scale.value, ir.VectorType(F16, scale.type.count)), _shorts(scale))
+        return Vec(builder, builder.select(is_half, half, (scale.cast(I32) >> 16).narrow(I16).value))
+
+    _map(builder, Memory(builder, scales, F32), count, Memory(builder, target, I16), convert)
 
 
-@njit(nogil=True, error_model="numpy")
-def scale_bits(scale: Any, kind: int) -> Any:
-    """The 16-bit pattern of a scale that has been rounded to F16 or BF16."""
-    if kind != _F16:
-        return _pattern(scale) >> 16
-    if scale < _SMALLEST_NORMAL_HALF:
-        return int(scale * _HALF_STEPS)
-    return (_pattern(scale) >> 13) - (112 << 10)
+@emitted(types.none, _P, _P, _P)
+def store_zero_codes(builder: ir.IRBuilder, zeros: ir.Value, count: ir.Value, target: ir.Value) -> None:
+    """Write `count` zero points, a byte each."""
+    _map(
+        builder, Memory(builder, zeros, F32), count, Memory(builder, target, I8),
+        lambda zero: zero.to_int(I32).narrow(I8),
+    )  # fmt: skip
+
+
+def _shorts(value: Vec) -> ir.Type:
+    return ir.VectorType(I16, value.type.count)
+
+
+def _map(builder: ir.IRBuilder, source: Memory, count: ir.Value, target: Memory, convert: Callable[[Vec], Vec]) -> None:
+    """Exactly `count` elements converted: whole vectors, then one by one."""
+    vectors = builder.and_(count, ir.Constant(I64, -LANES))
+
+    def whole(i: ir.Value, state: State) -> State:
+        target.store(i, convert(source.load(i)))
+        return state
+
+    def single(i: ir.Value, state: State) -> State:
+        at = builder.add(vectors, i)
+        target.store(at, convert(source.load(at, 1).splat(1)))
+        return state
+
+    loop(builder, vectors, LANES, [], whole)
+    loop(builder, builder.sub(count, vectors), 1, [], single)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import types
 
 from service.engine.backends.cpu_kernels.codes import ROUNDER, Sums, in_range, integer_steps, nf4_index
-from service.engine.backends.cpu_kernels.spans import AHEAD, KIND_BF16, KIND_F16, KIND_F32
+from service.engine.backends.cpu_kernels.spans import AHEAD, KIND_BF16, KIND_F16, KIND_F32, SPAN
 from service.engine.backends.cpu_kernels.vector import (
     F16,
     F32,
@@ -33,6 +33,8 @@ from service.engine.schemes.codebook import NF4_TABLE
 
 #: Elements that are worked on together.
 PAIR = 2 * LANES
+#: What the cache fetches at once.
+LINE_BYTES = 64
 #: Float32 sums of a span, each of LANES parts: x², y², d², largest |d|.
 PARTS = 4
 #: Elements whose squares one lane of float32 adds up in a row, at most sixteen to a lane: keeps rounding small.
@@ -47,7 +49,12 @@ def _read_pair(builder: ir.IRBuilder, source: ir.Value, kind: int) -> Callable[[
     """A function from the index of an element to the pair of float32 vectors that begins there."""
     memory = Memory(builder, source, F32 if kind == KIND_F32 else I16)
 
+    item = 4 if kind == KIND_F32 else 2
+
     def read(i: ir.Value) -> tuple[Vec, Vec]:
+        # While codes are computed, memory brings the span after this one.
+        for line in range(0, PAIR * item, LINE_BYTES):
+            memory.prefetch(i, SPAN * item + line)
         both = memory.load(i, PAIR)
         if kind == KIND_BF16:
             words = both.cast(I32)
@@ -76,7 +83,6 @@ def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value,
     x = Memory(builder, source, I16)
 
     def step(i: ir.Value, state: State) -> State:
-        x.prefetch(i, AHEAD)
         value = x.load(i, PAIR)
         return [value.largest(state[0], signed=False), value.largest(state[1], signed=True)]
 

@@ -23,7 +23,7 @@ from service.engine.backends.cpu_kernels.codes import (
     largest_of,
     sum_of,
 )
-from service.engine.backends.cpu_kernels.grids import make_grids, scale_bits
+from service.engine.backends.cpu_kernels.grids import make_grids, store_scale_bits, store_zero_codes
 from service.engine.backends.cpu_kernels.pairs import (
     PAIR,
     PARTS,
@@ -192,14 +192,13 @@ def quantize_rows(
                 x, kind, at, count, group, paired, g, 1 if row_groups > 1 else 0, bits, codebook, form[1],
                 scale, zero, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
             )  # fmt: skip
-        if stored_scale.size:
-            for g in range(grids, grids + row_groups):
-                stored_scale[g] = scale_bits(scale[g], form[4])
-        if stored_zero.size:
-            for g in range(grids, grids + row_groups):
-                stored_zero[g] = np.uint8(np.int32(zero[g]))
         if row + 1 == last_row or (row + 1 - first_row) % tile_rows == 0:
             _finish_sums(sum_buffer, sums[row // tile_rows])
+    first, count = first_row * row_groups, (last_row - first_row) * row_groups
+    if stored_scale.size:
+        store_scale_bits(address_of(scale) + 4 * first, count, form[4], address_of(stored_scale) + 2 * first)
+    if stored_zero.size:
+        store_zero_codes(address_of(zero) + 4 * first, count, address_of(stored_zero) + first)
 
 
 @kernel
