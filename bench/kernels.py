@@ -32,7 +32,7 @@ Weights drawn from a normal distribution, {COLUMNS} columns; GB/s is bytes of in
 bytes of its F32 output; of `compare`: bytes of both sides), *of copy* the share of `np.copyto` into pages already in
 use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. The
 size is what one call gets; slow ones get less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64;
-scales are F16. Ours packs, measures all errors and checks for finite values in the same pass; others only pack.
+scales are F16. `dequantize` goes by what {BLOCK // MIB} MiB of weights became, as a run does. Ours packs, measures all errors and checks for finite values in the same pass; others only pack.
 """
 
 
@@ -86,8 +86,10 @@ def ours(cpu: Backend) -> Iterator[Line]:
             yield quantize_line(cpu, f"**cpu**: {name} minmax", dtype, LARGE, scheme, MinMax(), 5)
         yield quantize_line(cpu, "**cpu**: int4 mse, 16 starts", dtype, BLOCK, INT4, Mse(), 3)
         x = weights(dtype, LARGE // 2)
-        q = cpu.quantize(x, INT4, MinMax())
-        yield Line("**cpu**: int4 dequantize", dtype, 4 * x.size, measure(lambda q=q: cpu.dequantize(q), repeats=5))
+        rows = len(x) * BLOCK // x.nbytes
+        parts = [cpu.quantize(x[at : at + rows], INT4, MinMax()) for at in range(0, len(x), rows)]
+        decoded = measure(lambda parts=parts: [cpu.dequantize(q).size for q in parts], repeats=5)
+        yield Line("**cpu**: int4 dequantize", dtype, 4 * x.size, decoded)
         y = x.copy()
         yield Line("**cpu**: compare", dtype, 2 * x.nbytes, measure(lambda x=x, y=y: cpu.compare(x, y), repeats=5))
 

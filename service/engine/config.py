@@ -206,20 +206,24 @@ def _resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> R
     return ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
 
 
-@lru_cache(maxsize=256)  # a model has thousands of tensors and few configurations
 def build(config: TensorConfig, dtype: str) -> Scheme:
     """The scheme that a resolved tensor configuration means for a tensor of this dtype."""
     number_format = config.number_format or "int"
     id_ = config.scheme or ("nf4" if number_format == "nf" else f"int{config.bit_width}")
     granularity = config.granularity or "group"
     scale_dtype = config.scale_dtype or "auto"
-    return build_scheme(
+    return _built(
         id_,
         symmetric=bool(config.symmetric) if id_ != "nf4" else True,
         granularity=granularity,
         group_size=config.group_size if granularity == "group" else None,
         scale_dtype=AUTO_SCALE[dtype] if scale_dtype == "auto" else scale_dtype,
     )
+
+
+@lru_cache(maxsize=256)  # a model has thousands of tensors and few schemes
+def _built(id_: str, **parameters: Any) -> Scheme:
+    return build_scheme(id_, **parameters)
 
 
 #: Loaders multiply in the model's own dtype, so its scales are stored in that, or in F16 where it is wider.
