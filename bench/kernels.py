@@ -32,7 +32,8 @@ Weights drawn from a normal distribution, {COLUMNS} columns; GB/s is bytes of in
 bytes of its F32 output; of `compare`: bytes of both sides), *of copy* the share of `np.copyto` into pages already in
 use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. The
 size is what one call gets; slow ones get less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64;
-scales are F16. `dequantize` goes by what {BLOCK // MIB} MiB of weights became, as a run does. Ours packs, measures all errors and checks for finite values in the same pass; others only pack.
+scales are F16. `dequantize` goes by what {BLOCK // MIB} MiB of weights became, as a run does. Ours packs, measures all
+errors and checks for finite values in the same pass; others only pack.
 """
 
 
