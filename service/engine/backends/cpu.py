@@ -38,6 +38,8 @@ SEARCH_ELEMENTS = 1 << 16
 SUMS = 5
 #: Elements of a histogram that is added up on its own.
 OBSERVED_ELEMENTS = 1 << 22
+#: Results from this size on are not kept in the cache, which they would only empty.
+STREAMED_BYTES = 8 << 20
 #: Elements of F64 input that are converted at once.
 CONVERTED_ELEMENTS = 1 << 20
 
@@ -155,7 +157,7 @@ class CpuBackend(ReferenceBackend):
             rows = self._rows
             rows.dequantize_rows(
                 packed.ctypes.data, packed.shape[1], q.cols, first, last, form.group, form.row_groups,
-                q.scheme.bits, form.codebook, scale, zero, out,
+                q.scheme.bits, form.codebook, scale, zero, out, out.nbytes >= STREAMED_BYTES,
                 np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.CODE_BUFFER, np.uint8),
             )  # fmt: skip
 

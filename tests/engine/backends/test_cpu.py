@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from service.engine.backends.base import Grid
-from service.engine.backends.cpu import INLINE_ELEMENTS, CpuBackend
+from service.engine.backends.cpu import INLINE_ELEMENTS, STREAMED_BYTES, CpuBackend
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
@@ -109,6 +109,15 @@ def test_what_is_dequantized_is_what_the_reference_dequantizes(scheme, dtype, ro
     mine, theirs = CPU.dequantize(q), REFERENCE.dequantize(q)
     assert mine.dtype == np.float32
     assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("cols", [2048, 2056, 2000, 2047])
+@pytest.mark.parametrize("scheme", [IntegerScheme(group_size=32), IntegerScheme(bits=3), CodebookScheme()], ids=str)
+def test_what_is_too_large_for_the_cache_is_dequantized_to_the_same_numbers(scheme: Scheme, cols: int, rng) -> None:
+    q = CPU.quantize(rng.standard_normal((STREAMED_BYTES // 8000 + 3, cols)).astype(np.float32), scheme, MinMax())
+    decoded = CPU.dequantize(q)
+    assert decoded.nbytes >= STREAMED_BYTES
+    assert np.array_equal(decoded, REFERENCE.dequantize(q))
 
 
 @settings(SHAPED, max_examples=40)

@@ -188,30 +188,45 @@ def largest_of(builder, sums):
 
 
 def _decode(
-    builder: ir.IRBuilder, codes: ir.Value, count: ir.Value, target: ir.Value, rule: Callable[[Vec], Vec]
-) -> None:
+    builder: ir.IRBuilder, codes: ir.Value, count: ir.Value, target: ir.Value, stream: ir.Value,
+    rule: Callable[[Vec], Vec],
+) -> None:  # fmt: skip
     inputs, outputs = Memory(builder, codes, I8), Memory(builder, target, F32)
 
-    def step(i: ir.Value, state: State) -> State:
-        outputs.store(i, rule(inputs.load(i).widen(I32)))
-        return state
+    def write(store: Callable[[ir.Value, Vec], None]) -> None:
+        def step(i: ir.Value, state: State) -> State:
+            store(i, rule(inputs.load(i).widen(I32)))
+            return state
 
-    loop(builder, count, LANES, [], step)
+        loop(builder, count, LANES, [], step)
+
+    aligned = builder.icmp_signed("==", builder.and_(target, ir.Constant(I64, 63)), ir.Constant(I64, 0))
+    with builder.if_else(builder.and_(stream, aligned)) as (past, through):
+        with past:
+            write(outputs.stream)
+        with through:
+            write(outputs.store)
 
 
-@emitted(types.none, _P, _P, _F, _F, _P)
-def decode_integer(builder, codes, count, scale, zero, target):
-    """What `count` codes (whole vectors) stand for on an integer grid."""
+@emitted(types.none, _P, _P, _F, _F, _P, types.boolean)
+def decode_integer(builder, codes, count, scale, zero, target, stream):
+    """What `count` codes (whole vectors) stand for on an integer grid; `stream`: past the cache, if it can be."""
     scales, offsets = (Vec(builder, v).splat() for v in (scale, zero))
-    _decode(builder, codes, count, target, lambda code: (code.to_float(F32) - offsets) * scales)
+    _decode(builder, codes, count, target, stream, lambda code: (code.to_float(F32) - offsets) * scales)
 
 
-@emitted(types.none, _P, _P, _F, _P)
-def decode_nf4(builder, codes, count, scale, target):
-    """What `count` codes (whole vectors) stand for in the NF4 table."""
+@emitted(types.none, _P, _P, _F, _P, types.boolean)
+def decode_nf4(builder, codes, count, scale, target, stream):
+    """What `count` codes (whole vectors) stand for in the NF4 table; `stream` as above."""
     scales = Vec(builder, scale).splat()
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
-    _decode(builder, codes, count, target, lambda code: code.look_up(table) * scales)
+    _decode(builder, codes, count, target, stream, lambda code: code.look_up(table) * scales)
+
+
+@emitted(types.none)
+def settle_streams(builder):
+    """What went past the cache is seen by every thread that is told of it afterwards."""
+    builder.fence("seq_cst")
 
 
 @emitted(types.none, _P, _P, _P)

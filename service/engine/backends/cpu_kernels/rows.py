@@ -21,6 +21,7 @@ from service.engine.backends.cpu_kernels.codes import (
     encode_integer,
     encode_nf4,
     largest_of,
+    settle_streams,
     sum_of,
 )
 from service.engine.backends.cpu_kernels.grids import make_grids, store_scale_bits, store_zero_codes
@@ -203,10 +204,10 @@ def quantize_rows(
 
 @kernel
 def dequantize_rows(
-    packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, codebook, scale, zero, out,
+    packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, codebook, scale, zero, out, stream,
     span_buffer, code_buffer,
 ):  # fmt: skip
-    """Write what rows [first_row, last_row) stand for to `out`."""
+    """Write what rows [first_row, last_row) stand for to `out`; `stream`: past the cache, as it would not fit."""
     scratch, codes = address_of(span_buffer), address_of(code_buffer)
     for row in range(first_row, last_row):
         for start in range(0, cols, SPAN):
@@ -221,11 +222,12 @@ def dequantize_rows(
                 ragged = n % LANES != 0
                 place, vectors = (scratch, whole_vectors(n)) if ragged else (target, n)
                 if codebook:
-                    decode_nf4(codes + at, vectors, scale[g], place)
+                    decode_nf4(codes + at, vectors, scale[g], place, stream and not ragged)
                 else:
-                    decode_integer(codes + at, vectors, scale[g], zero[g], place)
+                    decode_integer(codes + at, vectors, scale[g], zero[g], place, stream and not ragged)
                 if ragged:
                     copy_floats(scratch, n, target)
+    settle_streams()
 
 
 @kernel

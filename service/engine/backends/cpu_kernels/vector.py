@@ -253,6 +253,11 @@ class Memory:
         """Write a vector or scalar from `index` on."""
         self.builder.store(value.value, self._pointer(index, value.type), align=1)
 
+    def stream(self, index: ir.Value, value: Vec) -> None:
+        """Write a vector past the cache, which need not fetch what is overwritten; its address is a multiple of 64."""
+        store = self.builder.store(value.value, self._pointer(index, value.type), align=64)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(I32, 1)]))
+
 
 def loop(
     builder: ir.IRBuilder, stop: ir.Value, step: int, state: State, body: Callable[[ir.Value, State], State]
