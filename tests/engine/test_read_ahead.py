@@ -31,6 +31,7 @@ class Recorder(ModelReader):
 
     def __init__(self, reader: ModelReader) -> None:
         self._reader = reader
+        self.format_id = reader.format_id
         self.layout, self.files, self.tensors = reader.layout, reader.files, reader.tensors
         self.read: Queue[tuple[str, int]] = Queue()
 

@@ -208,10 +208,17 @@ def test_what_is_no_file_address_is_invalid(root: Path, uri: str) -> None:
         resolve_model(uri, [root])
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/model", "hf://owner/name@main", "gs://b/m", "data:,x"])
+@pytest.mark.parametrize("uri", ["s3://bucket/model", "hf://owner/name@main", "gs://b/m"])
+def test_an_address_elsewhere_is_refused_and_sent_to_a_server(root: Path, uri: str) -> None:
+    for resolve in (resolve_model, resolve_target):
+        with pytest.raises(InvalidConfig, match=r"not on this machine.*--server"):
+            resolve(uri, [root])
+
+
+@pytest.mark.parametrize("uri", ["data:,x", "ftp://host/model"])
 def test_another_scheme_is_refused_with_those_that_are_supported(root: Path, uri: str) -> None:
     for resolve in (resolve_model, resolve_target):
-        with pytest.raises(InvalidConfig, match="only file://"):
+        with pytest.raises(InvalidConfig, match=r"file://.*s3://"):
             resolve(uri, [root])
 
 
