@@ -255,9 +255,13 @@ class Following:
     async def _follow(self) -> AsyncGenerator[Event | Silence, None]:
         # Between the last look for the log and the subscription nothing is awaited, so nothing can be published.
         while (log := self._find_log()) is None or self._after < log.last_stored_id:
+            last = log.last_stored_id if log is not None else None
             self._page.extend(await self._read_page(self._after))
-            if not self._page and log is None:
-                return
+            if not self._page:
+                if last is None:
+                    return
+                # What was stored up to there has been deleted since: with a purged job, or an expired log.
+                self._after = max(self._after, last)
             while self._page:
                 event = self._page.popleft()
                 yield event

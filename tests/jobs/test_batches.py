@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections import Counter
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from service.errors import (
     TargetInUse,
 )
 from service.jobs.batch import Batch, BatchStatus
-from service.jobs.events import PROGRESS, TOO_SLOW, Event
+from service.jobs.events import PROGRESS, TOO_SLOW, Event, Silence
 from service.jobs.idempotency import Key, Once
 from service.jobs.job import Job, Status
 from service.jobs.manager import JobManager
@@ -162,6 +163,25 @@ async def test_a_reader_that_is_too_slow_is_cut_off_and_resumes(make_manager: Ma
     missed = await all_events(manager, batch, after=rest[-2].id or 0)
     told = [e for e in rest[:-1] if e.type != PROGRESS] + missed
     assert Counter(e.type for e in told if e.is_terminal) == {"job.cancelled": 1, "job.succeeded": 2}
+
+
+async def test_a_reader_who_comes_after_the_newest_events_were_purged_waits_for_the_next(
+    make_manager: MakeManager, root: Path
+) -> None:
+    manager = await make_manager(max_running_jobs=2)
+    slow = quantize_request(make_slow_model(root / "slow.safetensors"), **SLOW)
+    batch = await manager.submit_batch(batch_of(slow, quantize_request(make_model(root / "m.safetensors"))))
+    async with aclosing(manager.batches.follow(batch.id)) as items:
+        async for item in items:
+            if isinstance(item, Event) and item.type == PROGRESS and item.job_id == batch.job_ids[0]:
+                break
+    await manager.wait(batch.job_ids[1], 60)
+    await manager.purge(batch.job_ids[1])
+    async with aclosing(manager.batches.follow(batch.id)) as items:
+        seen = [await anext(items) for _ in range(3)]
+    assert [item.type for item in seen[:2] if isinstance(item, Event)] == ["job.queued", "job.started"]
+    assert isinstance(seen[2], Silence) or seen[2].type == PROGRESS
+    await manager.batches.cancel(batch.id)
 
 
 async def test_batches_of_other_tenants_are_as_good_as_unknown(manager: JobManager, root: Path) -> None:
