@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from service.jobs.waiting import Claim, Waiting
 
@@ -40,12 +39,12 @@ class Lanes:
     def __init__(self, count: int) -> None:
         self.waiting = Waiting()
         self.turns: dict[str, Turn] = {}
-        self._count = count
+        self.count = count
 
     @property
     def free(self) -> int:
         """How many lanes are empty."""
-        return self._count - len(self.turns)
+        return self.count - len(self.turns)
 
     @property
     def free_soon(self) -> int:
@@ -77,13 +76,13 @@ class Lanes:
             least = max((clock[turn.claim.tenant] for turn in self.turns.values()), default=0.0)
         clock.advance(least)
 
-    def to_park(self, now: float, helps: Callable[[Claim, Turn], bool]) -> Turn | None:
+    def to_park(self, claims: Sequence[Claim], now: float, helps: Callable[[Claim, Turn], bool]) -> Turn | None:
         """The turn that has to end next, of the worst claim, so that a better one gets its lane; None if none has to.
 
-        `helps` tells whether the claim could have its turn if this one ended.
+        `claims` are those of the best that may get a lane, `helps` tells whether one could if this turn ended.
         """
         lanes = Counter(turn.claim.tenant for turn in self.turns.values() if not turn.is_asked)
-        for place, claim in enumerate(islice(self.waiting.in_order(), self._count)):
+        for place, claim in enumerate(claims):
             # The first ones get the lanes that are empty, or that others have been asked for.
             if place >= self.free_soon:
                 over = self._over(claim, now)
@@ -94,8 +93,8 @@ class Lanes:
         return None
 
     def yielding(self, overdue: Claim, now: float) -> list[Turn]:
-        """The turns that are over and give way to a claim that is overdue: all but those of a higher priority."""
-        return [turn for turn in self._over(overdue, now) if turn.claim.priority <= overdue.priority]
+        """The turns that are over and give way to a claim that is overdue: all but those that precede it."""
+        return [turn for turn in self._over(overdue, now) if not turn.claim.precedes(overdue)]
 
     def _over(self, claim: Claim, now: float) -> list[Turn]:
         """The turns that are over for this claim, the worst first."""

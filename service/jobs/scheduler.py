@@ -2,13 +2,13 @@
 
 A job that has had its turn while another one has the better claim is asked to leave its lane, which it does between
 two tensors; it then waits like any other. A job whose memory is not free is passed over by those that fit beside
-what runs, but not for long: then what it needs is kept for it.
+what runs, but not for long: then what it needs is kept for it, as soon as those that go before it leave so much.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -116,6 +116,8 @@ class Scheduler:
         if not self.is_open:
             return
         now = self._clock()
+        if self._overdue is not None and not self._in_reach(self._overdue):
+            self._overdue = None  # kept for it, memory would lie idle
         for lanes in self._lanes.values():
             lanes.settle(now)
             while lanes.free and (claim := self._next(lanes)) is not None:
@@ -154,15 +156,26 @@ class Scheduler:
         if overdue is not None and overdue.job_id in lanes.waiting and self._memory.fits(overdue.memory_bytes):
             return overdue
         for claim in islice(lanes.waiting.in_order(), MAX_PASSED_OVER):
-            is_behind = overdue is not None and claim.priority <= overdue.priority
-            kept = overdue.memory_bytes if overdue is not None and is_behind else 0
+            kept = overdue.memory_bytes if overdue is not None and not claim.precedes(overdue) else 0
             if self._memory.fits(claim.memory_bytes + kept):
                 return claim
         return None
 
+    def _in_reach(self, claim: Claim) -> bool:
+        """Whether a claim's memory is free when all have made room that do so for one that is overdue."""
+        stay = sum(self._memory.given(turn.claim.job_id) for turn in self._turns() if turn.claim.precedes(claim))
+        return claim.memory_bytes <= self._memory.limit_bytes - stay
+
+    def _contenders(self, lanes: Lanes) -> Iterator[Claim]:
+        """The best claims, without those that no room can be made for."""
+        return filter(self._in_reach, islice(lanes.waiting.in_order(), MAX_PASSED_OVER))
+
+    def _turns(self) -> Iterator[Turn]:
+        return (turn for lanes in self._lanes.values() for turn in lanes.turns.values())
+
     def _note_blocked(self, lanes: Lanes, now: float) -> None:
         """Remember since when the best claim lacks memory; in the end what it needs is kept for it."""
-        best = next(lanes.waiting.in_order(), None)
+        best = next(self._contenders(lanes), None)
         if best is None or self._memory.fits(best.memory_bytes):
             return
         since = self._blocked_since.setdefault(best.job_id, now)
@@ -171,11 +184,13 @@ class Scheduler:
 
     def _make_room(self, lanes: Lanes, now: float) -> None:
         overdue = self._overdue
-        if overdue is not None and overdue.job_id in lanes.waiting:
+        if overdue is not None:
             for turn in lanes.yielding(overdue, now):
-                if self._free_soon() < overdue.memory_bytes or not lanes.free_soon:
+                lacks_lane = overdue.job_id in lanes.waiting and not lanes.free_soon
+                if self._free_soon() < overdue.memory_bytes or lacks_lane:
                     self._ask(turn)
-        while (worst := lanes.to_park(now, self._would_fit)) is not None:
+        contenders = list(islice(self._contenders(lanes), lanes.count))
+        while (worst := lanes.to_park(contenders, now, self._would_fit)) is not None:
             self._ask(worst)
 
     def _ask(self, turn: Turn) -> None:
@@ -187,6 +202,5 @@ class Scheduler:
 
     def _free_soon(self) -> int:
         """Bytes that are free when all who were asked to have made room."""
-        turns = (turn for lanes in self._lanes.values() for turn in lanes.turns.values())
-        leaving = sum(self._memory.given(turn.claim.job_id) for turn in turns if turn.is_asked)
+        leaving = sum(self._memory.given(turn.claim.job_id) for turn in self._turns() if turn.is_asked)
         return self._memory.limit_bytes - self._memory.used_bytes + leaving

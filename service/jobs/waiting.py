@@ -44,6 +44,10 @@ class Claim:
         """Its place among the jobs of its tenant and priority, the smallest first."""
         return self.level, self.arrival
 
+    def precedes(self, other: Claim) -> bool:
+        """Whether the other one never gets a turn in its stead."""
+        return self.priority > other.priority
+
 
 @dataclass(slots=True)
 class _Group:

@@ -181,6 +181,34 @@ def test_a_big_job_is_not_passed_over_for_ever() -> None:
     assert first < PASSED_OVER_S + 10.0
 
 
+@pytest.mark.parametrize("big_ones", [1, 5])
+def test_nothing_is_kept_for_a_big_job_while_a_higher_priority_holds_what_it_needs(big_ones: int) -> None:
+    simulation = Simulation({"cpu": 2}, memory=10)
+    simulation.submit("high", Work(300.0), priority=10, memory_bytes=6)
+    for number in range(big_ones):
+        simulation.submit(f"big-{number}", Work(5.0), memory_bytes=8)
+    simulation.run(PASSED_OVER_S + 1.0)
+    for number in range(3):
+        simulation.submit(f"small-{number}", Work(10.0), memory_bytes=1)
+    simulation.submit("middle", Work(1.0), memory_bytes=4)
+    simulation.run(100.0)
+    passing = [simulation.jobs[name] for name in ("small-0", "small-1", "small-2", "middle")]
+    assert all(work.ended_at is not None for work in passing), "there is a lane, and memory for them"
+    simulation.submit("late", Work(HOUR), memory_bytes=4)
+    simulation.run_until_ended("high")
+    simulation.run_until_ended(*(f"big-{number}" for number in range(big_ones)), limit_s=simulation.now + 60.0)
+    assert simulation.jobs["late"].ended_at is None, "now it is kept"
+
+
+def test_a_big_job_gets_the_memory_of_jobs_on_other_devices() -> None:
+    simulation = Simulation({"cpu": 1, "cuda": 1}, memory=10)
+    simulation.submit("gpu", Work(HOUR), device="cuda", memory_bytes=6)
+    simulation.submit("big", Work(5.0), memory_bytes=8)
+    simulation.run_until_ended("big", limit_s=PASSED_OVER_S + 10.0)
+    simulation.run(1.0)
+    assert list(simulation.running) == ["gpu"], "and it goes on"
+
+
 def test_what_is_kept_for_a_big_job_goes_when_it_is_cancelled() -> None:
     simulation = Simulation({"cpu": 3}, memory=100)
     simulation.submit("runs", Work(HOUR, tensor_s=HOUR), memory_bytes=50)
