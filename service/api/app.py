@@ -19,6 +19,7 @@ from service.api.routes import artifacts, batches, catalog, events, gc, health, 
 from service.api.routes import metrics as metrics_route
 from service.api.routes import problems as problem_pages
 from service.api.state import ApiState
+from service.api.targets import Target
 from service.api.tracing import make_tracing
 from service.jobs.blobs import BlobLimits
 from service.jobs.manager import JobManager
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     limits = {
         tensors.PREFIX: settings.max_table_bytes,
         uploads.PREFIX: settings.max_blob_bytes,
-        "/": settings.max_body_bytes,
+        "": settings.max_body_bytes,
     }
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(OneLength)
@@ -93,6 +94,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.asks_for_keys:
         app.add_middleware(Authentication, keys=keys, defaults=_tenant_limits(settings))
     app.state.routes = [route for router in ROUTERS for route in router.routes]
+    app.add_middleware(Target, routes=app.state.routes)
     level = logging.INFO if settings.log_format == "json" else logging.DEBUG
     app.add_middleware(Observation, routes=app.state.routes, level=level)
     app.add_middleware(RequestId)

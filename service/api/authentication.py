@@ -11,10 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.auth import Principal, is_open, scope_for
+from service.api.early import EarlyReply
 from service.api.key_ring import HOLD_S, KeyRing
 from service.api.problems import respond
 from service.api.rate_limits import Quota, RateLimits
-from service.api.uploads_body import EarlyReply
 from service.errors import ArrowQuantError, ForbiddenScope, NotReady, RateLimited, Unauthorized
 from service.jobs.api_keys import ApiKey
 from service.jobs.api_keys import Scope as KeyScope

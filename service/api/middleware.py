@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -13,14 +12,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
+from service.api.early import EarlyReply, send_and_linger
 from service.api.http_errors import BodyTooLarge, MalformedRequest
 from service.api.problems import respond
 
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 #: A body that comes at this pace, or faster, is never too slow.
 MIN_BYTES_PER_S = 64 << 10
-#: How long the rest of a body that was refused may go on coming.
-LINGER_S = 5.0
 #: Nothing served here is meant to run or to be framed in a browser.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -58,7 +56,7 @@ class RequestId:
 class BodyLimit:
     """Answers 413 to a body of more bytes than its path allows, at the latest when they have come.
 
-    `limits` are bytes by the beginning of a path; the first that fits holds.
+    `limits` are bytes by the beginning of a path; the first that fits holds. The empty one fits all, and comes last.
     """
 
     def __init__(self, app: ASGIApp, limits: Mapping[str, int]) -> None:
@@ -83,20 +81,15 @@ class BodyLimit:
                 raise HTTPException(413, headers={"Connection": "close"})
             return message
 
-        async def send_and_linger(message: Message) -> None:
-            if refused and message["type"] == "http.response.body":
-                await send({**message, "more_body": True})
-                await discard_rest(receive)
-                message = {"type": "http.response.body", "body": b""}
-            await send(message)
+        async def send_to_the_end(message: Message) -> None:
+            await (send_and_linger(message, receive, send) if refused else send(message))
 
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
-            refused = True
             error = BodyTooLarge(f"the body has {declared} bytes; this call takes at most {limit}")
-            await respond(error, Request(scope), {"Connection": "close"})(scope, receive, send_and_linger)
+            await EarlyReply(respond(error, Request(scope)))(scope, receive, send)
             return
-        await self.app(scope, receive_counted, send_and_linger)
+        await self.app(scope, receive_counted, send_to_the_end)
 
 
 class OneLength:
@@ -156,17 +149,6 @@ class BodyPace:
             await send(message)
 
         await self.app(scope, receive_in_time, send_noting)
-
-
-async def discard_rest(receive: Receive) -> None:
-    """Let the rest of a body come that nobody reads, for a while.
-
-    Closing a connection on bytes that were not read resets it, and the client might never see the answer.
-    """
-    with suppress(TimeoutError, HTTPException):
-        async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body"):
-                pass
 
 
 class Head:

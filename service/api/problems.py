@@ -133,7 +133,7 @@ def respond(error: ArrowQuantError, request: Request, headers: Mapping[str, str]
     """The answer that an error makes."""
     retry = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
     extra = {"Retry-After": str(retry)} if retry else {}
-    return _response(request, describe(error, request.url.path), {**extra, **(headers or {})})
+    return _response(request, describe(error, request.scope["path"]), {**extra, **(headers or {})})
 
 
 def install(app: FastAPI) -> None:
@@ -186,7 +186,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     first = fields[0]
     more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
     detail = f"{first.pointer or first.parameter or 'the body'}: {first.detail}{more}"
-    body = problem(http_errors.InvalidRequest, detail, request.url.path).model_copy(update={"errors": fields})
+    body = problem(http_errors.InvalidRequest, detail, request.scope["path"]).model_copy(update={"errors": fields})
     return _response(request, body, {})
 
 
@@ -201,7 +201,7 @@ async def _on_framework(request: Request, error: Exception) -> Response:
 
 def _allowed(request: Request) -> list[str]:
     # The framework names the methods of the first route that matches the path; each method has a route of its own.
-    matching = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    matching = [route for route in request.app.state.routes if route.path_regex.match(request.scope["path"])]
     methods = {method for route in matching for method in route.methods}
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
@@ -211,5 +211,7 @@ async def _on_crash(request: Request, error: Exception) -> Response:
     id_ = request.scope.get("request_id", "unknown")
     # A fault that nobody caught comes here from outside of all that knows the call.
     with Bound(request_id=id_):
-        log.error("%s %s failed (%s)", request.method, request.url.path, id_, exc_info=error)
-    return respond(errors.InternalError(f"the service has a fault; its log says more under {id_}"), request)
+        log.error("%s %s failed (%s)", request.method, request.scope["path"], id_, exc_info=error)
+    fault = errors.InternalError(f"the service has a fault; its log says more under {id_}")
+    # The server hangs up after a fault, and the client should know before it sends another call.
+    return respond(fault, request, {"Connection": "close"})

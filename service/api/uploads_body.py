@@ -6,12 +6,10 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator
 
-from fastapi import Request, Response
+from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
 
 from service.api.http_errors import BodyTooSlow, InvalidRequest, LengthRequired
-from service.api.middleware import discard_rest
 from service.jobs.blobs import Span
 
 #: Bytes that are worth a trip to a thread.
@@ -86,22 +84,3 @@ class UploadBody:
         except (StopAsyncIteration, ClientDisconnect):
             self.is_over = True
         return None
-
-
-class EarlyReply(Response):
-    """An answer that comes before the body was read: sent at once, and the rest is let come for a while."""
-
-    def __init__(self, reply: Response) -> None:
-        super().__init__(reply.body, reply.status_code, dict(reply.headers) | {"Connection": "close"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the ASGI specification."""
-
-        async def send_and_linger(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                await send({**message, "more_body": True})
-                await discard_rest(receive)
-                message = {"type": "http.response.body", "body": b""}
-            await send(message)
-
-        await super().__call__(scope, receive, send_and_linger)

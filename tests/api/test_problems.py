@@ -161,6 +161,7 @@ def test_a_crash_shows_an_id_that_the_log_has_and_nothing_else(
         response = client.get("/crash", headers={"X-Request-ID": "my-id"})
     problem = problem_of(response, 500, "internal_error")
     assert "my-id" in problem["detail"]
+    assert response.headers["connection"] == "close"
     assert "secret" not in response.text
     assert any("my-id" in record.getMessage() for record in caplog.records)
 

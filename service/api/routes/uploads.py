@@ -11,10 +11,11 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from service import errors
 from service.api.auth import Caller
 from service.api.dependencies import KnownParameters, State
+from service.api.early import EarlyReply
 from service.api.http_errors import BodyTooLarge, BodyTooSlow, InvalidRequest, LengthRequired
 from service.api.problems import documented, respond, status_of
 from service.api.state import ApiState
-from service.api.uploads_body import EarlyReply, UploadBody, span_of
+from service.api.uploads_body import UploadBody, span_of
 from service.jobs.blobs import Span, Upload
 
 PREFIX = "/v1/blobs/"
