@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+#: The exporter does not come with the SDK, which others install as well.
+LIBRARIES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 #: How long the last spans may take to go out when the server ends.
 FLUSH_S = 2.0
 
@@ -38,10 +40,17 @@ def make_tracing(environment: Mapping[str, str]) -> Tracing | None:
     off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not asked or off or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None
-    if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None:
+    if not all(map(_is_installed, LIBRARIES)):
         log.warning("traces are asked for, and the libraries are missing: install arrowquant-service[otel]")
         return None
     return Tracing()
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it lies in
+        return False
 
 
 class Tracing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from service.jobs.api_keys import Scope
 from service.jobs.figures import Figures, Stored
 from service.jobs.metrics import OTHERS, TENANTS_SHOWN, FiguresCollector
-from service.jobs.store import DATABASE
 from tests.api.conftest import LAYERS, save_model
 from tests.api.keyed import Keyed
 from tests.api.scraping import Scrape, scrape, scrape_openmetrics
@@ -211,11 +209,3 @@ def test_only_so_many_tenants_are_shown_by_name() -> None:
     assert OTHERS in shown
     assert "t000" in shown
     assert "t149" not in shown
-
-
-def test_ended_jobs_are_counted_in_an_index(server: Server, finished: Json) -> None:
-    with sqlite3.connect(server.data_dir / DATABASE) as db:
-        query = "EXPLAIN QUERY PLAN SELECT status, count(*) FROM jobs WHERE status IN ('failed') GROUP BY status"
-        plan = " ".join(row[3] for row in db.execute(query))
-    db.close()
-    assert "COVERING INDEX jobs_by_status" in plan, finished["id"]

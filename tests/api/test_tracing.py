@@ -192,3 +192,22 @@ def test_without_an_exporter_nothing_of_it_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "missing", ["opentelemetry.exporter", "opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"]
+)
+def test_without_all_of_its_libraries_the_server_goes_without_traces(missing: str) -> None:
+    code = (
+        "import sys\n"
+        "class Hiding:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.startswith({missing!r}):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hiding())\n"
+        "from service.api.tracing import make_tracing\n"
+        "assert make_tracing({'OTEL_EXPORTER_OTLP_ENDPOINT': 'http://x'}) is None"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "arrowquant-service[otel]" in done.stderr

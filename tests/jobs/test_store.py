@@ -257,6 +257,7 @@ def test_jobs_are_counted_by_status_without_looking_at_them(store: Store) -> Non
     erase(store, jobs[0])
     with store.reading() as db:
         assert count_table.read(db) == {"queued": 2, "running": 1, "failed": 2}
+        assert count_table.read(db) == dict(db.execute("SELECT status, count(*) FROM jobs GROUP BY status"))
 
 
 def test_a_database_of_the_first_schema_becomes_one_with_tenants(tmp_path: Path) -> None:
