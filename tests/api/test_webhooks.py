@@ -307,12 +307,43 @@ def test_a_receiver_may_ask_for_time_within_bounds(server: Server, receiver: Rec
         assert (shown["status"], shown["last_status_code"]) == ("pending", code)
 
 
-@pytest.mark.parametrize("asked", ["soon", "-5", "0", "", "1" * 400, "Thu, 01 Jan 1970 00:00:00 GMT"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "soon", "-5", "0", "", "1" * 400, "Thu, 01 Jan 1970 00:00:00 GMT",
+        "Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Fri, 01 Jan 9999999999999999999999 00:00:00 GMT",
+    ],
+)  # fmt: skip
 def test_what_a_receiver_asks_in_other_words_changes_nothing(
     server: Server, receiver: Receiver, tiny: Path, asked: str
 ) -> None:
     job = server.run(told(tiny, receiver.url("/odd", status(503, {"Retry-After": asked}), status(204))))
     assert deliveries(server, job["id"])[0]["attempts"] == 2
+
+
+def test_a_fault_of_the_service_is_an_attempt_that_failed_and_holds_no_place(
+    receiver: Receiver, model_root: Path, tiny: Path, tmp_path: Path
+) -> None:
+    server = Server(tmp_path / "data", [model_root], **HERE, **SOON).start()
+    try:
+        make_secret(server)
+        with closing(sqlite3.connect(server.data_dir / DATABASE)) as db, db:
+            whole = db.execute("SELECT secret FROM webhook_secrets").fetchone()
+            # Nothing can be signed with a text.
+            db.execute("UPDATE webhook_secrets SET secret = 'damaged'")
+        items = {"items": [told(tiny, receiver.url("/lost"))] * (AT_ONCE_TO_PLACE + 1)}
+        batch = server.client.post("/v1/batches", json=items, headers={"Prefer": "wait=60"}).json()
+        for job_id in batch["job_ids"]:
+            (shown,) = deliveries(server, job_id)
+            assert (shown["status"], shown["attempts"]) == ("failed", 6)
+            assert "the service has a fault" in shown["last_error"]
+        assert "Traceback" in server.log
+        with closing(sqlite3.connect(server.data_dir / DATABASE)) as db, db:
+            db.execute("UPDATE webhook_secrets SET secret = ?", whole)
+        server.run(told(tiny, receiver.url("/found")))
+        receiver.wait("/found")
+    finally:
+        server.stop()
 
 
 def test_purging_a_job_ends_its_deliveries(server: Server, receiver: Receiver, tiny: Path) -> None:

@@ -113,7 +113,22 @@ class Deliverer:
         )
 
     def _begin(self, due: Due) -> None:
-        self._flights[asyncio.create_task(self._deliver(due), name=due.id)] = due
+        flight = asyncio.create_task(self._deliver(due), name=due.id)
+        self._flights[flight] = due
+        flight.add_done_callback(self._landed)
+
+    def _landed(self, flight: asyncio.Task[None]) -> None:
+        crash = None if flight.cancelled() else flight.exception()
+        if crash is None:
+            self._free(flight)
+            return
+        logger.error("webhook %s: what came of it could not be noted", flight.get_name(), exc_info=crash)
+        # It is still due: at once it would be sent again and again.
+        asyncio.get_running_loop().call_later(LOOK_S, self._free, flight)
+
+    def _free(self, flight: asyncio.Task[None]) -> None:
+        del self._flights[flight]
+        self._wake.set()
 
     async def _deliver(self, due: Due) -> None:
         begun = time.monotonic()
@@ -124,13 +139,16 @@ class Deliverer:
         self._metrics.ended(verdict, seconds)
         with Bound(job_id=due.job_id, tenant=due.tenant):
             logger.info("webhook %s is %s: %s", due.id, verdict.status, answer.error or answer.status_code)
-        # Only now: a flight whose end is not stored would be due again.
-        task = asyncio.current_task()
-        assert task is not None
-        del self._flights[task]
-        self._wake.set()
 
     async def _attempt(self, due: Due) -> Answer:
+        """What came of an attempt; a crash is one that failed, so that its delivery goes on by its schedule."""
+        (outcome,) = await asyncio.gather(self._send(due), return_exceptions=True)
+        if isinstance(outcome, Answer):
+            return outcome
+        logger.error("webhook %s: the attempt failed unexpectedly", due.id, exc_info=outcome)
+        return Answer(None, "the service has a fault; the server's log tells more")
+
+    async def _send(self, due: Due) -> Answer:
         keys = await self._secrets(due.tenant)
         if not keys:
             return Answer(None, f"tenant {due.tenant} has no signing secret any more")
