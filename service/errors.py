@@ -45,6 +45,7 @@
         ├── NotFinished               job_not_finished
         ├── NotTerminal               job_not_terminal
         ├── QueueFull                 queue_full
+        ├── LookupsBusy               lookups_busy
         ├── Draining                  draining
         ├── UploadInProgress          upload_in_progress
         ├── UploadOffsetMismatch      upload_offset_mismatch
@@ -441,6 +442,16 @@ class QueueFull(ServiceError):
     """
 
     code = "queue_full"
+
+
+class LookupsBusy(ServiceError):
+    """A webhook's host could not be looked up yet.
+
+    Other names are being looked up and take long, most likely those of your own webhooks. Try again after the time in
+    `Retry-After`.
+    """
+
+    code = "lookups_busy"
 
 
 class Draining(ServiceError):

@@ -57,6 +57,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     errors.ArtifactsExpired: 410,
     errors.NotReady: 503,
     errors.QueueFull: 429,
+    errors.LookupsBusy: 503,
     errors.Draining: 503,
     errors.IdempotencyKeyReused: 422,
     http_errors.MethodNotAllowed: 405,
@@ -67,6 +68,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
 #: Seconds after which another try may succeed.
 RETRY_AFTER_S: dict[type[ArrowQuantError], int] = {
     errors.QueueFull: 2,
+    errors.LookupsBusy: 5,
     errors.IdempotencyKeyInFlight: 1,
     errors.Draining: 10,
     errors.StoreUnavailable: 10,

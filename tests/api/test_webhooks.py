@@ -19,6 +19,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from service.jobs.store import DATABASE
 from service.jobs.webhooks.deliverer import AT_ONCE, AT_ONCE_TO_PLACE
+from service.jobs.webhooks.resolver import AT_ONCE_OF_TENANT as LOOKUPS_AT_ONCE
 from service.jobs.webhooks.secrets import SigningSecrets
 from tests.api.conftest import save_model
 from tests.api.keyed import Client, Keyed
@@ -38,7 +39,7 @@ from tests.receiver import (
     stall,
     status,
 )
-from tests.server import Json, Server, body
+from tests.server import Json, Server, body, wait_until
 
 #: What a server needs for receivers on this machine, and to lose little time over those that fail.
 HERE = {"webhook_allowed_networks": "127.0.0.0/8", "webhook_allow_http": "true"}
@@ -371,6 +372,38 @@ def test_a_dead_receiver_holds_up_nobody_else(start_server: StartServer, tiny: P
         assert figures.value("arrowquant_webhook_attempts_open") == AT_ONCE_TO_PLACE
         assert figures.value("arrowquant_webhook_attempts_total", outcome="delivered") == 1
         assert figures.value("arrowquant_webhook_attempts_total", outcome="retried") == 0
+
+
+def test_slow_name_servers_cost_others_nothing_and_whoever_waits_for_them_no_attempt(
+    names: Path, receiver: Receiver, model_root: Path, tiny: Path, tmp_path: Path
+) -> None:
+    hosts = [f"{i}.slow.test" for i in range(LOOKUPS_AT_ONCE + 2)]
+    (names / "zone.json").write_text(json.dumps({host: [["127.0.0.1"], None] for host in hosts}))
+    keyed = Keyed(Server(tmp_path / "data", [model_root], require_keys=True, **HERE, **SOON))
+    slow, other = keyed.client("slow"), keyed.client("other")
+    for tenant in ("slow", "other"):
+        make_secret(keyed.server, tenant)
+    items = {"items": [told(tiny, receiver.url("/slow", host=host)) for host in hosts]}
+    jobs = slow.post("/v1/batches", json=items, headers={"Prefer": "wait=60"}).json()["job_ids"]
+    other.run(told(tiny, receiver.url("/other")))
+    receiver.wait("/other")
+    assert receiver.at("/slow") == []
+    # The time at which they are sent was put off, and no attempt has failed.
+    wait_until(lambda: len(list(put_off(slow, jobs))) == 2)
+    waiting = list(put_off(slow, jobs))
+    (names / "answered").touch()
+    for job_id in jobs:
+        (shown,) = deliveries(slow, job_id)
+        assert shown["status"] == "delivered"
+        assert shown["attempts"] == 1 or job_id not in waiting
+    keyed.stop()
+
+
+def put_off(client: Client, job_ids: list[str]) -> Iterator[str]:
+    for job_id in job_ids:
+        (shown,) = deliveries(client, job_id, ended=False)
+        if not shown["attempts"] and shown["next_attempt_at"] > shown["created_at"]:
+            yield job_id
 
 
 # --- restarts ---

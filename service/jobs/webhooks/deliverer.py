@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from prometheus_client import CollectorRegistry
 
-from service.errors import ArrowQuantError
+from service.errors import ArrowQuantError, LookupsBusy
 from service.jobs.database import Database
 from service.jobs.webhooks import delivery_table, secret_table
-from service.jobs.webhooks.delivery import Due, Verdict, judge
+from service.jobs.webhooks.delivery import Due, judge
 from service.jobs.webhooks.metrics import WebhookMetrics
 from service.jobs.webhooks.sender import Answer, Sender
 from service.jobs.webhooks.signing import signed_headers
@@ -32,6 +33,8 @@ AT_ONCE_OF_TENANT = 32
 AT_ONCE_TO_PLACE = 4
 #: Between two looks into the store at most: clocks jump.
 LOOK_S = 60.0
+#: Until a name is looked up again that could not be, because others were.
+BUSY_S = 5.0
 #: Between attempts when the database cannot be used.
 RETRY_S = 1.0
 
@@ -132,19 +135,29 @@ class Deliverer:
 
     async def _deliver(self, due: Due) -> None:
         begun = time.monotonic()
-        answer = await self._attempt(due)
+        try:
+            answer = await self._attempt(due)
+        except LookupsBusy:
+            until = datetime.now(UTC) + timedelta(seconds=BUSY_S)
+            await self._change(lambda db: delivery_table.postpone(db, due, until))
+            return
         seconds = time.monotonic() - begun
         verdict = judge(answer, due.attempts + 1, self._delays_s)
-        await self._settle(due, verdict)
+        await self._change(lambda db: delivery_table.settle(db, due, verdict))
         self._metrics.ended(verdict, seconds)
         with Bound(job_id=due.job_id, tenant=due.tenant):
             logger.info("webhook %s is %s: %s", due.id, verdict.status, answer.error or answer.status_code)
 
     async def _attempt(self, due: Due) -> Answer:
-        """What came of an attempt; a crash is one that failed, so that its delivery goes on by its schedule."""
+        """What came of an attempt; a crash is one that failed, so that its delivery goes on by its schedule.
+
+        Raises LookupsBusy when none could be made.
+        """
         (outcome,) = await asyncio.gather(self._send(due), return_exceptions=True)
         if isinstance(outcome, Answer):
             return outcome
+        if isinstance(outcome, LookupsBusy):
+            raise outcome
         logger.error("webhook %s: the attempt failed unexpectedly", due.id, exc_info=outcome)
         return Answer(None, "the service has a fault; the server's log tells more")
 
@@ -153,7 +166,7 @@ class Deliverer:
         if not keys:
             return Answer(None, f"tenant {due.tenant} has no signing secret any more")
         headers = signed_headers(due.id, int(time.time()), due.body, keys)
-        return await self._sender.send(due.url, headers, due.body)
+        return await self._sender.send(due.url, headers, due.body, due.tenant)
 
     async def _secrets(self, tenant: str) -> list[bytes]:
         while True:
@@ -163,10 +176,10 @@ class Deliverer:
                 logger.warning("secrets cannot be read from the job database, trying again: %s", error.detail)
                 await asyncio.sleep(RETRY_S)
 
-    async def _settle(self, due: Due, verdict: Verdict) -> None:
+    async def _change(self, statements: Callable[[sqlite3.Connection], None]) -> None:
         while True:
             try:
-                return await self._database.change(lambda db: delivery_table.settle(db, due, verdict))
+                return await self._database.change(statements)
             except ArrowQuantError as error:
                 logger.warning("a delivery cannot be noted in the job database, trying again: %s", error.detail)
                 await asyncio.sleep(RETRY_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,7 +42,7 @@ class Sender:
         """`ca_file` holds certificates to trust beside the usual ones; raises InvalidConfig when it holds none."""
         self._reach = reach
         self._timeout_s = timeout_s
-        self._network = CheckedNetwork(resolver)
+        self._resolver = resolver
         self._tls = httpx.create_ssl_context(trust_env=False)
         if ca_file is not None:
             try:
@@ -50,10 +50,14 @@ class Sender:
             except OSError as error:
                 raise InvalidConfig(f"{ca_file} holds no certificates in PEM that can be read: {error}") from error
 
-    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """POST a message and see what the receiver says; raises nothing that the receiver could cause."""
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes, tenant: str) -> Answer:
+        """POST a tenant's message and see what the receiver says; raises nothing that the receiver could cause.
+
+        Raises LookupsBusy when it was not even tried.
+        """
         try:
             endpoint = parse(url, self._reach)
+            addresses = await self._resolver.resolve(endpoint.host, endpoint.port, tenant)
             origin = httpcore.Origin(endpoint.scheme.encode(), endpoint.host.encode(), endpoint.port)
             address = httpcore.URL(scheme=origin.scheme, host=origin.host, port=origin.port, target=endpoint.target)
             request = httpcore.Request(
@@ -64,7 +68,7 @@ class Sender:
                 extensions={"timeout": {"connect": self._timeout_s / ADDRESSES_TRIED}},
             )
             async with httpcore.AsyncHTTPConnection(
-                origin, ssl_context=self._tls, network_backend=self._network
+                origin, ssl_context=self._tls, network_backend=CheckedNetwork(addresses)
             ) as connection:
                 async with asyncio.timeout(self._timeout_s):
                     response = await connection.handle_async_request(request)
@@ -81,21 +85,20 @@ class Sender:
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to the very addresses that were checked: the name is looked up once, and not again in between."""
 
-    def __init__(self, resolver: Resolver) -> None:
-        self._resolver = resolver
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = addresses
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
-        host: str,
+        host: str,  # noqa: ARG002 - its addresses are known
         port: int,
         timeout: float | None = None,  # noqa: ASYNC109 - it is httpcore's interface
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """A connection; raises WebhookRefused, or httpcore's errors when no address takes one."""
-        addresses = await self._resolver.resolve(host, port)
-        *others, last = addresses[:ADDRESSES_TRIED]
+        """A connection; raises httpcore's errors when no address takes one."""
+        *others, last = self._addresses[:ADDRESSES_TRIED]
         for address in others:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)

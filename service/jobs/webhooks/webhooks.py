@@ -53,7 +53,10 @@ class Webhooks:
         self.deliverer = Deliverer(database, sender, options.delays_s, registry)
 
     async def check(self, submission: Submission) -> None:
-        """Raise WebhookRefused or WebhookSecretMissing, pointing at it, unless each webhook may be told of its job."""
+        """Raise unless each webhook may be told of its job: WebhookRefused, WebhookSecretMissing or LookupsBusy.
+
+        The error points at the webhook.
+        """
         asked = [
             (index, request.webhook) for index, request in enumerate(submission.requests) if request.webhook is not None
         ]
@@ -90,4 +93,4 @@ class Webhooks:
 
     async def _check_host(self, submission: Submission, index: int, endpoint: Endpoint) -> None:
         with submission.at(index), pointing("/webhook/url"):
-            await self._resolver.resolve(endpoint.host, endpoint.port)
+            await self._resolver.resolve(endpoint.host, endpoint.port, submission.tenant)
