@@ -10,10 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from service.errors import ArrowQuantError
 from service.jobs.events import Event
 from service.jobs.job import Job
+from service.jobs.standing import StandingTask
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,15 @@ class Journal:
     def __init__(self, write: Callable[[Sequence[Job], Sequence[Event]], Awaitable[None]]) -> None:
         self._write = write
         self._entries: deque[Entry] = deque()
+        # Those that are stored, and not yet shown.
+        self._stored: deque[Entry] = deque()
         self._wake = asyncio.Event()
-        self._task = asyncio.create_task(self._run(), name="journal")
+        self._task = StandingTask("the journal", self._run)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether a fault keeps it from storing anything now; it goes on by itself."""
+        return self._task.is_down
 
     def put(self, entry: Entry) -> None:
         """Add an entry behind all others; never waits."""
@@ -54,23 +63,27 @@ class Journal:
 
     async def stop(self) -> None:
         """End the task; what is not written by now is lost."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await self._task.stop()
 
     async def _run(self) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._entries:
+            # Without waiting: a fault may have left something.
+            while self._entries or self._stored:
                 await self._settle_batch()
                 await asyncio.sleep(0)
+            await self._wake.wait()
+            self._wake.clear()
 
     async def _settle_batch(self) -> None:
         # A function of its own, so that no variable holds on to the last jobs.
-        batch = [self._entries.popleft() for _ in range(min(BATCH, len(self._entries)))]
-        await self._store(batch)
-        for entry in batch:
-            entry.show()
+        if not self._stored:
+            batch = tuple(islice(self._entries, BATCH))
+            await self._store(batch)
+            # Only now: a fault leaves them to be stored again.
+            for _ in batch:
+                self._stored.append(self._entries.popleft())
+        while self._stored:
+            self._stored.popleft().show()
 
     async def _store(self, batch: Sequence[Entry]) -> None:
         jobs = [entry.job for entry in batch if entry.job is not None]

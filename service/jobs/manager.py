@@ -59,6 +59,7 @@ from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.retention import KEEP_ALL, Rules
 from service.jobs.runner import Runner
 from service.jobs.sources import Sources, blobs_used, jobs_used
+from service.jobs.standing import StandingTask
 from service.jobs.store import Store
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
@@ -197,7 +198,7 @@ class JobManager:
         self.webhooks.deliverer.start()
         self._execution.open()
         self._warming = asyncio.create_task(self._warm_up())
-        self._expiring = asyncio.create_task(expire(self.collector, self._retention))
+        self._expiring = StandingTask("expiry", lambda: expire(self.collector, self._retention))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more jobs, stop the running ones at their next block, and close the data folder.
@@ -213,7 +214,7 @@ class JobManager:
         if self._store is None:
             return
         self._warming.cancel()
-        self._expiring.cancel()
+        await self._expiring.stop()
         delivering = asyncio.create_task(self.webhooks.deliverer.stop(min(GRACE_S, timeout_s)))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
@@ -392,6 +393,11 @@ class JobManager:
     def is_draining(self) -> bool:
         """Whether no more jobs are taken."""
         return self._draining
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a fault keeps what happens to jobs from being stored and shown."""
+        return self._store is not None and self._journal.is_down
 
     @property
     def is_warm(self) -> bool:

@@ -347,6 +347,25 @@ def test_a_fault_of_the_service_is_an_attempt_that_failed_and_holds_no_place(
         server.stop()
 
 
+def test_a_delivery_that_is_damaged_ends_no_others(
+    receiver: Receiver, model_root: Path, tiny: Path, tmp_path: Path
+) -> None:
+    server = Server(tmp_path / "data", [model_root], **HERE, **PATIENT).start()
+    try:
+        make_secret(server)
+        job = server.run(told(tiny, receiver.url("/damaged", status(500))))
+        deliveries(server, job["id"], ended=False, attempts=1)
+        with closing(sqlite3.connect(server.data_dir / DATABASE)) as db, db:
+            db.execute("UPDATE webhook_deliveries SET next_attempt_at = 'when it suits'")
+        for path in ("/first", "/second"):
+            server.run(told(tiny, receiver.url(path)))
+            receiver.wait(path)
+        assert "webhooks: a fault" in server.log
+        assert "Traceback" in server.log
+    finally:
+        server.stop()
+
+
 def test_purging_a_job_ends_its_deliveries(server: Server, receiver: Receiver, tiny: Path) -> None:
     job = server.run(told(tiny, receiver.url("/purged", status(503, {"Retry-After": "3600"}))))
     (shown,) = deliveries(server, job["id"], ended=False, attempts=1)

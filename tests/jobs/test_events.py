@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from service.engine.progress import Notice, Progress, TensorCompleted
+from service.jobs import standing
 from service.jobs.events import (
     ID_EPOCH,
     PROGRESS,
@@ -25,7 +27,7 @@ from service.jobs.events import (
     next_epoch,
 )
 from service.jobs.job import Job, Status
-from service.jobs.journal import Journal
+from service.jobs.journal import Entry, Journal
 from service.jobs.live import LiveJob
 from service.jobs.mailbox import Mailbox
 from service.jobs.store import Store
@@ -244,3 +246,39 @@ def test_what_the_engine_reports_becomes_data_without_empty_fields() -> None:
     assert "cosine_similarity" not in data
     assert data["shape"] == [4]
     assert "eta_s" not in describe(progress(1))[1]
+
+
+# --- faults ---
+
+
+async def test_a_fault_of_the_journal_is_logged_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(standing, "RESTART_S", 0.01)
+    bench = Bench(tmp_path)
+    faults = 2
+
+    async def write(jobs: Sequence[Job], events: Sequence[Event]) -> None:
+        nonlocal faults
+        faults -= 1
+        if faults >= 0:
+            raise KeyError("a fault")
+        await asyncio.to_thread(bench.store.write, jobs, events)
+
+    def show_badly() -> None:
+        raise ValueError("another fault")
+
+    journal = Journal(write)
+    shown: list[int] = []
+    event = Event(job_id="job_1", id=1, type="job.warning", at=datetime.now(UTC), data={"text": "once"})
+    journal.put(Entry(None, event, lambda: shown.append(1)))
+    journal.put(Entry(None, None, show_badly))
+    journal.put(Entry(None, None, lambda: shown.append(3)))
+    await asyncio.wait_for(journal.settled(), 60)
+    assert shown == [1, 3]
+    assert [stored.id for stored in bench.store.events("job_1", limit=10)] == [1]
+    found = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert found == [KeyError, KeyError, ValueError]
+    assert not journal.is_down
+    await journal.stop()
+    await bench.close()

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from service.errors import ArtifactsExpired, NotFound
-from service.jobs import batch_table, blob_table
+from service.jobs import batch_table, blob_table, standing
 from service.jobs.batch import Batch
+from service.jobs.collector import Collector
 from service.jobs.folders import REPORT, Folders
 from service.jobs.job import Job, Status
 from service.jobs.manager import JobManager
@@ -439,3 +440,30 @@ def later(job: Job) -> Any:
     """A moment after all that has happened so far."""
     assert job.finished_at is not None
     return job.finished_at + timedelta(days=1)
+
+
+async def test_a_fault_of_one_sweep_does_not_end_those_that_would_follow(
+    make_manager: MakeManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep, sweeps = Collector.sweep, 0
+
+    async def sweep_at_last(*arguments: Any, **options: Any) -> Swept:
+        nonlocal sweeps
+        sweeps += 1
+        if sweeps == 1:
+            raise KeyError("a fault")
+        return await sweep(*arguments, **options)
+
+    monkeypatch.setattr(Collector, "sweep", sweep_at_last)
+    monkeypatch.setattr(standing, "RESTART_S", 0.01)
+    with opened(tmp_path / "data") as store:
+        old = keep_job(tmp_path / "data", store, age_s=DAY)
+    manager = await make_manager(retention=Rules(job_ttl_s=0.1))
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await manager.get(old.id)
+            except NotFound:
+                break
+            await asyncio.sleep(0.01)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]

@@ -26,7 +26,7 @@ async def get_health() -> Response:
 
 @router.get("/readyz", response_model=Readiness, responses=documented(NotReady))
 async def get_readiness(state: State) -> Response:
-    """Storage can be written, the backend is compiled, the queue has room, and the server is not draining."""
+    """Storage can be written and is, the backend is compiled, the queue has room, and the server is not draining."""
     manager = state.manager
     if reason := _busy(state) or await run_sync(_unusable, state):
         raise NotReady(reason)
@@ -43,6 +43,8 @@ async def get_readiness(state: State) -> Response:
 def _busy(state: ApiState) -> str | None:
     if state.manager.is_draining:
         return "the server is shutting down"
+    if state.manager.is_stuck:
+        return "a fault keeps what happens to jobs from being stored: the server's log tells more"
     if not state.manager.is_warm:
         return "the kernels are being compiled, which happens once; jobs are taken already"
     waiting = state.manager.queue_depth

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from service.errors import ArrowQuantError, LookupsBusy
 from service.jobs.database import Database
+from service.jobs.standing import StandingTask
 from service.jobs.webhooks import delivery_table, secret_table
 from service.jobs.webhooks.delivery import Due, judge
 from service.jobs.webhooks.metrics import WebhookMetrics
@@ -51,12 +52,12 @@ class Deliverer:
         self._delays_s = delays_s
         self._wake = asyncio.Event()
         self._flights: dict[asyncio.Task[None], Due] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task: StandingTask | None = None
         self._metrics = WebhookMetrics(registry, lambda: len(self._flights))
 
     def start(self) -> None:
         """Deliver from now on what is in the store, and what will be."""
-        self._task = asyncio.create_task(self._run(), name="webhooks")
+        self._task = StandingTask("webhooks", self._run)
 
     def wake(self) -> None:
         """Look at once whether something is due."""
@@ -65,8 +66,7 @@ class Deliverer:
     async def stop(self, grace_s: float) -> None:
         """Begin no more attempts, and cut those off that take longer; they are made again at the next start."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await self._task.stop()
         flights = list(self._flights)
         if flights:
             await asyncio.wait(flights, timeout=grace_s)
