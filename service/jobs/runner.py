@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -103,21 +104,22 @@ class Runner:
         after: Part | None = None
         with log_of(job):
             try:
-                outcome = self._attempt(job, stop, report, clock)
+                outcome = _never_raising(job, lambda: self._attempt(job, stop, report, clock))
+                if isinstance(outcome, Failed | Discarded):
+                    clock.turn("publish")
+                    outcome = _never_raising(job, lambda: self._clean_up(job, outcome))
                 after = "wait" if isinstance(outcome, Parked) else None
                 return outcome
             finally:
                 release_memory()
                 clock.turn(after)
 
-    def discard(self, job: Job) -> Discarded:
+    def discard(self, job: Job) -> Outcome:
         """Remove all that a job has written; never raises."""
         with log_of(job):
-            self._clean_up(job)
-        return Discarded()
+            return _never_raising(job, lambda: self._clean_up(job, Discarded()))
 
     def _attempt(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Outcome:
-        failure: Failure | None = None
         try:
             with storage_faults("running the job"):
                 return self._work(job, stop, report, clock)
@@ -127,16 +129,12 @@ class Runner:
             if stop.reason is Reason.PARK:
                 return Parked()
             if stop.reason is Reason.TIMEOUT:
-                failure = _timed_out(job)
+                return Failed(_timed_out(job))
+            return Discarded()
         except _LacksMemory as error:
             return Parked(error.nbytes)
         except ArrowQuantError as error:
-            failure = Failure(error.code, error.detail, error.tensor, error.pointer)
-        except Exception:  # noqa: BLE001 - the one place where a crash becomes a failed job
-            failure = _crashed(job)
-        clock.turn("publish")
-        self._clean_up(job)
-        return Failed(failure) if failure else Discarded()
+            return Failed(Failure(error.code, error.detail, error.tensor, error.pointer))
 
     def _work(self, job: Job, stop: StopSignal, report: Report, clock: Clock) -> Finished:
         result = self._publisher.committed(job.id)
@@ -179,11 +177,19 @@ class Runner:
         if not self._memory.give(job.id, need.nbytes):
             raise _LacksMemory(need.nbytes)
 
-    def _clean_up(self, job: Job) -> None:
+    def _clean_up(self, job: Job, outcome: Outcome) -> Outcome:
         try:
             self._publisher.discard(job)
-        except OSError as error:
+        except (OSError, ArrowQuantError) as error:
             logger.warning("job %s: something could not be removed, the next start tries again: %s", job.id, error)
+        return outcome
+
+
+def _never_raising(job: Job, work: Callable[[], Outcome]) -> Outcome:
+    try:
+        return work()
+    except Exception:  # noqa: BLE001 - the one place where a crash becomes a failed job
+        return Failed(_crashed(job))
 
 
 def _timed_out(job: Job) -> Failure:

@@ -5,22 +5,31 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 async def run_in_thread(work: Callable[[], T], name: str) -> T:
-    """Run a function, which must not raise, in a thread of its own: it holds up no exit and leaves nothing behind."""
+    """Run a function in a thread of its own: it holds up no exit and leaves nothing behind; raises what that does."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
-    threading.Thread(target=lambda: call_on_loop(loop, _settle, done, work()), name=name, daemon=True).start()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            call_on_loop(loop, _settle, done, done.set_exception, error)
+        else:
+            call_on_loop(loop, _settle, done, done.set_result, result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
     return await done
 
 
-def _settle(done: asyncio.Future[T], result: T) -> None:
+def _settle(done: asyncio.Future[T], how: Callable[[Any], None], what: object) -> None:
     if not done.done():
-        done.set_result(result)
+        how(what)
 
 
 def call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

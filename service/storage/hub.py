@@ -44,7 +44,8 @@ class HubRepository:
         """Raises InvalidConfig when the extra is not installed."""
         self._hub: Any = require("huggingface_hub", address.scheme, EXTRA)
         self._errors: Any = require("huggingface_hub.errors", address.scheme, EXTRA)
-        self._endpoint = httpx.URL(options.hub_endpoint or self._hub.constants.ENDPOINT)
+        constants: Any = require("huggingface_hub.constants", address.scheme, EXTRA)
+        self._endpoint = httpx.URL(options.hub_endpoint or constants.ENDPOINT)
         self._allow_http = options.allow_http
         self._timeout_s = options.timeout_s
         self._repository = address.repository

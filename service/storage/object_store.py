@@ -76,7 +76,10 @@ class ObjectStoreFolder:
         options = {"range": (start, stop), "if_match": f'"{entry.tag}"'}
 
         def get() -> memoryview:
-            answer = self._obs.get(self._store, self._key(name), options=options)
+            try:
+                answer = self._obs.get(self._store, self._key(name), options=options)
+            except (FileNotFoundError, self._obs.exceptions.PreconditionError):
+                raise source_changed(name) from None
             if _entry(answer.meta) != entry:
                 raise source_changed(name)
             data = memoryview(answer.bytes())
@@ -84,10 +87,7 @@ class ObjectStoreFolder:
                 raise _Broken
             return data
 
-        try:
-            return self._call(get, f"reading {name}")
-        except (self._obs.exceptions.PreconditionError, ModelNotFound):
-            raise source_changed(name) from None
+        return self._call(get, f"reading {name}")
 
     def read(self, name: PurePosixPath, max_bytes: int) -> bytes | None:
         """All of a small object, None when there is none."""
@@ -100,10 +100,18 @@ class ObjectStoreFolder:
         """Put a small object where there is none; False when there is one. In one step, where the store can."""
         exceptions = self._obs.exceptions
         put = partial(self._obs.put, self._store, self._key(name), data)
+
+        def create() -> bool:
+            try:
+                put(mode="create")
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                if self.stat(name) is None:
+                    raise _Broken from None  # two calls have met, and S3 let neither of them win
+                return False
+            return True
+
         try:
-            self._call(partial(put, mode="create"), f"writing {name}")
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-            return False
+            return self._call(create, f"writing {name}")
         except _Unsupported:
             if self.stat(name) is not None:
                 return False
@@ -166,7 +174,7 @@ class ObjectStoreFolder:
         while True:
             try:
                 return call()
-            except (ArrowQuantError, exceptions.AlreadyExistsError, exceptions.PreconditionError):
+            except ArrowQuantError:
                 raise
             except FileNotFoundError:
                 status: int | None = 404

@@ -289,6 +289,22 @@ def test_an_object_is_created_also_where_a_store_knows_no_conditions(proxy: Prox
     assert [folder.create(name, b"mine"), folder.create(name, b"yours")] == [True, False]
 
 
+def test_a_conflict_of_two_calls_of_which_neither_made_the_object_is_tried_again(proxy: Proxy) -> None:
+    struck = threading.Event()
+
+    def conflict_once(call: Call, answered: Callable[[], Answer]) -> Answer:
+        if call.method != "PUT" or struck.is_set():
+            return answered()
+        struck.set()
+        return Answer(409, b"<Error><Code>ConditionalRequestConflict</Code></Error>")
+
+    proxy.fault = conflict_once
+    folder = make_stores(proxy).folder(parse_address("s3://models/met"))
+    assert folder.create(PurePosixPath("claim"), b"mine")
+    assert struck.is_set()
+    assert folder.read(PurePosixPath("claim"), 100) == b"mine"
+
+
 def test_an_upload_that_is_stopped_leaves_neither_object_nor_parts(proxy: Proxy, s3_server: S3, tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(bytes(70 * MIB))
     folder = make_stores(proxy).folder(parse_address("s3://models/stopped"))
