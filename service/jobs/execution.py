@@ -91,9 +91,13 @@ class Execution:
         elif live.status is Status.RUNNING:
             live.to(Status.CANCELLING)
             if self._scheduler.remove(job_id):
-                self._spawn(self._discard(live))
+                self.clear_away(live)
             else:
                 live.stop.ask(Reason.CANCEL)
+
+    def clear_away(self, live: LiveJob) -> None:
+        """Go on with the end of a job that an earlier server had begun to cancel."""
+        self._spawn(self._discard(live))
 
     def open(self) -> None:
         """Give those that wait their turns from now on."""

@@ -489,7 +489,7 @@ class JobManager:
         log = LiveLog(job.id, next_id=first, last_stored_id=leftover.last_event_id, reader_limit=self._reader_limit)
         live = self._adopt(job, log, leftover.targets)
         if job.status is Status.CANCELLING:
-            live.to(Status.CANCELLED)
+            self._execution.clear_away(live)  # which may have to wait for a store
             return
         self._execution.enqueue(live, device_of(job_config(job)), None, leftover.seconds_run)
 

@@ -66,6 +66,7 @@ class Publisher:
         self._folders = folders
         self._roots = tuple(roots)
         self._stores = stores
+        self._remotes: dict[tuple[str, str], RemoteOutput] = {}
 
     def committed(self, job_id: str) -> RunReport | None:
         """The report of a job whose outputs are complete, published or not."""
@@ -91,6 +92,7 @@ class Publisher:
             with storage_faults(f"putting output {target.name!r} in its place"):
                 if isinstance(target, RemoteTarget):
                     self._remote(job.id, target).publish(stopped)
+                    self._forget(job.id, target)
                     continue
                 self._publish(job.id, target, stopped)
         pending = self._folders.pending_report(job.id)
@@ -133,9 +135,16 @@ class Publisher:
             why = error.detail if isinstance(error, ArrowQuantError) else "its report is damaged"
             address = target.address.file("")
             logger.warning("job %s: what it wrote to %s could not be removed: %s", job_id, address, why)
+        finally:
+            self._forget(job_id, target)
 
     def _remote(self, job_id: str, target: RemoteTarget) -> RemoteOutput:
-        return RemoteOutput(job_id, target.name, self._folders.work(job_id), target.address, self._stores)
+        """The same from when it is published until that is done or taken back: it knows what is under way."""
+        made = RemoteOutput(job_id, target.name, self._folders.work(job_id), target.address, self._stores)
+        return self._remotes.setdefault((job_id, target.name), made)
+
+    def _forget(self, job_id: str, target: RemoteTarget) -> None:
+        self._remotes.pop((job_id, target.name), None)
 
     def _publish(self, job_id: str, target: Target, stopped: Stopped) -> None:
         work = self._folders.work(job_id) / target.name

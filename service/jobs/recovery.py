@@ -47,13 +47,10 @@ def open_batches(store: Store, leftovers: Sequence[Leftover]) -> list[OpenBatch]
 
 
 def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftover]:
-    """The jobs to go on with, oldest first; jobs that were being cancelled are cleared away by now. Blocks."""
+    """The jobs to go on with, oldest first, those among them that were being cancelled. Blocks."""
     with storage_faults("opening the data folder"):
         folders.create()
         jobs = store.active()
-        for job in jobs:
-            if job.status is Status.CANCELLING:
-                publisher.discard(job)
         for orphan in _orphans(store, folders, {job.id for job in jobs}):
             remove(orphan)
     return [

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from service.engine.formats.weights import MANIFEST
 from service.engine.progress import Cancelled as Stopped
 from service.engine.publish import stop_when
-from service.errors import TargetInUse
+from service.errors import StoreUnavailable, TargetInUse
 from service.storage.calls import Calls
 from service.storage.durable import remove, sync
 from service.storage.object_store import ObjectStoreFolder
@@ -25,8 +25,8 @@ from service.storage.stores import Stores
 
 CLAIM = PurePosixPath(".arrowquant-claim")
 MANIFEST_NAME = PurePosixPath(MANIFEST)
-#: How long an upload that has begun may take to end after a cancel: nothing of it is then left.
-GRACE_S = 10.0
+#: How long whoever stops waits for an upload in parts that has begun: it is aborted then, and no part stays.
+GRACE_S = 2.0
 #: Of the objects that are read whole: a claim, a manifest.
 MAX_WHOLE_BYTES = 100_000_000
 
@@ -41,6 +41,7 @@ class RemoteOutput:
         self._note = work / f".{name}.uploaded"
         self._address = address
         self._stores = stores
+        self._calls: Calls | None = None
 
     def publish(self, stopped: Stopped) -> None:
         """Upload what is not there yet, and free its space on this disk; raises TargetInUse, Cancelled."""
@@ -48,6 +49,7 @@ class RemoteOutput:
             return
         store = self._stores.folder(self._address)
         with closing(self._stores.calls(stopped, GRACE_S)) as calls:
+            self._calls = calls
             if not self._note.exists():
                 self._claim(store, calls)
                 self._tell([])
@@ -56,8 +58,13 @@ class RemoteOutput:
         remove(self._folder)
 
     def discard(self, published: Callable[[], Iterable[PurePosixPath]]) -> None:
-        """Remove what was uploaded; `published` names the files, where none is left on this disk because all were."""
+        """Remove what was uploaded; `published` names the files, where none is left on this disk because all were.
+
+        After a `publish` that was stopped its last call is waited for: it may put an object there as long as it is
+        under way. Raises StoreUnavailable when it does not end.
+        """
         store = self._stores.folder(self._address)
+        is_settled = self._calls is None or self._calls.settled()
         with closing(self._stores.calls(lambda: False)) as calls:
             if self._note.exists():
                 names = {*self._uploaded(), *(name for _, name in self._files()), MANIFEST_NAME, CLAIM}
@@ -67,6 +74,8 @@ class RemoteOutput:
                 calls.run(partial(store.remove, [MANIFEST_NAME, *published()]))
             elif calls.run(partial(store.read, CLAIM, MAX_WHOLE_BYTES)) == self._claimed_by:
                 calls.run(partial(store.remove, [CLAIM]))
+        if not is_settled:
+            raise StoreUnavailable("an upload that was stopped has not ended, and may put an object there yet")
 
     @property
     def _claimed_by(self) -> bytes:
@@ -81,12 +90,16 @@ class RemoteOutput:
             raise TargetInUse("there are objects below this address: choose another")
 
     def _upload(self, store: ObjectStoreFolder, calls: Calls, stopped: Stopped) -> None:
+        def go_on() -> None:
+            stop_when(stopped)
+            calls.come_on()
+
         done = self._uploaded()
         for path, name in self._files():
             stop_when(stopped)
             if name == MANIFEST_NAME or (name in done and calls.run(partial(store.stat, name)) == done[name]):
                 continue
-            tag = calls.run(partial(store.upload, path, name, partial(stop_when, stopped)))
+            tag = calls.run(partial(store.upload, path, name, go_on))
             self._tell([(name, Entry(path.stat().st_size, tag))])
 
     def _complete(self, store: ObjectStoreFolder) -> None:

@@ -33,6 +33,8 @@ class Calls:
         self._grace_s = grace_s
         self._waiting: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._started = 0
+        self._left: list[Future[Any]] = []
+        self._came_on = 0.0
         self._lock = threading.Lock()
 
     def run(self, call: Callable[[], T]) -> T:
@@ -58,13 +60,21 @@ class Calls:
                 if pending and self._cancelled():
                     wait(pending, self._grace_s)
                     raise Cancelled("the run was cancelled")
-                heard = time.monotonic() if done else heard
+                heard = time.monotonic() if done else max(heard, self._came_on)
                 if time.monotonic() - heard > self._patience_s:
                     raise StoreUnavailable("the store does not answer: try again when it is well")
             return [future.result() for future in futures]
         finally:
-            for future in futures:
-                future.cancel()  # those that no thread has begun
+            # Those that no thread has begun never will be.
+            self._left = [f for f in (*self._left, *futures) if not f.cancel() and not f.done()]
+
+    def come_on(self) -> None:
+        """Said by a call that takes long, and is not given up for that."""
+        self._came_on = time.monotonic()
+
+    def settled(self) -> bool:
+        """Wait until the calls that were walked away from have ended; False when one does not in its time."""
+        return not wait(self._left, self._patience_s).not_done
 
     def close(self) -> None:
         """Let the threads end when they have made the calls they are making."""

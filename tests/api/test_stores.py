@@ -36,7 +36,7 @@ class World:
     models: dict[str, Path]
 
     def start(self, data_dir: Path, **settings: object) -> Server:
-        """Another server with the same stores."""
+        """Another server with the same stores; a setting that is None is not made."""
         chosen: dict[str, object] = {
             "remote_roots": "s3://models hf://",
             "s3_endpoint": self.proxy.url,
@@ -45,7 +45,8 @@ class World:
             "store_allow_http": "true",
             "store_timeout_s": 5,
         }
-        return Server(data_dir, [self.root], **(chosen | settings)).start()
+        given = {name: value for name, value in (chosen | settings).items() if value is not None}
+        return Server(data_dir, [self.root], **given).start()
 
 
 def save_model(folder: Path, *, layers: int = 6, rows: int = 64, cols: int = 256) -> Path:
@@ -355,6 +356,49 @@ def test_a_cancel_is_heard_while_a_store_does_not_answer_and_nothing_stays_there
     assert world.server.leftovers(job["id"]) == []
 
 
+def test_an_upload_that_a_cancel_walks_away_from_leaves_nothing_when_it_ends_later(world: World) -> None:
+    reached, removed, landed = threading.Event(), threading.Event(), threading.Event()
+
+    def late(call: Call, answered: Callable[[], Answer]) -> Answer:
+        if call.method == "PUT" and call.path.endswith(".parquet"):
+            reached.set()
+            removed.wait(4)  # longer than anybody waits for it before the files are taken back
+            answer = answered()
+            landed.set()
+            return answer
+        answer = answered()
+        if "?delete" in call.path or call.method == "DELETE":
+            removed.set()
+        return answer
+
+    world.proxy.fault = late
+    job = world.server.submit(body(at("s3://models/small"), to("s3://models/out/late")))
+    assert reached.wait(60)
+    world.server.cancel(job["id"])
+    assert world.server.finish(job["id"])["status"] == "cancelled"
+    assert landed.wait(60)
+    assert world.s3.files("models", "out/late") == {}
+
+
+def test_a_server_starts_without_a_store_that_does_not_let_it_clear_away(world: World, tmp_path: Path) -> None:
+    server = world.start(tmp_path / "data", store_timeout_s=20)
+    try:
+        with stalled(world, lambda call: call.method == "PUT" and call.path.endswith(".parquet")) as reached:
+            job = server.submit(body(at("s3://models/small"), to("s3://models/out/restart")))
+            assert reached.wait(60)
+            server.cancel(job["id"])
+            server.kill()
+        with stalled(world, lambda _: True) as reached:
+            server.start()
+            assert reached.wait(60)
+            assert server.job(job["id"])["status"] == "cancelling"
+        assert server.finish(job["id"])["status"] == "cancelled"
+        assert world.s3.files("models", "out/restart") == {}
+        assert server.leftovers(job["id"]) == []
+    finally:
+        server.stop()
+
+
 def test_nothing_of_the_operators_credentials_is_ever_seen(world: World, tmp_path: Path) -> None:
     told = " ".join(SECRETS)
     answers: list[str] = []
@@ -383,14 +427,15 @@ def test_nothing_of_the_operators_credentials_is_ever_seen(world: World, tmp_pat
             world.proxy.fault = lambda _, __, s=status: Answer(s, f"<Error><Message>{told}</Message></Error>".encode())
             ask("s3://models/small")
         # Let in at first, and refused when the job reads, writes, or takes back what it wrote.
-        for which in (".safetensors", ".parquet", "delete", "manifest"):
+        places = ((403, ".safetensors"), *((s, p) for s in (403, 409, 412) for p in (".parquet", "delete", "manifest")))
+        for status, which in places:
 
-            def later(call: Call, answered: Callable[[], Answer], which: str = which) -> Answer:
-                refused = Answer(403, f"<Error><Message>{told}</Message></Error>".encode())
-                return refused if which in call.path else answered()
+            def later(call: Call, answered: Callable[[], Answer], status: int = status, which: str = which) -> Answer:
+                refused = Answer(status, f"<Error><Message>{told}</Message></Error>".encode())
+                return refused if which in f"{call.method} {call.path}" else answered()
 
             world.proxy.fault = later
-            ask("s3://models/small", to(f"s3://models/out/secret-{which.strip('.')}"))
+            ask("s3://models/small", to(f"s3://models/out/secret-{which.strip('.')}-{status}"))
         world.proxy.fault = lambda _, __: None
         ask("s3://models/small")
         world.hub.token = "another"
@@ -406,6 +451,43 @@ def test_nothing_of_the_operators_credentials_is_ever_seen(world: World, tmp_pat
         assert not any(secret in answer for answer in answers), secret
         assert secret not in server.log
         assert secret.encode() not in stored
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_store_that_refuses_to_remove_by_a_conflict_neither_holds_a_job_up_nor_its_lane(
+    world: World, status: int
+) -> None:
+    def conflict(call: Call, answered: Callable[[], Answer]) -> Answer:
+        if call.method == "PUT" and call.path.endswith(".parquet"):
+            return Answer(403)
+        return Answer(status, b"<Error/>") if "?delete" in call.path or call.method == "DELETE" else answered()
+
+    world.proxy.fault = conflict
+    problem = world.server.fail(body(at("s3://models/small"), to(f"s3://models/out/conflict-{status}")))
+    assert problem["code"] == "store_refused"
+    assert "could not be removed" in world.server.log
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_store_that_answers_an_upload_or_a_listing_with_a_conflict_is_no_crash(world: World, status: int) -> None:
+    asked = body(at("s3://models/small"), to(f"s3://models/out/refused-{status}"))
+    refused: Callable[[Call], bool] = lambda call: call.method == "PUT" and call.path.endswith(".parquet")  # noqa: E731
+    world.proxy.fault = lambda call, answered: Answer(status, b"<Error/>") if refused(call) else answered()
+    assert world.server.fail(asked)["code"] == "store_unavailable"
+    world.proxy.fault = lambda call, answered: Answer(status, b"<Error/>") if "list-type" in call.path else answered()
+    answer = world.server.client.post("/v1/jobs", json=asked)
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+
+
+def test_the_hub_that_its_own_tools_are_set_to_is_read_where_no_other_is_named(
+    world: World, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", world.hub.url)
+    server = world.start(tmp_path / "data", hub_endpoint=None)
+    try:
+        assert server.files(server.run(body(at("hf://own/small"), "parquet", "compressed-tensors"))["id"]) == expected
+    finally:
+        server.stop()
 
 
 # --- kills
