@@ -293,7 +293,7 @@ class Hub(Loopback):
         if self.token is not None and call.headers.get("authorization") != f"Bearer {self.token}":
             return Answer(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         path = unquote(urlsplit(call.path).path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
             return self._info(found[1], found[2])
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path):
             return self._resolve(found[1], found[2], found[3], call)

@@ -80,6 +80,16 @@ class Sources:
         self._find_job = find_job
         self._blobs = blobs
 
+    def uris(self, request: JobRequest, tenant: str) -> Iterator[str]:
+        """The addresses that a tenant's request may lead to, those among them that earlier jobs wrote to."""
+        for _, source in _named_sources(request):
+            if isinstance(source, JobSource):
+                job = self._find_job(source.job_id, tenant)
+                if job is not None and isinstance(job.request, QuantizeRequest):
+                    yield from (output.uri for output in job.request.outputs if output.uri is not None)
+            elif not isinstance(source, BlobsSource):
+                yield source.uri
+
     @contextmanager
     def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Place, ...]]:
         """Where all sources of a request lie: one to quantize, original and quantized to validate.
@@ -161,7 +171,7 @@ class Sources:
             if not pin.exists():
                 pin.parent.mkdir(parents=True, exist_ok=True)
                 write_file(pin, stores.pinned(address, stopped).revision.encode())
-            address = address.at(pin.read_text())
+            return stores.files(address, stopped, pin.read_text())
         return stores.files(address, stopped)
 
 

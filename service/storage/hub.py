@@ -12,7 +12,6 @@ import httpx
 from service.errors import (
     ArrowQuantError,
     ModelNotFound,
-    StorageFailure,
     StoreRefused,
     StoreUnavailable,
     UnsupportedModel,
@@ -37,7 +36,7 @@ _EXPIRED = frozenset({400, 401, 403, 404, 410})
 class HubRepository:
     """A model of the hub at one commit; each method blocks, for a bounded time when the hub does not answer.
 
-    Raises StoreRefused, ModelNotFound and StorageFailure.
+    Raises StoreRefused, ModelNotFound and StoreUnavailable.
     """
 
     def __init__(self, address: RemoteAddress, options: StoreOptions) -> None:
@@ -48,6 +47,7 @@ class HubRepository:
         self._endpoint = httpx.URL(options.hub_endpoint or constants.ENDPOINT)
         self._allow_http = options.allow_http
         self._timeout_s = options.timeout_s
+        self._request_s = min(REQUEST_S, options.timeout_s)
         self._repository = address.repository
         self._prefix = "".join(f"{part}/" for part in address.path)
         self._what = f"hf://{address.repository}@{address.revision}"
@@ -57,7 +57,7 @@ class HubRepository:
         self._siblings = info.siblings or []
         # The token, if there is one, is sent to the hub itself and to nobody else.
         self._headers = dict(self._hub.utils.build_hf_headers()) | {"Accept-Encoding": "identity"}
-        self._client = httpx.Client(timeout=httpx.Timeout(min(REQUEST_S, self._timeout_s), connect=CONNECT_S))
+        self._client = httpx.Client(timeout=httpx.Timeout(self._request_s, connect=CONNECT_S))
         self._elsewhere: dict[PurePosixPath, httpx.URL] = {}
 
     def entries(self) -> list[tuple[str, Entry]]:
@@ -82,7 +82,7 @@ class HubRepository:
 
     def _ask(self, revision: str) -> Any:
         api = self._hub.HfApi(endpoint=str(self._endpoint).rstrip("/"))
-        return api.model_info(self._repository, revision=revision, files_metadata=True, timeout=REQUEST_S)
+        return api.model_info(self._repository, revision=revision, files_metadata=True, timeout=self._request_s)
 
     def _get(self, name: PurePosixPath, entry: Entry, start: int, stop: int) -> bytes:
         known = self._elsewhere.get(name)
@@ -105,10 +105,10 @@ class HubRepository:
                 raise _Unanswered(status)
             url = url.join(location)
             if url.scheme != "https" and not self._allow_http:
-                raise StorageFailure(f"the hub sends elsewhere for {name}, and not by HTTPS, which is not followed")
+                raise StoreRefused(f"the hub sends elsewhere for {name}, and not by HTTPS, which is not followed")
             if not self._is_hub(url):
                 self._elsewhere[name] = url
-        raise StorageFailure(f"the hub sends round and round for {name}")
+        raise StoreUnavailable(f"the hub sends round and round for {name}")
 
     def _request(
         self, url: httpx.URL, entry: Entry, start: int, stop: int
@@ -154,7 +154,10 @@ class HubRepository:
                     "the terms on the hub, and sets HF_TOKEN"
                 ) from None
             except self._errors.RevisionNotFoundError:
-                raise ModelNotFound(f"the model {self._repository} has no such revision") from None
+                raise ModelNotFound(
+                    f"the model {self._repository} has no such revision; a slash in one is written %2F, as in "
+                    "hf://owner/name@refs%2Fpr%2F1"
+                ) from None
             except self._errors.RepositoryNotFoundError:
                 raise ModelNotFound(
                     f"the hub has no model {self._repository} that this server could see with the token it has"
@@ -185,7 +188,7 @@ def _entry(sibling: Any) -> Entry:
     lfs = sibling.lfs
     tag = lfs["sha256"] if isinstance(lfs, dict) else (lfs.sha256 if lfs is not None else sibling.blob_id)
     if sibling.size is None or not tag:
-        raise StorageFailure("the hub does not tell how large its files are, or what they are")
+        raise StoreUnavailable("the hub does not tell how large its files are, or what they are")
     return Entry(int(sibling.size), str(tag))
 
 

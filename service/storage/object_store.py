@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from service.errors import ArrowQuantError, ModelNotFound, StorageFailure, UnsupportedModel
+from service.errors import ArrowQuantError, ModelNotFound, StoreRefused, StoreUnavailable, UnsupportedModel
 from service.storage.remote_address import RemoteAddress
 from service.storage.remote_files import MAX_ENTRIES, Entry, source_changed
 from service.storage.store_faults import is_passing, require, status_in, store_error
@@ -40,7 +40,7 @@ UPLOAD_READ_BYTES = 4 << 20
 class ObjectStoreFolder:
     """What lies below an address; each method blocks, for `timeout_s` at most when the store does not answer.
 
-    Raises StoreRefused, ModelNotFound where there is no such bucket, and StorageFailure.
+    Raises StoreRefused, ModelNotFound where there is no such bucket, and StoreUnavailable.
     """
 
     def __init__(self, address: RemoteAddress, options: StoreOptions) -> None:
@@ -192,7 +192,7 @@ class ObjectStoreFolder:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-class _Unsupported(StorageFailure):
+class _Unsupported(StoreUnavailable):
     """The store has no such operation."""
 
 
@@ -228,7 +228,7 @@ def _open(address: RemoteAddress, options: StoreOptions) -> ObjectStore:
     try:
         opened: ObjectStore = getattr(store, kind)(address.bucket, config=config, **common)
     except (require("obstore.exceptions", address.scheme, EXTRA).BaseError, ValueError, OSError):
-        raise StorageFailure(
+        raise StoreRefused(
             f"{address.scheme}:// is not configured on this server, or not as it has to be: the operator sets the "
             "variables of the store's own tools"
         ) from None
@@ -241,7 +241,7 @@ def _entry(meta: Any) -> Entry:
 
 def _tag(e_tag: str | None) -> str:
     if not e_tag:
-        raise StorageFailure("the store gives its objects no entity tags, without which no change would be noticed")
+        raise StoreUnavailable("the store gives its objects no entity tags, without which no change would be noticed")
     return e_tag.removeprefix("W/").strip('"')
 
 

@@ -20,6 +20,9 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 #: What no part of an address may hold: control characters, and what would be read in more than one way.
 _AMBIGUOUS = re.compile("[\x00-\x1f\x7f-\x9f\\\\%?#*\ud800-\udfff]")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+#: A branch may have slashes, which an address has to write %2F: another part begins at a plain one.
+_REVISION = re.compile(rf"{_HUB_NAME.pattern}(?:/{_HUB_NAME.pattern})*")
+_SLASH = re.compile("%2F", re.IGNORECASE)
 _FORBIDDEN = "the address is not under a remote root of this server; the operator adds one with --remote-root"
 
 
@@ -58,7 +61,7 @@ class RemoteAddress:
     @property
     def key(self) -> PurePosixPath:
         """What no two different places share, and what is above those around it."""
-        return PurePosixPath(f"{self.scheme}:", *self.parts)
+        return PurePosixPath(f"{self.scheme}:", *(part.replace("/", "%2F") for part in self.parts))
 
     def at(self, revision: str) -> RemoteAddress:
         """The same of the hub at another revision."""
@@ -113,7 +116,7 @@ def _split(uri: str) -> tuple[str, tuple[str, ...]]:
     # None of the messages repeats the address: what somebody put into it may be a password.
     if len(rest.encode(errors="replace")) > MAX_ADDRESS_BYTES:
         raise InvalidConfig(f"the {scheme}:// address is longer than {MAX_ADDRESS_BYTES} bytes")
-    if _AMBIGUOUS.search(rest):
+    if _AMBIGUOUS.search(_SLASH.sub("", rest) if scheme == HUB_SCHEME else rest):
         raise InvalidConfig(
             f"the {scheme}:// address holds a query, a fragment, a percent sign, a star, a backslash or a control "
             "character: write plain names, and give credentials to the server, not to a request"
@@ -139,11 +142,11 @@ def _hub_parts(parts: tuple[str, ...], default_revision: str | None = None) -> t
     else:
         name, at, written = named[0].partition("@")
         names = (*owner, name)
-        chosen = written if at else default_revision
+        chosen = _SLASH.sub("/", written) if at else default_revision
         revision = (chosen,) if chosen is not None else ()
         if path and not at:
             raise InvalidConfig("the hf:// address has a path but no revision: write hf://owner/name@revision/path")
-    if not all(_HUB_NAME.fullmatch(part) for part in (*names, *revision)):
+    if not all(map(_HUB_NAME.fullmatch, names)) or not all(map(_REVISION.fullmatch, revision)) or "%" in "".join(path):
         raise InvalidConfig(f"the hf:// address needs {_shape(HUB_SCHEME)}: no user, password or port belongs into it")
     return (*names, *revision, *path)
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from service.errors import ModelNotFound, SourceChanged, StorageFailure
+from service.errors import ModelNotFound, SourceChanged, StoreUnavailable
 from service.storage.calls import Calls
 from service.storage.model_files import Bytes, Identity, Listing, ModelFiles, OpenFile
 
@@ -40,7 +40,7 @@ class Entry:
         return self.size, self.tag
 
 
-#: Bytes start to stop of a file that is still this entry; raises SourceChanged, StorageFailure and what keeps one out.
+#: Bytes start to stop of a file that is still this entry; raises SourceChanged, StoreUnavailable or StoreRefused.
 Fetch = Callable[[PurePosixPath, Entry, int, int], memoryview]
 #: The entry that a file has now, None when it is not there.
 Stat = Callable[[PurePosixPath], Entry | None]
@@ -200,7 +200,7 @@ class Windows:
             end = min(begin + PART_BYTES, data.size)
             got = np.frombuffer(self._fetch(name, entry, offset + begin, offset + end), np.uint8)
             if got.size != end - begin:
-                raise StorageFailure(f"the store sent {got.size} bytes of {name} where {end - begin} were asked for")
+                raise StoreUnavailable(f"the store sent {got.size} bytes of {name} where {end - begin} were asked for")
             data[begin:end] = got
 
         self._calls.run_all([partial(part, begin) for begin in range(0, data.size, PART_BYTES)])

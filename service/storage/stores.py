@@ -54,16 +54,17 @@ class Stores:
         check_allowed(address, self._options.roots)
         return address
 
-    def files(self, address: RemoteAddress, cancelled: Cancelled) -> RemoteFiles:
-        """The files at an address, as they are now; to be closed.
+    def files(self, address: RemoteAddress, cancelled: Cancelled, commit: str | None = None) -> RemoteFiles:
+        """The files at an address, as they are now, or of the hub at a commit; to be closed.
 
         `cancelled` is asked as long as they are read. Raises ModelNotFound, StoreRefused, StorageFailure,
         UnsupportedModel, InvalidConfig without the extra, or Cancelled.
         """
         calls = Calls(PARTS_AT_ONCE, cancelled, self._options.timeout_s)
         try:
-            opening = _of_hub if address.scheme == HUB_SCHEME else _of_object_store
-            return calls.run(partial(opening, address, self._options, calls))
+            if address.scheme == HUB_SCHEME:
+                return calls.run(partial(_of_hub, address, commit or address.revision, self._options, calls))
+            return calls.run(partial(_of_object_store, address, self._options, calls))
         except BaseException:
             calls.close()
             raise
@@ -130,16 +131,19 @@ def _one_object(address: RemoteAddress, options: StoreOptions, calls: Calls) -> 
     return RemoteFiles(address.name, entry, {entry: found}, stat=around.stat, fetch=around.fetch, calls=calls)
 
 
-def _of_hub(address: RemoteAddress, options: StoreOptions, calls: Calls) -> RemoteFiles:
-    repository = HubRepository(address, options)
+def _of_hub(address: RemoteAddress, revision: str, options: StoreOptions, calls: Calls) -> RemoteFiles:
+    pinned = address.at(revision)
+    repository = HubRepository(pinned, options)
     files, warnings = usable_files(repository.entries())
     if files or not address.path:
         return _files_of_hub(repository, address.name, None, files, warnings, calls)
     repository.close()
-    repository = HubRepository(RemoteAddress(address.scheme, address.parts[:-1]), options)
+    if is_a_root(address, options.roots):
+        raise ModelNotFound("there is no model at this address")  # what lies beside it is not under the root
+    repository = HubRepository(RemoteAddress(address.scheme, pinned.parts[:-1]), options)
     entry = PurePosixPath(address.name)
     found = repository.stat(entry)
-    if found is None or is_a_root(address, options.roots):
+    if found is None:
         repository.close()
         raise ModelNotFound("there is no model at this address")
     return _files_of_hub(repository, address.name, entry, {entry: found}, [], calls)

@@ -19,6 +19,7 @@ from service.storage.remote_address import check_allowed, parse_address, parse_r
         ("hf://own/net", ("own", "net", "main")),
         ("hf://own/net@v1.0", ("own", "net", "v1.0")),
         ("hf://own/net@main/unet/sub", ("own", "net", "main", "unet", "sub")),
+        ("hf://own/net@refs%2Fpr%2f1/unet", ("own", "net", "refs/pr/1", "unet")),
     ],
 )
 def test_an_address_is_its_segments(uri: str, parts: tuple[str, ...]) -> None:
@@ -51,6 +52,12 @@ def test_an_address_is_its_segments(uri: str, parts: tuple[str, ...]) -> None:
         "hf://user:hunter2@own/net",
         "hf://own/net/sub",
         "hf://own/.hidden",
+        "hf://own%2Fnet",
+        "hf://own/net%2Fnet",
+        "hf://own/net@refs%2F%2Fpr",
+        "hf://own/net@refs%2F..",
+        "hf://own/net@main/a%2Fb",
+        "hf://own/net@a%25b",
     ],
 )
 def test_what_could_be_read_in_two_ways_or_hold_a_password_is_refused_and_not_repeated(uri: str) -> None:
@@ -93,3 +100,4 @@ def test_keys_tell_places_apart_and_know_what_is_above_them() -> None:
     inner, outer = parse_address("s3://models/a/b").key, parse_address("s3://models/a").key
     assert inner.is_relative_to(outer)
     assert parse_address("gs://models/a").key != outer
+    assert parse_address("hf://own/net@refs/pr").key != parse_address("hf://own/net@refs%2Fpr").key

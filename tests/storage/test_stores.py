@@ -404,6 +404,47 @@ def test_what_a_hub_does_not_have_or_give_is_told_apart(hub: Hub, tmp_path: Path
         pass
 
 
+def test_a_revision_that_holds_slashes_is_read_and_without_the_escape_is_explained(hub: Hub, tmp_path: Path) -> None:
+    hub.put_folder("own/net", save_model(tmp_path / "net", b"main"))
+    hub.put_folder("own/net", save_model(tmp_path / "pr", b"pr"), revision=OTHER_COMMIT)
+    hub.revisions["refs/pr/1"] = OTHER_COMMIT
+    with opened(make_stores(hub=hub), "hf://own/net@refs%2Fpr%2F1/model.safetensors") as files:
+        assert files.open(PurePosixPath("model.safetensors")).read(0, 2).tobytes() == b"pr"
+    with pytest.raises(ModelNotFound, match="%2F"), opened(make_stores(hub=hub), "hf://own/net@refs/pr/1"):
+        pass
+
+
+def test_a_root_of_the_hub_that_is_a_file_gives_no_way_to_what_lies_beside_it(hub: Hub, tmp_path: Path) -> None:
+    hub.put_folder("own/net", save_model(tmp_path / "net"))
+    uri = "hf://own/net@main/model.safetensors"
+    stores = Stores(StoreOptions((parse_root(uri),), hub_endpoint=hub.url, allow_http=True))
+    address = parse_address(uri)
+    commit = stores.pinned(address, lambda: False).revision
+    with pytest.raises(ModelNotFound), closing(stores.files(address, lambda: False, commit)):
+        pass
+
+
+def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(hub, "respond", lambda *_: _after(released))
+    begun = time.monotonic()
+    with pytest.raises(StoreUnavailable), opened(make_stores(hub=hub, timeout_s=0.5), "hf://own/net"):
+        pass
+    released.set()
+    assert time.monotonic() - begun < 20, "it has a timeout of its own of 30 s"
+
+
+def test_a_store_that_gives_no_entity_tags_is_said_to_be_unfit(proxy: Proxy, weights: tuple[str, bytes]) -> None:
+    def untagged(_: Call, answered: Callable[[], Answer]) -> Answer:
+        answer = answered()
+        answer.body = answer.body.replace(b"ETag", b"Xtag")
+        return answer
+
+    proxy.fault = untagged
+    with pytest.raises(StoreUnavailable, match="entity tags"), opened(make_stores(proxy), weights[0]):
+        pass
+
+
 def test_the_hub_is_not_written_to(hub: Hub) -> None:
     with pytest.raises(InvalidConfig, match="s3://"):
         make_stores(hub=hub).target("hf://own/net")
@@ -431,7 +472,7 @@ def test_without_a_configuration_a_store_says_so_or_cannot_be_reached(
         monkeypatch.delenv(name)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")
     stores = make_stores(timeout_s=0.2)
-    with pytest.raises(StorageFailure, match=r"configured|reached"):
+    with pytest.raises((StoreRefused, StoreUnavailable), match=r"configured|reached"):
         stores.folder(parse_address(f"{scheme}://bucket/a"))
 
 
