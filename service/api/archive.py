@@ -64,9 +64,10 @@ async def _local_range(path: Path, start: int, stop: int) -> AsyncGenerator[byte
 async def _remote_range(contents: Contents, artifact: Artifact, start: int, stop: int) -> AsyncGenerator[bytes, None]:
     with ExitStack() as stack:
         try:
-            file = await run_sync(stack.enter_context, contents.opened(artifact))
+            threads = contents.store_threads
+            file = await run_sync(stack.enter_context, contents.opened(artifact), limiter=threads)
             while start < stop:
-                piece = await run_sync(file.read, start, min(CHUNK_BYTES, stop - start))
+                piece = await run_sync(file.read, start, min(CHUNK_BYTES, stop - start), limiter=threads)
                 start += piece.size
                 yield piece.tobytes()
         except ArrowQuantError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,10 +19,12 @@ from service.engine.plan import OutputSpec, check_outputs, make_plan
 from service.errors import ArrowQuantError, InvalidConfig, TargetInUse
 from service.jobs.folders import REPORT
 from service.jobs.job import Job
+from service.jobs.looks import Looks
 from service.jobs.request import JobRequest, OutputRequest, QuantizeRequest
 from service.jobs.sources import Place, Sources, pointing
 from service.storage.faults import storage_faults
 from service.storage.file import resolve_target
+from service.storage.remote_address import REMOTE_SCHEMES, scheme_of
 from service.storage.stores import Stores
 
 #: Names that the work folder needs for itself.
@@ -66,10 +69,21 @@ class Admission:
         self._block_bytes = block_bytes
         self._memory_limit_bytes = memory_limit_bytes
 
-    def admit(self, request: JobRequest, tenant: str, max_tensors: int = MAX_TENSORS) -> Admitted:
+    def is_remote(self, request: JobRequest, tenant: str) -> bool:
+        """Whether a tenant's request names anything in a store. Blocks on the job store."""
+        outputs = request.outputs if isinstance(request, QuantizeRequest) else []
+        return any(
+            scheme_of(uri) in REMOTE_SCHEMES
+            for uri in (*(output.uri or "" for output in outputs), *self._sources.uris(request, tenant))
+        )
+
+    def admit(
+        self, request: JobRequest, tenant: str, max_tensors: int = MAX_TENSORS, looks: Looks | None = None
+    ) -> Admitted:
         """All that a tenant's request can be refused for without reading more of a model than headers.
 
-        Headers of more than `max_tensors` are left to the job.
+        `looks` are those of other requests that are admitted together. Headers of more than `max_tensors` are left
+        to the job.
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
         (PickledWeights, AlreadyQuantized), CorruptModel, TargetInUse or ExceedsMemory, with a pointer where there is
         one; of addresses in a store also StoreRefused and StoreUnavailable.
@@ -81,7 +95,10 @@ class Admission:
                 check_outputs(output_specs(request, config))
             with self._sources.looked_at(request, tenant) as places:
                 for place in places:
-                    _check_readable(place)
+                    if place.is_remote and looks is not None:
+                        looks.once((place.path, place.pointer), partial(_check_readable, place))
+                    else:
+                        _check_readable(place)
                 if isinstance(request, QuantizeRequest):
                     targets = self._targets(request.outputs, places)
                 need, tensors = self._need(request, config, places, max_tensors)

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from anyio import CapacityLimiter
+
 from service.engine.formats.source import LocalFiles
-from service.errors import ForbiddenPath, ModelNotFound, NotFound
+from service.errors import ForbiddenPath, ModelNotFound, NotFound, StoreUnavailable
 from service.jobs.job import Artifact
 from service.storage.faults import storage_faults
 from service.storage.model_files import ModelFiles, OpenFile
 from service.storage.remote_address import REMOTE_SCHEMES, RemoteAddress, parse_address, scheme_of
 from service.storage.stores import Stores
+
+#: Reads of stores for downloads, at once; as many more may wait.
+STORE_READS = 40
 
 
 class Contents:
@@ -20,10 +25,20 @@ class Contents:
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
+        #: For the threads of calls about what lies in a store: others do not wait for those.
+        self.store_threads = CapacityLimiter(STORE_READS)
 
     def path(self, artifact: Artifact) -> Path | None:
         """Where a file lies on this disk, None when it lies in a store."""
         return None if scheme_of(artifact.location) in REMOTE_SCHEMES else Path(artifact.location)
+
+    def threads_for(self, artifact: Artifact) -> CapacityLimiter | None:
+        """Where a call about an artifact gets its thread, None is with all others; raises StoreUnavailable."""
+        if self.path(artifact) is not None:
+            return None
+        if self.store_threads.statistics().tasks_waiting >= STORE_READS:
+            raise StoreUnavailable("too many downloads wait for stores already: try again when they are well")
+        return self.store_threads
 
     def check(self, artifact: Artifact) -> None:
         """Raise NotFound when a file is not there any more, or another one is; of a store also StorageFailure."""
@@ -53,7 +68,7 @@ class Contents:
         if path is not None:
             return LocalFiles(path)
         try:
-            return self._stores.file(self._address(artifact))
+            return self._stores.hurried.file(self._address(artifact))
         except ModelNotFound as error:
             raise _removed(artifact) from error
 

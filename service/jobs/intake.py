@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import PurePath
 
 from service.errors import QueueFull
@@ -19,6 +20,7 @@ from service.jobs.job import Job, Status
 from service.jobs.live import LiveJob
 from service.jobs.quotas import NO_LIMITS, Limits, check_room
 from service.jobs.sources import pointing
+from service.jobs.store_threads import StoreThreads
 from service.jobs.submission import Submission
 from service.jobs.webhooks.webhooks import Webhooks
 
@@ -36,6 +38,7 @@ class Intake:
         webhooks: Webhooks,
         execution: Execution,
         batches: Batches,
+        store_threads: StoreThreads,
         live: Mapping[str, LiveJob],
         adopt: Adopt,
         forget: Callable[[Job], None],
@@ -50,6 +53,7 @@ class Intake:
         self._webhooks = webhooks
         self._execution = execution
         self._batches = batches
+        self._store_threads = store_threads
         self._live = live
         self._adopt = adopt
         self._forget = forget
@@ -67,7 +71,9 @@ class Intake:
         count = len(submission.requests)
         with self._room_for(count):
             await self._webhooks.check(submission)
-            admitted = await asyncio.to_thread(submission.admit, self._admission)
+            is_remote = await asyncio.to_thread(submission.is_remote, self._admission)
+            in_thread = self._store_threads.run if is_remote else asyncio.to_thread
+            admitted = await in_thread(partial(submission.admit, self._admission))
             await self._check_quotas(submission.tenant, count)
             check_open()
             jobs, batch, live_jobs = self._accept(submission, admitted)

@@ -61,6 +61,7 @@ from service.jobs.runner import Runner
 from service.jobs.sources import Sources, blobs_used, jobs_used
 from service.jobs.standing import StandingTask
 from service.jobs.store import Store
+from service.jobs.store_threads import StoreThreads
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
 from service.jobs.threads import run_in_thread
@@ -72,6 +73,8 @@ from service.storage.stores import Stores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+#: Submissions and plans that may wait for stores at once.
+STORE_CALLS = 32
 
 
 class JobManager:
@@ -163,12 +166,14 @@ class JobManager:
         )
         #: Whom jobs' users have told.
         self.webhooks = Webhooks(database, webhooks or WebhookOptions(), self.watch.metrics.registry)
+        self._store_threads = StoreThreads(STORE_CALLS)
         self._intake = Intake(
             database,
             self._admission,
             self.webhooks,
             self._execution,
             self.batches,
+            self._store_threads,
             self._live,
             self._adopt,
             self._forget,
@@ -342,7 +347,8 @@ class JobManager:
                 return make_plan(reader, output_specs(request, config))
 
         with self.leases.held(*jobs_used(request)):
-            return await asyncio.to_thread(make)
+            is_remote = await asyncio.to_thread(self._admission.is_remote, request, tenant)
+            return await (self._store_threads.run(make) if is_remote else asyncio.to_thread(make))
 
     # --- events ---
 

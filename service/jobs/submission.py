@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import uuid_utils
 
+from service.errors import ArrowQuantError, Cancelled, StoreUnavailable
 from service.jobs.admission import MAX_TENSORS, Admission, Admitted
 from service.jobs.batch import Batch
 from service.jobs.idempotency import Key, Once
 from service.jobs.job import Job, Status
+from service.jobs.looks import Looks
 from service.jobs.request import JobRequest
 from service.jobs.sources import pointing
 from service.logs import context
+from service.storage.calls import Calls
+from service.storage.stores import CLIENT_WAITS_S
+
+#: Requests whose addresses in stores are looked at together.
+LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +42,47 @@ class Submission:
         return nullcontext() if self.labels is None else pointing(f"/items/{index}")
 
     def admit(self, admission: Admission) -> list[Admitted]:
-        """What may be made of each request; raises what `Admission.admit` raises. Blocks on files."""
+        """What may be made of each request; raises what `Admission.admit` raises. Blocks on files and the network.
+
+        For all that lies in stores together a client waits CLIENT_WAITS_S at most: StoreUnavailable after that.
+        """
+        remote = self._admit_remote(admission)
         admitted: list[Admitted] = []
         tensors = 0
         for index, request in enumerate(self.requests):
             with self.at(index):
-                admitted.append(admission.admit(request, self.tenant, MAX_TENSORS - tensors))
-            tensors += admitted[-1].tensors
+                found = remote.get(index) or admission.admit(request, self.tenant, MAX_TENSORS - tensors)
+                if isinstance(found, ArrowQuantError):
+                    raise found
+            admitted.append(found)
+            tensors += found.tensors
         return admitted
+
+    def is_remote(self, admission: Admission) -> bool:
+        """Whether `admit` makes calls to stores. Blocks on the job store."""
+        return any(admission.is_remote(request, self.tenant) for request in self.requests)
+
+    def _admit_remote(self, admission: Admission) -> dict[int, Admitted | ArrowQuantError]:
+        """What may be made of requests that have to do with stores: several at once, each address looked at once."""
+        looks = Looks()
+
+        def admit(request: JobRequest) -> Admitted | ArrowQuantError:
+            try:
+                return admission.admit(request, self.tenant, looks=looks)
+            except ArrowQuantError as error:
+                return error
+
+        remote = [i for i, request in enumerate(self.requests) if admission.is_remote(request, self.tenant)]
+        deadline = time.monotonic() + CLIENT_WAITS_S
+        with closing(Calls(LOOKS_AT_ONCE, lambda: time.monotonic() > deadline, CLIENT_WAITS_S)) as calls:
+            try:
+                found = calls.run_all([partial(admit, self.requests[index]) for index in remote])
+            except Cancelled:
+                raise StoreUnavailable(
+                    f"the addresses in stores could not all be looked at in {CLIENT_WAITS_S:g} seconds: ask for fewer "
+                    "at once, or try again when the stores are well"
+                ) from None
+        return dict(zip(remote, found, strict=True))
 
     def jobs(self, admitted: Sequence[Admitted], now: datetime) -> list[Job]:
         """The new jobs."""

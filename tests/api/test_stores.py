@@ -7,16 +7,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.server import Server, body, validation
+from tests.server import Server, body, validation, wait_until
 from tests.stores import ACCESS_KEY, HUB_TOKEN, S3, SECRET_KEY, SECRETS, Answer, Call, Hub, Proxy, ranged, running_s3
 
 MIB = 1 << 20
@@ -488,6 +490,75 @@ def test_the_hub_that_its_own_tools_are_set_to_is_read_where_no_other_is_named(
         assert server.files(server.run(body(at("hf://own/small"), "parquet", "compressed-tensors"))["id"]) == expected
     finally:
         server.stop()
+
+
+def test_calls_that_need_no_store_do_not_wait_for_those_of_one_that_hangs(world: World, tmp_path: Path) -> None:
+    server = world.start(tmp_path / "data", store_timeout_s=60)
+    client = server.client
+    job = server.run(body(at("s3://models/small"), to("s3://models/out/hanging"), "compressed-tensors"))
+    here = f"/v1/jobs/{job['id']}"
+    submitted = {"json": body(at("s3://models/small"), "parquet")}
+
+    def hang(method: str, path: str, **more: Any) -> httpx.Response:
+        return httpx.request(method, server.base_url + path, timeout=120, **more)
+
+    calls = len(world.proxy.calls)
+    try:
+        with stalled(world, lambda _: True), ThreadPoolExecutor(60) as threads:
+            hanging = [threads.submit(hang, "POST", path, **submitted) for path in ["/v1/jobs", "/v1/plans"] * 6]
+            path = f"{here}/artifacts/parquet/model-00000.parquet"
+            hanging += [threads.submit(hang, "GET", path) for _ in range(40)]
+            wait_until(lambda: len(world.proxy.calls) >= calls + 50)
+            begun = body(world.models["small"], "parquet")
+            answers = [
+                client.get("/v1/jobs"),
+                client.get(f"{here}/report"),
+                client.get(f"{here}/artifacts/compressed-tensors/config.json"),
+                client.get("/metrics"),
+                client.get("/readyz"),
+                client.post("/v1/plans", json=begun),
+                client.post("/v1/jobs", json=begun),
+            ]
+            assert not any(call.done() for call in hanging), "all of this came before any of those"
+            assert [answer.status_code for answer in answers] == [200] * 6 + [202]
+            refused = [call.result() for call in hanging]  # by a store that goes on hanging
+        assert {(call.status_code, call.json()["code"]) for call in refused} == {(503, "store_unavailable")}
+        assert all("retry-after" in call.headers for call in refused)
+    finally:
+        server.stop()
+
+
+def test_a_batch_looks_at_each_address_once_and_at_several_together(world: World) -> None:
+    together, most, sources = 0, 0, 0
+    lock, several = threading.Lock(), threading.Event()
+
+    def watch(call: Call, answered: Callable[[], Answer]) -> Answer:
+        nonlocal together, most, sources
+        if "list-type" not in call.path:
+            return answered()
+        with lock:
+            together, sources = together + 1, sources + ("small" in call.path)
+            most = max(most, together)
+        if most > 4:
+            several.set()
+        if "bunch" in call.path:
+            several.wait(20)  # nobody is answered before others have come
+        answer = answered()
+        with lock:
+            together -= 1
+        return answer
+
+    world.proxy.fault = watch
+    items = [body(at("s3://models/small"), to(f"s3://models/out/bunch-{index}")) for index in range(12)]
+    items.append(body(at("s3://private/small"), "parquet"))
+    refused = world.server.client.post("/v1/batches", json={"items": items})
+    assert (refused.status_code, refused.json()["code"]) == (403, "path_forbidden")
+    assert refused.json()["errors"][0]["pointer"] == "/items/12/source/uri"
+    assert several.is_set()
+    assert sources == 1
+    items = [body(at("s3://models/nothing"), "parquet") for _ in range(3)]
+    refused = world.server.client.post("/v1/batches", json={"items": items})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (404, "/items/0/source/uri")
 
 
 # --- kills

@@ -80,7 +80,7 @@ async def download_job_artifact(
     }
     if is_known(request, headers["ETag"]):
         return Response(None, 304, headers)
-    await run_sync(manager.contents.check, artifact)
+    await run_sync(manager.contents.check, artifact, limiter=manager.contents.threads_for(artifact))
     return _send(request, manager.contents, artifact, headers)
 
 
@@ -106,7 +106,7 @@ async def download_job_archive(request: Request, job_id: JobId, manager: Manager
     if is_known(request, headers["ETag"]):
         return Response(None, 304, {"ETag": headers["ETag"]})
     for artifact in job.artifacts:
-        await run_sync(manager.contents.check, artifact)
+        await run_sync(manager.contents.check, artifact, limiter=manager.contents.threads_for(artifact))
     return ClosingStream(archive(manager.contents, job.artifacts), 200, headers, TAR)
 
 
