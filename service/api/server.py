@@ -18,6 +18,7 @@ from service.api.connections import MAX_HEAD_BYTES, ConnectionLimits, bounded
 from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
+from service.jobs.memory import limit_arenas
 from service.jobs.store import DATABASE, note_address
 from service.logs import configure
 from service.settings import Settings
@@ -38,6 +39,7 @@ def serve(settings: Settings) -> None:
     from starting, such as StorageFailure when another server holds the data folder.
     """
     configure(settings.log_level, settings.log_format)
+    limit_arenas()
     _check_keys(settings)
     listening = _listen(settings)
     app = create_app(settings)

@@ -9,15 +9,31 @@ from typing import Any
 import pyarrow as pa
 
 
+#: `M_ARENA_MAX` of glibc's malloc.h, and how many heaps threads may share.
+_ARENA_MAX = -8
+ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """Have threads share few heaps; call it before there are threads.
+
+    Each job runs in a thread of its own, and glibc gives up to eight heaps a core to them, each of which keeps as much
+    as a job has ever needed in it. Large arrays do not lie there, so sharing costs no speed.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, ARENAS)
+
+
 def release_memory() -> None:
     """Return what is free to the system, as far as the allocators here can."""
     pa.default_memory_pool().release_unused()
-    trim = _malloc_trim()
+    trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 @cache
-def _malloc_trim() -> Any:
-    """glibc's function; other C libraries have none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _of_libc(name: str) -> Any:
+    """A function of glibc's; other C libraries may have none."""
+    return getattr(ctypes.CDLL(None), name, None)
