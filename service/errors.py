@@ -44,6 +44,7 @@
         ├── NotReady                  not_ready
         ├── NotFinished               job_not_finished
         ├── NotTerminal               job_not_terminal
+        ├── JobInUse                  job_in_use
         ├── QueueFull                 queue_full
         ├── LookupsBusy               lookups_busy
         ├── Draining                  draining
@@ -433,6 +434,16 @@ class NotTerminal(ServiceError):
     """
 
     code = "job_not_terminal"
+
+
+class JobInUse(ServiceError):
+    """A job that has not ended reads what this one wrote.
+
+    A job can be purged, alone or with its batch, when no job that waits or runs has it as its source. Wait for those to
+    end, or cancel them first.
+    """
+
+    code = "job_in_use"
 
 
 class QueueFull(ServiceError):

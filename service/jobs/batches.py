@@ -25,7 +25,7 @@ class Batches:
         silence_s: float,
         reader_limit: int,
     ) -> None:
-        """`cancel` ends all jobs of a list that have not ended; `erase` deletes ended ones, files included."""
+        """`cancel` ends all jobs of a list that have not ended; `erase` deletes ended ones, files included, or none."""
         self._database = database
         self._cancel = cancel
         self._erase = erase
@@ -96,7 +96,7 @@ class Batches:
         return await self.get(batch_id, tenant)
 
     async def purge(self, batch_id: str, tenant: str | None = None) -> None:
-        """Delete an ended batch and all that belongs to its jobs; raises NotFound or NotTerminal.
+        """Delete an ended batch and all that belongs to its jobs; raises NotFound, NotTerminal or JobInUse.
 
         Outputs that were written to an address of their own stay: they are the user's.
         """

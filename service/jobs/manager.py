@@ -58,6 +58,7 @@ from service.jobs.removal import Removals
 from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
 from service.jobs.retention import KEEP_ALL, Rules
 from service.jobs.runner import Runner
+from service.jobs.source_jobs import SourceJobs
 from service.jobs.sources import Sources, blobs_used, jobs_used
 from service.jobs.standing import StandingTask
 from service.jobs.store import Store
@@ -118,9 +119,8 @@ class JobManager:
         self._folders = Folders(self._data_dir)
         #: Files that clients have sent.
         self.blobs = Blobs(self._data_dir / "blobs", lambda: self._opened_store, blob_limits or BlobLimits())
-        self._sources = Sources(
-            self._roots, stores, self._folders, lambda *job: self._opened_store.get(*job), self.blobs
-        )
+        self._source_jobs = SourceJobs()
+        self._sources = Sources(self._roots, stores, self._folders, self._find_source, self.blobs)
         memory = MemoryLedger(memory_limit_bytes or default_limit_bytes())
         self._admission = Admission(
             self._roots,
@@ -156,9 +156,7 @@ class JobManager:
             UNKNOWN_BLOCKS * block_bytes,
         )
         #: What clients do with batches.
-        self.batches = Batches(
-            database, self._cancel_all, self.collector.erase, silence_s=silence_s, reader_limit=reader_limit
-        )
+        self.batches = Batches(database, self._cancel_all, self._erase, silence_s=silence_s, reader_limit=reader_limit)
         #: What clients use to send a call again.
         self.keys = Keys(
             lambda key: database.read(lambda db: key_table.find(db, key)),
@@ -301,7 +299,7 @@ class JobManager:
         return live.job
 
     async def purge(self, job_id: str, tenant: str | None = None) -> None:
-        """Delete an ended job with its events, report and artifacts; raises NotFound or NotTerminal.
+        """Delete an ended job with its events, report and artifacts; raises NotFound, NotTerminal or JobInUse.
 
         Its files go when nobody reads them any more. Outputs that were written to an address of their own stay: they
         are the user's.
@@ -309,7 +307,7 @@ class JobManager:
         if self._live_of(job_id, tenant):
             raise NotTerminal(f"job {job_id} has not ended: cancel it first")
         await self.get(job_id, tenant)
-        await self.collector.erase([job_id])
+        await self._erase([job_id])
 
     async def wait(self, job_id: str, timeout_s: float, tenant: str | None = None) -> Job:
         """The job when it has ended, or after `timeout_s` as it then stands; raises NotFound."""
@@ -464,8 +462,17 @@ class JobManager:
 
     async def _take_in(self, submission: Submission) -> tuple[list[Job], Batch | None]:
         # Held until the new jobs do so themselves: between the look at a source and the claim nothing of it expires.
-        with self.leases.held(*(used for request in submission.requests for used in jobs_used(request))):
+        used = [job_id for request in submission.requests for job_id in jobs_used(request)]
+        with self.leases.held(*used), self._source_jobs.leases.held(*used):
             return await self._intake.take(submission, self._check_open)
+
+    async def _erase(self, job_ids: Sequence[str]) -> None:
+        """Delete ended jobs; raises JobInUse when one is the source of another, and then deletes none."""
+        with self._source_jobs.purging(job_ids):
+            await self.collector.erase(job_ids)
+
+    def _find_source(self, job_id: str, tenant: str) -> Job | None:
+        return None if self._source_jobs.is_going(job_id) else self._opened_store.get(job_id, tenant)
 
     async def _cancel_all(self, job_ids: Sequence[str]) -> None:
         """End those that have not ended. All waiting ones are out of the queue before a lane is freed."""
@@ -478,6 +485,7 @@ class JobManager:
         live = LiveJob(job, log, self._journal, self._forget, self.watch, targets, place)
         self._live[job.id] = live
         self.leases.take(job.id, *jobs_used(job.request))
+        self._source_jobs.leases.take(*jobs_used(job.request))
         return live
 
     def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
@@ -488,6 +496,7 @@ class JobManager:
     def _forget(self, job: Job) -> None:
         del self._live[job.id]
         self.leases.give_back(job.id, *jobs_used(job.request))
+        self._source_jobs.leases.give_back(*jobs_used(job.request))
 
     def _readopt(self, leftover: Leftover) -> None:
         job = leftover.job

@@ -45,8 +45,7 @@ Cursor = tuple[str, str]
 
 def old_jobs(db: sqlite3.Connection, before: str, after: Cursor, limit: int) -> list[Due]:
     """Jobs that ended before a time and whose webhook has been told all there is, oldest first."""
-    is_told = "NOT EXISTS (SELECT 1 FROM webhook_deliveries WHERE job_id = jobs.id AND status = 'pending')"
-    return _old(db, "jobs_by_age", f"kept_since IS NOT NULL AND {is_told}", before, after, limit)
+    return _old(db, "jobs_by_age", "kept_since IS NOT NULL", before, after, limit)
 
 
 def old_artifacts(db: sqlite3.Connection, before: str, after: Cursor, limit: int) -> list[Due]:
@@ -67,7 +66,9 @@ def total_bytes(db: sqlite3.Connection) -> int:
 def _old(db: sqlite3.Connection, index: str, condition: str, before: str, after: Cursor, limit: int) -> list[Due]:
     rows = db.execute(
         f"""SELECT kept_since, tenant, id, stored_bytes, batch_id FROM jobs INDEXED BY {index}
-            WHERE {condition} AND kept_since < ? AND (kept_since, id) > (?, ?) ORDER BY kept_since, id LIMIT ?""",
+            WHERE {condition} AND kept_since < ? AND (kept_since, id) > (?, ?) AND NOT EXISTS
+                (SELECT 1 FROM webhook_deliveries WHERE job_id = jobs.id AND status = 'pending')
+            ORDER BY kept_since, id LIMIT ?""",
         (before, *after, limit),
     )
     return [Due(*row) for row in rows]

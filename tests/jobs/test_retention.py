@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import ArtifactsExpired, NotFound
+from service.errors import ArtifactsExpired, JobInUse, ModelNotFound, NotFound
 from service.jobs import batch_table, blob_table, standing
 from service.jobs.batch import Batch
 from service.jobs.collector import Collector
@@ -32,7 +32,7 @@ from service.jobs.tenant import DEFAULT_TENANT
 from tests.conftest import SEED
 from tests.jobs.conftest import MakeManager
 from tests.jobs.kept import NOW, OUTPUT, SIZE, ago, keep_job
-from tests.jobs.models import digests, make_model, make_slow_model, quantize_request
+from tests.jobs.models import digests, make_model, make_slow_model, quantize_request, validate_request
 from tests.jobs.test_restart import REPOSITORY
 
 FOR_EVER = Rules(blob_ttl_s=None)
@@ -142,6 +142,25 @@ def test_a_job_whose_webhook_is_still_to_be_told_stays(tmp_path: Path) -> None:
     assert names(sweep(tmp_path, job_ttl_s=DAY)) == [(What.JOBS, Why.AGE, job.id)]
     with opened(tmp_path) as store, store.reading() as db:
         assert db.execute("SELECT count(*) FROM webhook_deliveries").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gone"),
+    [
+        ({"artifact_ttl_s": DAY}, What.ARTIFACTS),
+        ({"event_ttl_s": DAY}, What.EVENTS),
+        ({"max_total_bytes": 0}, What.ARTIFACTS),
+    ],
+)
+def test_what_a_webhook_is_still_to_tell_of_is_there_when_it_has_told(
+    tmp_path: Path, rule: dict[str, float], gone: What
+) -> None:
+    with opened(tmp_path) as store:
+        job = keep_job(tmp_path, store, age_s=2 * DAY, webhook={"url": "https://example.org/hook"})
+    assert sweep(tmp_path, **rule).count == 0
+    with opened(tmp_path) as store, store.transaction() as db:
+        db.execute("UPDATE webhook_deliveries SET status = 'delivered'")
+    assert (gone, job.id) in [(item.what, item.id) for item in sweep(tmp_path, **rule).named]
 
 
 def test_a_batch_ages_as_a_whole_and_goes_with_its_last_job(tmp_path: Path) -> None:
@@ -255,6 +274,35 @@ async def test_what_a_job_that_has_not_ended_reads_stays_and_then_goes(
     assert (await manager.collector.sweep(rules, later(source))).tallies[What.JOBS].count == 3
     assert (await manager.find(), await manager.batches.find()) == (([], None), ([], None))
     assert list((tmp_path / "data" / "artifacts").iterdir()) == []
+
+
+async def test_a_job_that_is_submitted_while_its_source_is_purged_gets_all_of_it_or_is_refused(
+    manager: JobManager, root: Path
+) -> None:
+    model = make_model(root / "m.safetensors")
+    rng = random.Random(SEED)
+    print(f"TEST_SEED={SEED}")
+    purged = 0
+    for _ in range(12):
+        source = await manager.wait((await manager.submit(quantize_request(model))).id, 60)
+
+        async def submit(source: Job = source, pause: float = rng.random() * 0.01) -> Job:
+            await asyncio.sleep(pause)
+            return await manager.wait((await manager.submit(validate_request(model, source.id))).id, 60)
+
+        async def purge(source: Job = source, pause: float = rng.random() * 0.01) -> None:
+            await asyncio.sleep(pause)
+            await manager.purge(source.id)
+
+        done, purging = await asyncio.gather(submit(), purge(), return_exceptions=True)
+        assert isinstance(purging, JobInUse | None), purging
+        if isinstance(done, Job):
+            assert done.status is Status.SUCCEEDED, done.error
+        else:
+            assert isinstance(done, ModelNotFound), done
+            assert purging is None
+        purged += purging is None
+    print(f"{purged} of 12 were purged")
 
 
 async def test_a_job_that_is_submitted_while_its_source_expires_gets_all_of_it_or_is_refused(

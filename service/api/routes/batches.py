@@ -92,7 +92,7 @@ async def get_batch(request: Request, batch_id: BatchId, state: State, caller: C
 @router.delete(
     "/{batch_id}",
     response_model=Batch,
-    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal),
+    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse),
 )
 async def cancel_batch(
     batch_id: BatchId,
@@ -101,7 +101,8 @@ async def cancel_batch(
     purge: Annotated[
         bool,
         Query(
-            description="Delete a batch that has ended, its jobs and all that is theirs. "
+            description="Delete a batch that has ended, its jobs and all that is theirs; 409 `job_in_use` while one "
+            "of them is the source of a job that waits or runs. "
             "Outputs written to a `uri` of their own stay."
         ),
     ] = False,

@@ -141,7 +141,7 @@ async def get_job(request: Request, job_id: JobId, state: State, caller: Caller,
 @router.delete(
     "/{job_id}",
     response_model=Job,
-    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal),
+    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse),
 )
 async def cancel_job(
     job_id: JobId,
@@ -151,7 +151,8 @@ async def cancel_job(
         bool,
         Query(
             description="Delete a job that has ended: record, events, report and artifacts. "
-            "A download that is under way goes on. "
+            "A download that is under way goes on; a job that waits or runs with this one as its source is 409 "
+            "`job_in_use`. "
             "Outputs written to a `uri` of their own stay."
         ),
     ] = False,

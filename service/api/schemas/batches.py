@@ -11,7 +11,7 @@ from service.jobs.batch import BatchStatus
 
 
 class BatchCounts(Wire):
-    """How many of a batch's jobs are in each state; one that was purged is in none."""
+    """How many of a batch's jobs are in each state; one that was purged or has expired is in none but `total`."""
 
     total: int = Field(description="As many as there were items.")
     queued: int = 0
@@ -39,7 +39,10 @@ class Batch(Wire):
     finished_at: datetime | None = None
     labels: dict[str, str]
     counts: BatchCounts
-    job_ids: list[str] | None = Field(default=None, description="In the order of the items; left out in lists.")
+    job_ids: list[str] | None = Field(
+        default=None,
+        description="In the order of the items; one that was purged or has expired is 404. Left out in lists.",
+    )
     links: BatchLinks
 
 
