@@ -22,6 +22,7 @@ from service.errors import InvalidConfig, NotFound, Unauthorized
 from service.jobs.quotas import Limits
 from service.jobs.store import LIMITS, connect, database_faults
 from service.jobs.tenant import check_tenant
+from service.jobs.times import now_text, text_of, time_of
 
 PREFIX = "aq"
 #: Longer than any key: nobody has the server hash megabytes.
@@ -107,8 +108,8 @@ class ApiKeys:
             name,
             _digest(text),
             " ".join(sorted(scopes)),
-            now.isoformat(),
-            expires_at and expires_at.astimezone(UTC).isoformat(),
+            text_of(now),
+            expires_at and text_of(expires_at),
             requests_per_minute,
         )
         self._rows(
@@ -125,7 +126,7 @@ class ApiKeys:
 
     def revoke(self, key_id: str) -> ApiKey:
         """End a key for good; one that was revoked before stays as it is. Raises NotFound."""
-        now = datetime.now(UTC).isoformat()
+        now = now_text()
         self._rows("UPDATE api_keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (now, key_id))
         rows = self._rows(f"SELECT {_COLUMNS} FROM api_keys WHERE id = ?", (key_id,))
         if not rows:
@@ -134,7 +135,7 @@ class ApiKeys:
 
     def has_usable(self) -> bool:
         """Whether any key would be let in now."""
-        now = datetime.now(UTC).isoformat()
+        now = now_text()
         query = "SELECT 1 FROM api_keys WHERE revoked_at IS NULL AND coalesce(expires_at > ?, TRUE) LIMIT 1"
         return bool(self._rows(query, (now,)))
 
@@ -196,7 +197,7 @@ def _key(row: tuple[Any, ...]) -> ApiKey:
         name,
         frozenset(Scope(scope) for scope in scopes.split()),
         datetime.fromisoformat(created_at),
-        expires_at and datetime.fromisoformat(expires_at),
-        revoked_at and datetime.fromisoformat(revoked_at),
+        time_of(expires_at),
+        time_of(revoked_at),
         requests_per_minute,
     )

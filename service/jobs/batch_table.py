@@ -12,6 +12,7 @@ from service.jobs.batch import Batch
 from service.jobs.events import TERMINAL_EVENTS, Event, Merged
 from service.jobs.job import Status
 from service.jobs.record import from_record
+from service.jobs.times import text_of, time_of
 
 #: Which event of which job an entry of the merged stream is; the event itself is kept with its job.
 SCHEMA = """
@@ -44,7 +45,7 @@ _COLUMNS = "id, tenant, labels, job_ids, created_at, finished_at"
 def insert(db: sqlite3.Connection, batch: Batch) -> None:
     """Store a new batch; its jobs are stored as all jobs are."""
     labels, job_ids = json.dumps(batch.labels), json.dumps(batch.job_ids)
-    row = (batch.id, batch.tenant, labels, job_ids, batch.created_at.isoformat())
+    row = (batch.id, batch.tenant, labels, job_ids, text_of(batch.created_at))
     db.execute("INSERT INTO batches (id, tenant, labels, job_ids, created_at) VALUES (?, ?, ?, ?, ?)", row)
 
 
@@ -53,7 +54,7 @@ def append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
     merged = [(event, event.merged) for event in events if event.merged is not None]
     rows = [(place.batch_id, place.id, place.index, event.job_id, event.id) for event, place in merged]
     db.executemany("INSERT INTO batch_events (batch_id, id, item, job_id, event_id) VALUES (?, ?, ?, ?, ?)", rows)
-    ends = [(event.at.isoformat(), place.batch_id) for event, place in merged if place.is_last]
+    ends = [(text_of(event.at), place.batch_id) for event, place in merged if place.is_last]
     db.executemany("UPDATE batches SET finished_at = ? WHERE id = ?", ends)
     # What is kept of its jobs ages together from now on.
     db.executemany("UPDATE jobs SET kept_since = ? WHERE batch_id = ?", ends)
@@ -111,7 +112,7 @@ def _batch(db: sqlite3.Connection, row: tuple[Any, ...]) -> Batch:
         labels=json.loads(labels),
         job_ids=tuple(json.loads(job_ids)),
         created_at=datetime.fromisoformat(created_at),
-        finished_at=datetime.fromisoformat(finished_at) if finished_at else None,
+        finished_at=time_of(finished_at),
         counts={Status(status): count for status, count in counts},
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
-from datetime import UTC, datetime
 
 from service.jobs.retention import Due
+from service.jobs.times import now_text
 
 #: What a file takes at least, so that no quota is evaded by millions of tiny ones.
 MIN_BYTES = 4096
@@ -34,7 +34,7 @@ SCHEMA = f"""
 
 def add(db: sqlite3.Connection, tenant: str, digest: str, size: int) -> None:
     """Note that a tenant has sent a blob; harmless when it had."""
-    now = _text(datetime.now(UTC))
+    now = now_text()
     row = (tenant, digest, size, now, now)
     db.execute(
         "INSERT OR IGNORE INTO blobs (tenant, digest, size, created_at, last_used_at) VALUES (?, ?, ?, ?, ?)", row
@@ -43,7 +43,7 @@ def add(db: sqlite3.Connection, tenant: str, digest: str, size: int) -> None:
 
 def use(db: sqlite3.Connection, tenant: str, digests: Iterable[str]) -> dict[str, int]:
     """The sizes of those blobs that the tenant has, which are marked as used now."""
-    now = _text(datetime.now(UTC))
+    now = now_text()
     query = "UPDATE blobs SET last_used_at = ? WHERE tenant = ? AND digest = ? RETURNING size"
     rows = [(digest, db.execute(query, (now, tenant, digest)).fetchone()) for digest in digests]
     return {digest: int(row[0]) for digest, row in rows if row is not None}
@@ -89,7 +89,3 @@ def totals(db: sqlite3.Connection) -> tuple[int, int, int]:
     ).fetchone()
     counted = db.execute(f"SELECT coalesce(sum(max(size, {MIN_BYTES})), 0) FROM blobs").fetchone()[0]
     return files, nbytes, counted
-
-
-def _text(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds")

@@ -6,6 +6,7 @@ import sqlite3
 from datetime import UTC, datetime
 
 from service.jobs.idempotency import KEPT_FOR, Kept, Key
+from service.jobs.times import now_text, text_of
 
 SCHEMA = """
     CREATE TABLE idempotency_keys (
@@ -23,7 +24,7 @@ SCHEMA = """
 def keep(db: sqlite3.Connection, key: Key, answer: str) -> None:
     """Store the answer to a call; fails on a key that is kept already, so nothing is made twice."""
     remove_expired(db)
-    row = (key.tenant, key.text, key.digest, _text(datetime.now(UTC)), answer)
+    row = (key.tenant, key.text, key.digest, now_text(), answer)
     db.execute("INSERT INTO idempotency_keys (tenant, key, digest, created_at, answer) VALUES (?, ?, ?, ?, ?)", row)
 
 
@@ -47,8 +48,4 @@ def remove_expired(db: sqlite3.Connection) -> None:
 
 
 def _expired() -> str:
-    return _text(datetime.now(UTC) - KEPT_FOR)
-
-
-def _text(time: datetime) -> str:
-    return time.isoformat(timespec="microseconds")
+    return text_of(datetime.now(UTC) - KEPT_FOR)

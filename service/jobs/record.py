@@ -13,6 +13,7 @@ from service.engine.progress import Progress
 from service.jobs.job import Artifact, Failure, Job, Status
 from service.jobs.request import JobRequest
 from service.jobs.tenant import DEFAULT_TENANT
+from service.jobs.times import time_of
 
 _REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 
@@ -52,8 +53,8 @@ def from_record(record: str) -> Job:
         config=fields["config"],
         status=Status(fields["status"]),
         created_at=datetime.fromisoformat(fields["created_at"]),
-        started_at=_time(fields.get("started_at")),
-        finished_at=_time(fields.get("finished_at")),
+        started_at=time_of(fields.get("started_at")),
+        finished_at=time_of(fields.get("finished_at")),
         progress=Progress(**fields["progress"]) if "progress" in fields else None,
         result=fields.get("result"),
         error=Failure(**fields["error"]) if "error" in fields else None,
@@ -64,8 +65,8 @@ def from_record(record: str) -> Job:
         times=fields.get("times", {}),
         request_id=fields.get("request_id"),
         traceparent=fields.get("traceparent"),
-        artifacts_expired_at=_time(fields.get("artifacts_expired_at")),
-        events_expired_at=_time(fields.get("events_expired_at")),
+        artifacts_expired_at=time_of(fields.get("artifacts_expired_at")),
+        events_expired_at=time_of(fields.get("events_expired_at")),
     )
 
 
@@ -74,7 +75,3 @@ def with_time(record: str, name: str, time: datetime) -> str:
     fields = json.loads(record)
     fields.setdefault(name, time.isoformat())
     return json.dumps(fields, separators=(",", ":"))
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None

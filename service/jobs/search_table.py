@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import product
 from typing import Any
 from uuid import UUID
 
 from service.jobs.job import Status
+from service.jobs.times import in_utc, text_of
 
 
 def _label_indices() -> Iterator[str]:
@@ -86,19 +87,6 @@ def query(
     return f"SELECT record FROM {tables} {where} ORDER BY {id_} DESC LIMIT ?", (*where.values, limit)
 
 
-def text_of(time: datetime) -> str:
-    """A time so that texts sort as times do."""
-    return _in_utc(time).isoformat(timespec="microseconds")
-
-
 def _first_id_at(time: datetime) -> str:
     """The smallest job id of this millisecond: a UUIDv7 begins with it."""
-    return f"job_{UUID(int=max(0, int(_in_utc(time).timestamp() * 1000)) << 80)}"
-
-
-def _in_utc(time: datetime) -> datetime:
-    try:
-        return time.astimezone(UTC)
-    except OverflowError:
-        # Within a day of either end of the calendar the time in UTC may lie beyond it.
-        return time.replace(tzinfo=UTC)
+    return f"job_{UUID(int=max(0, int(in_utc(time).timestamp() * 1000)) << 80)}"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from itertools import combinations as combinations_of
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from service.jobs.quotas import Usage
 from service.jobs.record import to_record
 from service.jobs.store import DATABASE, MIGRATIONS, Store
 from service.jobs.tenant import DEFAULT_TENANT
+from service.jobs.times import text_of, time_of
 from tests.jobs.models import quantize_request
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -292,3 +293,12 @@ def test_stored_bytes_are_those_of_files_in_the_data_folder(store: Store) -> Non
     store.write([job.to(Status.SUCCEEDED, artifacts=files)], [])
     assert store.usage("a") == Usage(3)
     assert store.usage("b") == Usage()
+
+
+def test_texts_of_times_sort_as_the_times_do_also_beside_those_of_earlier_versions() -> None:
+    whole = datetime(2026, 6, 1, 12, 0, 0, tzinfo=UTC)
+    times = [whole - timedelta(microseconds=1), whole, whole + timedelta(microseconds=1), whole + timedelta(seconds=1)]
+    texts = [text_of(time.astimezone(timezone(timedelta(hours=2)))) for time in times]
+    assert texts == sorted(set(texts))
+    assert [time_of(text) for text in texts] == times
+    assert texts[0] < whole.isoformat() <= texts[1]

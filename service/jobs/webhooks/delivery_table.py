@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 import uuid_utils
 
 from service.jobs.events import Event
 from service.jobs.request import WEBHOOK_EVENTS, Webhook
+from service.jobs.times import text_of, time_of
 from service.jobs.webhooks.addresses import place_of
 from service.jobs.webhooks.delivery import GONE, Delivery, DeliveryStatus, Due, Verdict, message
 
@@ -63,14 +64,14 @@ def due(
     query = f"""SELECT id, job_id, tenant, place, url, body, attempts FROM {_WAITING} AND next_attempt_at <= ?
         AND job_id NOT IN ({_marks(jobs)}) AND place NOT IN ({_marks(places)}) AND tenant NOT IN ({_marks(tenants)})
         ORDER BY next_attempt_at, id LIMIT ?"""
-    rows = db.execute(query, (_text(now), *jobs, *places, *tenants, limit))
+    rows = db.execute(query, (text_of(now), *jobs, *places, *tenants, limit))
     return [Due(id_, job, tenant, place, url, body.encode(), n) for id_, job, tenant, place, url, body, n in rows]
 
 
 def next_time(db: sqlite3.Connection, now: datetime) -> datetime | None:
     """When the first delivery is due that was not due by `now`."""
     query = f"SELECT min(next_attempt_at) FROM {_WAITING} AND next_attempt_at > ?"
-    return _time(db.execute(query, (_text(now),)).fetchone()[0])
+    return time_of(db.execute(query, (text_of(now),)).fetchone()[0])
 
 
 def pending(db: sqlite3.Connection) -> int:
@@ -89,8 +90,8 @@ def settle(db: sqlite3.Connection, delivery: Due, verdict: Verdict) -> None:
             delivery.attempts + 1,
             answer.status_code,
             answer.error,
-            verdict.next_attempt_at and _text(verdict.next_attempt_at),
-            _text(verdict.at) if verdict.status is DeliveryStatus.DELIVERED else None,
+            verdict.next_attempt_at and text_of(verdict.next_attempt_at),
+            text_of(verdict.at) if verdict.status is DeliveryStatus.DELIVERED else None,
             delivery.id,
         ),
     )
@@ -119,8 +120,8 @@ def of_job(db: sqlite3.Connection, job_id: str, limit: int) -> list[Delivery]:
             attempts=attempts,
             last_status_code=last_status_code,
             last_error=last_error,
-            next_attempt_at=_time(next_attempt_at),
-            delivered_at=_time(delivered_at),
+            next_attempt_at=time_of(next_attempt_at),
+            delivered_at=time_of(delivered_at),
         )
         for id_, event, status, created_at, attempts, last_status_code, last_error, next_attempt_at, delivered_at in (
             reversed(rows)
@@ -140,7 +141,7 @@ def _add(db: sqlite3.Connection, event: Event) -> None:
     webhook = Webhook.model_validate_json(asked)
     if event.type not in webhook.events:
         return
-    at = _text(event.at)
+    at = text_of(event.at)
     status = DeliveryStatus.SKIPPED if is_gone else DeliveryStatus.PENDING
     values = (
         f"msg_{uuid_utils.uuid7()}",
@@ -160,11 +161,3 @@ def _add(db: sqlite3.Connection, event: Event) -> None:
 
 def _marks(values: Collection[object]) -> str:
     return ", ".join("?" * len(values))
-
-
-def _text(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds")
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from datetime import UTC, datetime
+from datetime import datetime
+
+from service.jobs.times import now_text, text_of
 
 SCHEMA = """
     CREATE TABLE webhook_secrets (
@@ -34,7 +36,7 @@ def insert(db: sqlite3.Connection, id_: str, tenant: str, secret: bytes) -> None
 
 def expire_others(db: sqlite3.Connection, id_: str, tenant: str, expires_at: datetime) -> None:
     """Have all usable secrets of a tenant but one expire by then, unless they do so before."""
-    text = expires_at.astimezone(UTC).isoformat(timespec="microseconds")
+    text = text_of(expires_at)
     db.execute(
         f"UPDATE webhook_secrets SET expires_at = min(coalesce(expires_at, ?), ?) WHERE {_USABLE} AND id <> ?",
         (text, text, tenant, now_text(), id_),
@@ -53,8 +55,3 @@ def wipe_unusable(db: sqlite3.Connection) -> None:
         " AND (revoked_at IS NOT NULL OR expires_at <= ?)",
         (now_text(),),
     )
-
-
-def now_text() -> str:
-    """This moment, as the table has times."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -15,6 +15,7 @@ from typing import Any, Self
 from service.errors import InvalidConfig, NotFound
 from service.jobs.store import connect, database_faults
 from service.jobs.tenant import check_tenant
+from service.jobs.times import time_of
 from service.jobs.webhooks import secret_table
 from service.jobs.webhooks.signing import new_secret, secret_text
 
@@ -118,6 +119,6 @@ def _secret(row: tuple[Any, ...]) -> SigningSecret:
         id_,
         tenant,
         datetime.fromisoformat(created_at),
-        expires_at and datetime.fromisoformat(expires_at),
-        revoked_at and datetime.fromisoformat(revoked_at),
+        time_of(expires_at),
+        time_of(revoked_at),
     )
