@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     max_total_bytes: int | None = Field(
         default=None,
         ge=0,
-        description="Of all artifacts and blobs; beyond it goes what ended or was used longest ago, not within 10 min.",
+        description="Of all artifacts, blobs, uploads and the database; beyond it goes what ended or was used longest "
+        "ago, not within 10 min: files first, then logs, then jobs.",
     )
     upload_idle_s: float = Field(default=30.0, gt=0, description="How long an upload may stand still.")
     max_connections: int = Field(default=2000, ge=1, description="Open at once; more are answered with 503.")

@@ -228,7 +228,7 @@ def gc(
     event_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long the logs of ended jobs are kept.")] = None,
     job_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long ended jobs are kept.")] = None,
     blob_ttl_s: Annotated[float | None, typer.Option(min=0, help="How long uploads are kept unused.")] = None,
-    max_total_bytes: Annotated[int | None, typer.Option(min=0, help="Of all artifacts and blobs together.")] = None,
+    max_total_bytes: Annotated[int | None, typer.Option(min=0, help="Of all files and the database together.")] = None,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="The server's data folder. [ARROWQUANT_DATA_DIR]")
     ] = None,

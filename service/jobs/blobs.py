@@ -7,10 +7,12 @@ learns what another has. The file lies there once, and goes when the last tenant
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from service.errors import (
     BlobNotFound,
@@ -23,9 +25,13 @@ from service.errors import (
 from service.jobs import blob_table
 from service.jobs.retention import Due
 from service.jobs.store import Store
+from service.jobs.times import text_of
 from service.storage.faults import storage_faults
-from service.storage.upload import BlobFiles, Part, owner_of
+from service.storage.upload import BlobFiles, Part, PartInfo, owner_of
 
+T = TypeVar("T")
+#: Files looked up while others wait.
+CHUNK = 100
 #: A tenant and a SHA-256 in hexadecimal.
 Key = tuple[str, str]
 
@@ -185,16 +191,18 @@ class Blobs:
 
     # --- for the operator ---
 
-    def recover(self) -> None:
-        """Make the folders, and remove what a crash left: files that nobody has, parts of what is whole."""
-        with self._lock, storage_faults("opening the blobs"), self._store().transaction() as db:
+    def create(self) -> None:
+        """Make the folders."""
+        with storage_faults("opening the blobs"):
             self._files.create()
-            for digest in list(self._files.digests()):
-                if not blob_table.tenants(db, digest):
-                    self._files.remove(digest)
-            for part in list(self._files.parts()):
-                if part.owner in map(owner_of, blob_table.tenants(db, part.digest)):
-                    self._files.remove_part(part.owner, part.digest)
+
+    def recover(self) -> Iterator[bool]:
+        """Remove what a crash left: files that nobody has, parts of what is whole.
+
+        Each step takes a few milliseconds, and others have their turn between two.
+        """
+        yield from self._stepwise(self._files.digests(), self._remove_orphans)
+        yield from self._stepwise(self._files.parts(), self._remove_whole)
 
     def touch(self, in_use: Iterable[Key]) -> None:
         """Count these as used now."""
@@ -212,20 +220,60 @@ class Blobs:
                 self._files.remove(digest)
         return dropped
 
-    def drop_uploads(self, before: str, *, dry_run: bool = False) -> list[Due]:
-        """Remove uploads that never became whole and have stood still since; those it removed, or would."""
-        dropped = []
+    def uploads(self, before: str) -> list[Due]:
+        """Uploads that never became whole and have stood still since, longest first."""
+        with self._lock, storage_faults("looking at uploads"):
+            return sorted((due for due, _ in self._still() if due.since < before), key=lambda due: due.since)
+
+    def drop_uploads(self, stale: Sequence[Due]) -> list[Due]:
+        """Remove those of these uploads that nobody has gone on with; those it removed."""
+        wanted = {(due.since, due.id) for due in stale}
         with self._lock, storage_faults("removing uploads that stand still"):
-            sending = {(owner_of(tenant), digest) for tenant, digest in self._sending}
-            for part in list(self._files.parts()):
-                since = datetime.fromtimestamp(part.mtime, UTC).isoformat(timespec="microseconds")
-                if since < before and (part.owner, part.digest) not in sending:
-                    dropped.append(Due(since, "", part.digest, part.size))
-                    if not dry_run:
-                        self._files.remove_part(part.owner, part.digest)
-        return dropped
+            dropped = [(due, part) for due, part in self._still() if (due.since, due.id) in wanted]
+            for _, part in dropped:
+                self._files.remove_part(part.owner, part.digest)
+        return [due for due, _ in dropped]
+
+    def upload_bytes(self) -> int:
+        """How much has come of what is not whole."""
+        with storage_faults("looking at uploads"):
+            return sum(part.size for part in self._files.parts())
 
     # --- inside ---
+
+    def _stepwise(self, found: Iterator[T], act: Callable[[Sequence[T]], None]) -> Iterator[bool]:
+        """Do something with a few at a time, while no file and no reference changes."""
+        while True:
+            with self._lock, storage_faults("removing what a crash left of blobs"):
+                chunk = list(islice(found, CHUNK))
+                act(chunk)
+            if not chunk:
+                return
+            yield True
+
+    def _remove_orphans(self, digests: Sequence[str]) -> None:
+        with self._store().reading() as db:
+            orphans = [digest for digest in digests if not blob_table.tenants(db, digest)]
+        for digest in orphans:
+            self._files.remove(digest)
+
+    def _remove_whole(self, parts: Sequence[PartInfo]) -> None:
+        sending = self._parts_sent()
+        with self._store().reading() as db:
+            owners = {part.digest: {*map(owner_of, blob_table.tenants(db, part.digest))} for part in parts}
+        for part in parts:
+            if part.owner in owners[part.digest] and (part.owner, part.digest) not in sending:
+                self._files.remove_part(part.owner, part.digest)
+
+    def _still(self) -> list[tuple[Due, PartInfo]]:
+        """What nobody is sending now, and since when."""
+        sending = self._parts_sent()
+        still = [part for part in self._files.parts() if (part.owner, part.digest) not in sending]
+        return [(Due(text_of(datetime.fromtimestamp(p.mtime, UTC)), "", p.digest, p.size), p) for p in still]
+
+    def _parts_sent(self) -> set[tuple[str, str]]:
+        """Owner and digest of what is being sent now."""
+        return {(owner_of(tenant), digest) for tenant, digest in self._sending}
 
     def _use(self, tenant: str, digests: set[str]) -> dict[str, int]:
         with self._store().transaction() as db:

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
@@ -39,6 +40,20 @@ SPARE_PAGES = 256
 Look = Callable[[sqlite3.Connection, str, Cursor, int], list[Due]]
 #: Lets go of something; whether there is more to do.
 Act = Callable[[sqlite3.Connection, Due], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the database has of jobs: how the old is found, about how large one is, how it goes.
+
+    What is older than `aged` goes by its age.
+    """
+
+    what: What
+    look: Look
+    size: Callable[[sqlite3.Connection, str], int]
+    act: Act
+    aged: str
 
 
 class Collector:
@@ -161,7 +176,8 @@ class Collector:
             last = _place(page[-1])
             for due in await self._drop_blobs(page, end, swept):
                 swept.add(What.BLOBS, Why.AGE, due)
-        for due in await asyncio.to_thread(self._blobs.drop_uploads, end, dry_run=swept.is_dry):
+        stale = await asyncio.to_thread(self._blobs.uploads, end)
+        for due in await self._drop_uploads(stale, swept):
             swept.add(What.UPLOADS, Why.AGE, due)
 
     async def _drop_blobs(self, page: Sequence[Due], end: str, swept: Swept) -> list[Due]:
@@ -169,46 +185,107 @@ class Collector:
         unused = [due for due in page if (due.tenant, due.id) not in in_use]
         return unused if swept.is_dry else await asyncio.to_thread(self._blobs.drop, unused, end)
 
+    async def _drop_uploads(self, stale: Sequence[Due], swept: Swept) -> Sequence[Due]:
+        return stale if swept.is_dry else await asyncio.to_thread(self._blobs.drop_uploads, stale)
+
     # --- by size ---
 
     async def _make_room(self, rules: Rules, now: datetime, swept: Swept) -> None:
-        """Let go of what ended or was used longest ago, until the rest fits."""
+        """Let go of what ended or was used longest ago, until the rest fits: files, then logs, then records."""
         if rules.max_total_bytes is None:
             return
         end = before(now, rules.grace_s) or ""
         # What goes by its age anyhow is gone by now, or in a dry run counts as if it were.
-        over = await self._database.read(retention_table.total_bytes) - rules.max_total_bytes
-        over -= sum(swept.tallies[what].size_bytes for what in (What.JOBS, What.ARTIFACTS, What.BLOBS) if swept.is_dry)
+        over = await self._total_bytes() - rules.max_total_bytes
+        files = (What.JOBS, What.ARTIFACTS, What.BLOBS, What.UPLOADS)
+        over -= sum(swept.tallies[what].size_bytes for what in files if swept.is_dry)
+        over = await self._make_room_of_files(over, rules, now, end, swept)
+        if over > 0:
+            await self._make_room_of_rows(over, rules, now, end, swept)
+
+    async def _make_room_of_rows(self, over: int, rules: Rules, now: datetime, end: str, swept: Swept) -> None:
+        """Of logs and then of records."""
+        jobs, logs = before(now, rules.job_ttl_s) or "", before(now, rules.event_ttl_s) or ""
+
+        def trim(db: sqlite3.Connection, due: Due) -> bool:
+            return retention_table.trim_log(db, due.id, now, EVENTS)
+
+        def erase(db: sqlite3.Connection, due: Due) -> bool:
+            return retention_table.erase(db, due.id, now, EVENTS)
+
+        for rows in (
+            _Rows(What.EVENTS, retention_table.old_logs, retention_table.log_bytes, trim, max(jobs, logs)),
+            _Rows(What.JOBS, retention_table.old_jobs, retention_table.record_bytes, erase, jobs),
+        ):
+            async for page in self._pages(rows.look, START, end):
+                for due in page:
+                    if over <= 0:
+                        break
+                    over -= await self._drop_row(rows, due, swept)
+        await self._drop_empty_batches(end, swept)
+
+    async def _drop_row(self, rows: _Rows, due: Due, swept: Swept) -> int:
+        """How many bytes of the database are free then; of a dry run about."""
+        if swept.is_dry:
+            freed = await self._database.read(lambda db: rows.size(db, due.id))
+        else:
+            used = await self._database.read(retention_table.own_bytes)
+        gone = await self._let_go([due], rows.act, swept)
+        for one in gone:
+            # A dry run finds again what it has told to go by its age.
+            if one.since >= rows.aged:
+                swept.add(rows.what, Why.SIZE, _weightless(one))
+        if swept.is_dry:
+            return freed if gone else 0
+        return used - await self._database.read(retention_table.own_bytes)
+
+    async def _total_bytes(self) -> int:
+        return await self._database.read(retention_table.total_bytes) + await asyncio.to_thread(
+            self._blobs.upload_bytes
+        )
+
+    async def _make_room_of_files(self, over: int, rules: Rules, now: datetime, end: str, swept: Swept) -> int:
+        """Of artifacts, blobs and uploads that stand still; how much there still is too much."""
         old = max(filter(None, (before(now, rules.job_ttl_s), before(now, rules.artifact_ttl_s))), default="")
-        jobs, blobs = (old, ""), (before(now, rules.blob_ttl_s) or "", "", "")
+        uploads = before(now, rules.blob_ttl_s) or ""
+        jobs, blobs = (old, ""), (uploads, "", "")
         while over > 0:
-            candidates = await self._oldest(jobs, blobs, end)
+            candidates = await self._oldest(jobs, blobs, uploads, end)
             if not candidates:
-                return
+                return over
             for what, due in candidates:
                 if over <= 0:
-                    return
+                    return over
+                gone: Sequence[Due]
                 if what is What.BLOBS:
                     blobs = _place(due)
                     gone = await self._drop_blobs([due], end, swept)
+                elif what is What.UPLOADS:
+                    uploads = due.since
+                    gone = await self._drop_uploads([due], swept)
                 else:
                     jobs = (due.since, due.id)
                     gone = await self._let_go([due], self._expire_artifacts(now), swept)
                 for one in gone:
                     over -= one.size_bytes
                     swept.add(what, Why.SIZE, one)
+        return over
 
-    async def _oldest(self, jobs: Cursor, blobs: tuple[str, str, str], end: str) -> list[tuple[What, Due]]:
-        """The oldest of both kinds, as far as both have been looked at."""
+    async def _oldest(
+        self, jobs: Cursor, blobs: tuple[str, str, str], uploads: str, end: str
+    ) -> list[tuple[What, Due]]:
+        """The oldest of all kinds, as far as all have been looked at."""
+        stale = [due for due in await asyncio.to_thread(self._blobs.uploads, end) if due.since > uploads][:PAGE]
 
         def look(db: sqlite3.Connection) -> list[tuple[What, Due]]:
             kinds = {
                 What.ARTIFACTS: retention_table.old_artifacts(db, end, jobs, PAGE),
                 What.BLOBS: blob_table.unused(db, end, blobs, PAGE),
+                What.UPLOADS: stale,
             }
             seen = min((found[-1].since for found in kinds.values() if len(found) == PAGE), default=end)
-            both = [(what, due) for what, found in kinds.items() for due in found if due.since <= seen]
-            return sorted(both, key=lambda pair: pair[1].since)
+            seen_of_all = [(what, due) for what, found in kinds.items() for due in found if due.since <= seen]
+            return sorted(seen_of_all, key=lambda pair: pair[1].since)
 
         return await self._database.read(look)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,12 @@ class Folders:
         """Whether a job has no files."""
         return not (self.work(job_id).exists() or self.artifacts(job_id).exists())
 
-    def job_ids(self) -> Iterator[tuple[str, Path]]:
-        """Every folder with the id of the job it belongs to."""
-        for parent in (self._work, self._artifacts):
-            yield from ((path.name, path) for path in parent.iterdir())
+    def in_work(self) -> list[str]:
+        """The jobs that have a work folder, which are few: those that run, and what a crash left."""
+        return [path.name for path in self._work.iterdir()]
+
+    def with_artifacts(self) -> Iterator[str]:
+        """The jobs that have a folder of artifacts, as it is read; raises OSError."""
+        with os.scandir(self._artifacts) as entries:
+            for entry in entries:
+                yield entry.name

@@ -50,6 +50,7 @@ from service.jobs.live import LiveJob
 from service.jobs.log_completion import complete_log
 from service.jobs.machine_memory import default_limit_bytes
 from service.jobs.memory_ledger import MemoryLedger
+from service.jobs.orphans import tidy
 from service.jobs.overview import look_over
 from service.jobs.publisher import Publisher, load_report
 from service.jobs.quotas import NO_LIMITS, Limits
@@ -139,7 +140,7 @@ class JobManager:
         self._store: Store | None = None
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._live: dict[str, LiveJob] = {}
-        database = Database(lambda: self._opened_store, self._store_thread)
+        self._database = database = Database(lambda: self._opened_store, self._store_thread)
         #: Who reads what of the data folder now.
         self.leases = Leases()
         self._removals = Removals(database, self._folders, self.leases, self._spawn)
@@ -191,7 +192,7 @@ class JobManager:
         away. Raises StorageFailure when another server holds the folder.
         """
         self._store, leftovers, batches = await self._in_store_thread(self._open)
-        await self._in_store_thread(self.blobs.recover)
+        await asyncio.to_thread(self.blobs.create)
         await self._removals.clear_all()
         self._journal = Journal(self._write)
         for batch in batches:
@@ -202,6 +203,7 @@ class JobManager:
         self._execution.open()
         self._warming = asyncio.create_task(self._warm_up())
         self._expiring = StandingTask("expiry", lambda: expire(self.collector, self._retention))
+        self._tidying = asyncio.create_task(tidy(self._database, self._folders, self.leases, self.blobs))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more jobs, stop the running ones at their next block, and close the data folder.
@@ -218,6 +220,7 @@ class JobManager:
             return
         self._warming.cancel()
         await self._expiring.stop()
+        self._tidying.cancel()
         delivering = asyncio.create_task(self.webhooks.deliverer.stop(min(GRACE_S, timeout_s)))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)

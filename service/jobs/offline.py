@@ -14,6 +14,7 @@ from service.jobs.collector import Collector
 from service.jobs.database import Database
 from service.jobs.folders import Folders
 from service.jobs.leases import Leases
+from service.jobs.orphans import remove_orphans
 from service.jobs.removal import Removals
 from service.jobs.retention import Rules, Swept
 from service.jobs.sources import blobs_used, jobs_used
@@ -23,9 +24,10 @@ from service.jobs.store import Store
 def sweep_folder(data_dir: Path, rules: Rules, now: datetime, *, dry_run: bool) -> Swept:
     """Remove what these rules do not keep, or only say what that would be. Blocks.
 
-    Raises StorageFailure when a server holds the folder, or when it cannot be written.
+    Raises StorageFailure when a server holds the folder, when it cannot be written, or when it would have to be changed
+    to be looked at.
     """
-    store = Store(data_dir)
+    store = Store(data_dir, as_it_is=dry_run)
     try:
         swept = asyncio.run(_sweep(store, data_dir, rules, now, dry_run=dry_run))
         if not dry_run:
@@ -39,12 +41,14 @@ async def _sweep(store: Store, data_dir: Path, rules: Rules, now: datetime, *, d
     with ThreadPoolExecutor(1) as thread:
         database, folders, leases = Database(lambda: store, thread), Folders(data_dir), Leases()
         blobs = Blobs(data_dir / "blobs", lambda: store, BlobLimits())
-        await asyncio.to_thread(folders.create)
-        await asyncio.to_thread(blobs.recover)
         # What the next server goes on with.
         unfinished = await database.run(Store.active)
         for job in unfinished:
             leases.take(job.id, *jobs_used(job.request))
+        if not dry_run:
+            await asyncio.to_thread(folders.create)
+            await asyncio.to_thread(blobs.create)
+            await remove_orphans(database, folders, leases, blobs)
         removals = Removals(database, folders, leases, _nobody_waits)
         in_use = {key for job in unfinished for key in blobs_used(job)}
         return await Collector(database, leases, removals, blobs, lambda: in_use).sweep(rules, now, dry_run=dry_run)

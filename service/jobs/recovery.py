@@ -1,11 +1,11 @@
-"""What a server finds when it starts: the jobs that an earlier one left, and files that belong to none."""
+"""What a server finds when it starts: the jobs that an earlier one left, and work folders that belong to none."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from service.engine.checkpoint import seconds_run
 from service.jobs import batch_table
@@ -15,9 +15,6 @@ from service.jobs.publisher import Publisher
 from service.jobs.store import Store
 from service.storage.durable import remove
 from service.storage.faults import storage_faults
-
-#: Folders looked up at once.
-CHUNK = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +44,21 @@ def open_batches(store: Store, leftovers: Sequence[Leftover]) -> list[OpenBatch]
 
 
 def recover(store: Store, folders: Folders, publisher: Publisher) -> list[Leftover]:
-    """The jobs to go on with, oldest first, those among them that were being cancelled. Blocks."""
+    """The jobs to go on with, oldest first, those among them that were being cancelled. Blocks.
+
+    The work folders of others are cleared away. Artifacts and blobs that belong to nobody are many to look for: see
+    `orphans`.
+    """
     with storage_faults("opening the data folder"):
         folders.create()
         jobs = store.active()
-        for orphan in _orphans(store, folders, {job.id for job in jobs}):
-            remove(orphan)
+        active = {job.id for job in jobs}
+        for job_id in folders.in_work():
+            if job_id not in active:
+                remove(folders.work(job_id))
     return [
         Leftover(
             job, store.last_event_id(job.id), seconds_run(folders.checkpoint(job.id)), publisher.targets_elsewhere(job)
         )
         for job in jobs
     ]
-
-
-def _orphans(store: Store, folders: Folders, active: set[str]) -> Iterator[Path]:
-    """Work folders of jobs that have ended, and artifacts of jobs that are unknown or did not succeed."""
-    found = [(job_id, path) for job_id, path in folders.job_ids() if job_id not in active]
-    for start in range(0, len(found), CHUNK):
-        chunk = found[start : start + CHUNK]
-        statuses = store.statuses([job_id for job_id, _ in chunk])
-        for job_id, path in chunk:
-            if path == folders.work(job_id) or statuses.get(job_id) is not Status.SUCCEEDED:
-                yield path

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from service.jobs.times import text_of
+
 #: Named one by one in the account of a sweep; the rest is only counted.
 NAMED = 200
 
@@ -15,9 +17,10 @@ class Rules:
     """How long things are kept, in seconds, and how much of them, in bytes; None is for ever and without limit.
 
     The age of what a job left counts from the job's end, for a job of a batch from the end of the batch; that of a
-    blob from its last use. `max_total_bytes` is of all tenants' artifacts and blobs together, as quotas count them:
-    beyond it goes what ended or was used longest ago, but never within `grace_s`, so that whoever waits for a result
-    can fetch it.
+    blob from its last use. `max_total_bytes` is of all tenants' artifacts, blobs and uploads together, as quotas count
+    them, and of the database: beyond it goes of those what ended or was used longest ago; when they do not suffice, the
+    oldest logs, and then the oldest records. Nothing goes within `grace_s`, so that whoever waits for a result can
+    fetch it.
     """
 
     artifact_ttl_s: float | None = None
@@ -130,6 +133,6 @@ def before(now: datetime, ttl_s: float | None) -> str | None:
     if ttl_s is None:
         return None
     try:
-        return (now - timedelta(seconds=ttl_s)).isoformat(timespec="microseconds")
+        return text_of(now - timedelta(seconds=ttl_s))
     except OverflowError:
         return None

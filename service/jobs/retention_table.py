@@ -35,6 +35,8 @@ SCHEMA = f"""
     ) WITHOUT ROWID;
 """
 
+#: What a row takes beside its text, with its keys and their indices: about.
+ROW_BYTES = 200
 #: Behind nothing: where a search begins.
 START = ("", "")
 Cursor = tuple[str, str]
@@ -59,8 +61,30 @@ def old_logs(db: sqlite3.Connection, before: str, after: Cursor, limit: int) -> 
 
 
 def total_bytes(db: sqlite3.Connection) -> int:
-    """Of all tenants' artifacts and blobs."""
-    return int(db.execute("SELECT coalesce(sum(stored_bytes), 0) FROM tenants").fetchone()[0])
+    """Of all tenants' artifacts and blobs, and of the database without what is free in it."""
+    stored = int(db.execute("SELECT coalesce(sum(stored_bytes), 0) FROM tenants").fetchone()[0])
+    return stored + own_bytes(db)
+
+
+def own_bytes(db: sqlite3.Connection) -> int:
+    """Of the database: records, logs and all else. What is free in it is used again, or given back."""
+    pages, free, size = (
+        int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def log_bytes(db: sqlite3.Connection, job_id: str) -> int:
+    """About how much of the database a job's events take but for the last one."""
+    query = f"SELECT coalesce(sum(length(data) + {ROW_BYTES}), 0), max(length(data)) FROM events WHERE job_id = ?"
+    total, last = db.execute(query, (job_id,)).fetchone()
+    return max(0, int(total) - int(last or 0) - ROW_BYTES)
+
+
+def record_bytes(db: sqlite3.Connection, job_id: str) -> int:
+    """About how much of the database a job's record takes."""
+    row = db.execute("SELECT length(record) FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    return int(row[0]) + ROW_BYTES if row else 0
 
 
 def _old(db: sqlite3.Connection, index: str, condition: str, before: str, after: Cursor, limit: int) -> list[Due]:

@@ -21,7 +21,7 @@ from service.jobs.idempotency import Key
 from service.jobs.job import Job, Status
 from service.jobs.quotas import Limits, Usage
 from service.jobs.record import from_record, to_record
-from service.jobs.search_table import text_of
+from service.jobs.times import text_of
 from service.jobs.webhooks import delivery_table, secret_table
 from service.storage.faults import storage_faults
 
@@ -123,8 +123,11 @@ class Store:
     Raises DiskFull or StorageFailure when the database cannot be read or written.
     """
 
-    def __init__(self, data_dir: Path) -> None:
-        """Open or create the database; raises StorageFailure when another process holds it."""
+    def __init__(self, data_dir: Path, *, as_it_is: bool = False) -> None:
+        """Open or create the database in this schema; raises StorageFailure when another process holds it.
+
+        `as_it_is` changes no schema, and raises StorageFailure where it is that of an earlier version.
+        """
         self._lock = threading.RLock()
         with storage_faults("opening the data folder"):
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,7 @@ class Store:
         try:
             with database_faults():
                 self._db = _open(data_dir / DATABASE)
-                _migrate(self._db)
+                _migrate(self._db, as_it_is=as_it_is)
         except BaseException:
             self._held.close()
             raise
@@ -384,13 +387,19 @@ def _version(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def _migrate(db: sqlite3.Connection) -> None:
+def _migrate(db: sqlite3.Connection, *, as_it_is: bool = False) -> None:
     version = _version(db)
     if version > len(MIGRATIONS):
         db.close()
         raise StorageFailure(
             f"the data folder was written by a newer version of this service (schema {version}, known up to "
             f"{len(MIGRATIONS)}): use that version, or another --data-dir"
+        )
+    if as_it_is and version < len(MIGRATIONS):
+        db.close()
+        raise StorageFailure(
+            f"the data folder was written by an earlier version of this service (schema {version}, now "
+            f"{len(MIGRATIONS)}), and a dry run changes nothing: start the server once, or run without --dry-run"
         )
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")

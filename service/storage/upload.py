@@ -95,8 +95,8 @@ class BlobFiles:
 
     def digests(self) -> Iterator[str]:
         """Every whole blob."""
-        for folder in list(self._whole.iterdir()):
-            yield from (path.name for path in list(folder.iterdir()))
+        for folder in _listed(self._whole):
+            yield from (path.name for path in _listed(folder))
 
     def install(self, owner: str, digest: str) -> None:
         """Make a synced part, whose hash was compared, the whole blob; where that is there already it stays."""
@@ -152,15 +152,20 @@ class BlobFiles:
 
     def parts(self, owner: str | None = None) -> Iterator[PartInfo]:
         """Every part, of one owner or of all."""
-        folders = [self._parts / owner] if owner else list(self._parts.iterdir())
+        folders = [self._parts / owner] if owner else _listed(self._parts)
         for folder in folders:
-            for path in list(folder.iterdir()) if folder.is_dir() else ():
+            for path in _listed(folder):
                 with suppress(FileNotFoundError):
                     stat = path.stat()
                     yield PartInfo(folder.name, path.name, stat.st_size, stat.st_mtime)
 
     def _part(self, owner: str, digest: str) -> Path:
         return self._parts / owner / digest
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where there is none."""
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def owner_of(tenant: str) -> str:

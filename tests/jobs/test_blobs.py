@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +55,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def open_blobs(tmp_path: Path, store: Store, **limits: float) -> Blobs:
     """The blobs of a folder, as at the start of a server."""
     blobs = Blobs(tmp_path / "blobs", lambda: store, BlobLimits(**limits))  # type: ignore[arg-type]
-    blobs.recover()
+    blobs.create()
+    assert all(blobs.recover())
     return blobs
 
 
@@ -223,6 +225,28 @@ def test_a_start_removes_what_a_crash_left(tmp_path: Path, store: Store) -> None
     (tmp_path / "blobs" / "parts" / twin / DIGEST).write_bytes(DATA)
     open_blobs(tmp_path, store)
     assert stored_files(tmp_path) == sorted([leftover, files.path(kept)])
+
+
+def test_what_a_crash_left_is_looked_for_a_little_at_a_time_and_what_is_being_sent_stays(
+    tmp_path: Path, store: Store
+) -> None:
+    blobs = open_blobs(tmp_path, store)
+    files = BlobFiles(tmp_path / "blobs")
+    for index in range(250):
+        path = files.path(f"{index % 7:02x}{index:062x}")
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    send(blobs, "ada", DATA)
+    with closing(blobs.begin("ada", DIGEST, Span(0, len(DATA), len(DATA)))) as again:
+        steps = blobs.recover()
+        assert next(steps)
+        left = len(stored_files(tmp_path))
+        assert 100 < left < 250
+        assert blobs.find("ada", DIGEST) == len(DATA), "others have their turn in between"
+        assert sum(steps) >= 2
+        again.write(DATA)
+        assert again.finish()
+    assert stored_files(tmp_path) == [files.path(DIGEST)]
 
 
 def test_a_file_that_somebody_removed_has_to_be_sent_again(tmp_path: Path, store: Store) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -15,8 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from service.jobs.database import Database
 from service.jobs.events import TENSOR_COMPLETED
+from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
+from service.jobs.leases import Leases
+from service.jobs.manager import JobManager
+from service.jobs.orphans import remove_orphans
 from service.jobs.request import QuantizeRequest
 from service.jobs.store import DATABASE, Store
 from tests.jobs.conftest import MakeManager
@@ -210,7 +217,15 @@ async def test_a_target_that_someone_emptied_after_publishing_fails_the_job_and_
     assert files_below(data / "work") + files_below(data / "artifacts") == []
 
 
-async def test_files_that_belong_to_no_job_are_removed_at_the_start_and_others_kept(
+async def until_gone(path: Path) -> None:
+    for _ in range(1000):
+        if not await asyncio.to_thread(path.exists):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{path} is still there")
+
+
+async def test_files_that_belong_to_no_job_are_removed_after_a_start_and_others_kept(
     make_manager: MakeManager, tmp_path: Path, root: Path
 ) -> None:
     first = await make_manager()
@@ -222,9 +237,33 @@ async def test_files_that_belong_to_no_job_are_removed_at_the_start_and_others_k
     for orphan in (data / "work" / "job_x", data / "work" / job.id, data / "artifacts" / "job_y"):
         (orphan / "deep").mkdir(parents=True)
         (orphan / "deep" / "file").write_bytes(b"x")
-    await make_manager()
+    blob = data / "blobs" / "sha256" / "ab" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.touch()
+    second = await make_manager()
     assert files_below(data / "work") == []
-    assert digests(data / "artifacts") == kept
+    running = await second.submit(quantize_request(root / "m.safetensors"))
+    await until_gone(data / "artifacts" / "job_y")
+    await until_gone(blob)
+    assert (await second.wait(running.id, 60)).status is Status.SUCCEEDED
+    found = digests(data / "artifacts")
+    assert {path: digest for path, digest in found.items() if not path.startswith(running.id)} == kept
+    assert len(found) == 2 * len(kept)
+
+
+async def test_a_look_for_files_of_no_job_leaves_those_of_a_purged_one_to_their_last_reader(
+    manager: JobManager, tmp_path: Path, root: Path
+) -> None:
+    job = await manager.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
+    folders = Folders(tmp_path / "data")
+    with ThreadPoolExecutor(1) as thread:
+        database = Database(lambda: manager._opened_store, thread)
+        with manager.leases.held(job.id):
+            await manager.purge(job.id)
+            # As another process would, that does not know who reads.
+            await remove_orphans(database, folders, Leases(), manager.blobs)
+            assert digests(folders.artifacts(job.id))
+    await until_gone(folders.artifacts(job.id))
 
 
 async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_server_was_up(

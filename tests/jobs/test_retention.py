@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
 import subprocess
@@ -17,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from service.errors import ArtifactsExpired, JobInUse, ModelNotFound, NotFound
-from service.jobs import batch_table, blob_table, standing
+from service.errors import ArtifactsExpired, JobInUse, ModelNotFound, NotFound, StorageFailure
+from service.jobs import batch_table, blob_table, retention_table, standing
 from service.jobs.batch import Batch
 from service.jobs.collector import Collector
 from service.jobs.folders import REPORT, Folders
@@ -29,6 +30,7 @@ from service.jobs.request import BatchRequest
 from service.jobs.retention import Rules, Swept, What, Why, before
 from service.jobs.store import DATABASE, MIGRATIONS, Store
 from service.jobs.tenant import DEFAULT_TENANT
+from service.storage.upload import BlobFiles, owner_of
 from tests.conftest import SEED
 from tests.jobs.conftest import MakeManager
 from tests.jobs.kept import NOW, OUTPUT, SIZE, ago, keep_job
@@ -188,42 +190,99 @@ def test_a_batch_ages_as_a_whole_and_goes_with_its_last_job(tmp_path: Path) -> N
 # --- by size ---
 
 
+#: Files of one job, so many that a page more or less of the database does not count.
+MANY = 100
+
+
+def beside_the_database(data_dir: Path, files_bytes: int) -> int:
+    """A total that leaves so much to files."""
+    with opened(data_dir) as store, store.reading() as db:
+        return retention_table.own_bytes(db) + files_bytes + MANY * SIZE // 2
+
+
 def test_beyond_the_total_the_oldest_go_and_no_more_than_needed(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        jobs = [keep_job(tmp_path, store, age_s=hours * 3600) for hours in (3, 5, 1, 4, 2)]
-    swept = sweep(tmp_path, max_total_bytes=2 * TWO + 1)
-    assert names(swept) == [(What.ARTIFACTS, Why.SIZE, jobs[i].id) for i in (1, 3, 0)]
-    assert sweep(tmp_path, max_total_bytes=2 * TWO).count == 0
+        jobs = [keep_job(tmp_path, store, age_s=hours * 3600, files=MANY) for hours in (3, 5, 1, 4, 2)]
+    room = beside_the_database(tmp_path, 2 * MANY * SIZE)
+    assert names(sweep(tmp_path, max_total_bytes=room)) == [(What.ARTIFACTS, Why.SIZE, jobs[i].id) for i in (1, 3, 0)]
+    assert sweep(tmp_path, max_total_bytes=room).count == 0
     with opened(tmp_path) as store:
-        assert store.usage(DEFAULT_TENANT).stored_bytes == 2 * TWO
+        assert store.usage(DEFAULT_TENANT).stored_bytes == 2 * MANY * SIZE
+
+
+def test_when_files_do_not_suffice_the_oldest_logs_go_and_then_the_oldest_records(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        jobs = [keep_job(tmp_path, store, age_s=hours * 3600, events=3000) for hours in (3, 5, 1, 4, 2)]
+        young = keep_job(tmp_path, store, age_s=60, events=3000)
+    by_age = [jobs[i].id for i in (1, 3, 0, 4, 2)]
+    with opened(tmp_path) as store, store.reading() as db:
+        log = retention_table.log_bytes(db, young.id)
+        room = retention_table.own_bytes(db) - 3 * log // 2
+    shown, done = (sweep(tmp_path, dry_run=dry_run, max_total_bytes=room) for dry_run in (True, False))
+    assert names(shown) == names(done)
+    files = [(What.ARTIFACTS, Why.SIZE, job_id) for job_id in by_age]
+    assert names(done) == files + [(What.EVENTS, Why.SIZE, job_id) for job_id in by_age[:2]]
+    swept = sweep(tmp_path, max_total_bytes=0)
+    assert names(swept) == [
+        *((What.EVENTS, Why.SIZE, job_id) for job_id in by_age[2:]),
+        *((What.JOBS, Why.SIZE, job_id) for job_id in by_age),
+    ]
+    with opened(tmp_path) as store:
+        assert [job.id for job in store.find()[0]] == [young.id]
+        assert len(store.events(young.id, limit=9999)) == 3000
+        assert (tmp_path / DATABASE).stat().st_size < 4 * log
+
+
+def test_an_upload_that_stands_still_counts_and_goes_in_its_turn(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        old, young = (keep_job(tmp_path, store, age_s=hours * 3600, files=MANY) for hours in (5, 1))
+    files = BlobFiles(tmp_path / "blobs")
+    files.create()
+    for digest, age_s in (("b3", 3 * 3600), ("b0", 60)):
+        part = files.open_part(owner_of("ada"), digest)
+        part.write(bytes(MANY * SIZE))
+        part.close()
+        at = ago(age_s).timestamp()
+        os.utime(part.path, (at, at))
+    room = beside_the_database(tmp_path, 2 * MANY * SIZE)
+    for dry_run in (True, False):
+        swept = sweep(tmp_path, max_total_bytes=room, dry_run=dry_run)
+        assert names(swept) == [(What.ARTIFACTS, Why.SIZE, old.id), (What.UPLOADS, Why.SIZE, "b3")]
+    assert [part.digest for part in files.parts()] == ["b0"]
+    assert outputs_of(tmp_path, young).exists()
 
 
 def test_what_has_just_ended_is_not_taken_for_room(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        keep_job(tmp_path, store, age_s=599)
+        young = keep_job(tmp_path, store, age_s=599)
         old = keep_job(tmp_path, store, age_s=601)
-    assert names(sweep(tmp_path, max_total_bytes=0)) == [(What.ARTIFACTS, Why.SIZE, old.id)]
+    assert {item.id for item in sweep(tmp_path, max_total_bytes=0).named} == {old.id}
+    with opened(tmp_path) as store:
+        assert [job.id for job in store.find()[0]] == [young.id]
+        assert len(store.events(young.id)) == 5
 
 
 def test_blobs_and_artifacts_go_in_one_order(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        jobs = [keep_job(tmp_path, store, age_s=hours * 3600, files=5) for hours in (8, 6, 4)]
+        jobs = [keep_job(tmp_path, store, age_s=hours * 3600, files=MANY) for hours in (8, 6, 4)]
         with store.transaction() as db:
             for digest, hours in (("b7", 7), ("b5", 5), ("b3", 3)):
-                blob_table.add(db, "ada", digest, 10)
+                blob_table.add(db, "ada", digest, MANY * SIZE)
                 at = ago(hours * 3600).isoformat(timespec="microseconds")
                 db.execute("UPDATE blobs SET last_used_at = ? WHERE digest = ?", (at, digest))
+    room = beside_the_database(tmp_path, 2 * MANY * SIZE)
     for dry_run in (True, False):
-        swept = sweep(tmp_path, max_total_bytes=5000 + 4096, dry_run=dry_run)
+        swept = sweep(tmp_path, max_total_bytes=room, dry_run=dry_run)
         assert [item.id for item in swept.named] == [jobs[0].id, "b7", jobs[1].id, "b5"]
     with opened(tmp_path) as store:
-        assert store.usage("ada").stored_bytes == 4096
+        assert store.usage("ada").stored_bytes == MANY * SIZE
 
 
 def test_what_goes_by_age_makes_room_first_also_where_it_is_only_shown(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        jobs = [keep_job(tmp_path, store, age_s=days * DAY) for days in (4, 3, 2, 1)]
-    rules = {"job_ttl_s": 3.5 * DAY, "artifact_ttl_s": 2.5 * DAY, "max_total_bytes": TWO}
+        jobs = [keep_job(tmp_path, store, age_s=days * DAY, files=MANY) for days in (4, 3, 2, 1)]
+    room = beside_the_database(tmp_path, MANY * SIZE)
+    rules = {"job_ttl_s": 3.5 * DAY, "artifact_ttl_s": 2.5 * DAY, "max_total_bytes": room}
     shown, done = (sweep(tmp_path, dry_run=dry_run, **rules) for dry_run in (True, False))
     assert names(shown) == names(done)
     assert names(done) == [
@@ -240,10 +299,28 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
         dump = list(store._db.iterdump())
     files = digests(tmp_path / "artifacts")
     assert sweep(tmp_path, dry_run=True, job_ttl_s=DAY).count == 3
-    assert sweep(tmp_path, dry_run=True, artifact_ttl_s=DAY, event_ttl_s=DAY, max_total_bytes=0).count == 6
+    assert sweep(tmp_path, dry_run=True, artifact_ttl_s=DAY, event_ttl_s=DAY, max_total_bytes=0).count == 9
     with opened(tmp_path) as store:
         assert list(store._db.iterdump()) == dump
     assert digests(tmp_path / "artifacts") == files
+
+
+def test_a_dry_run_leaves_an_old_schema_and_what_a_crash_left_as_they_are(tmp_path: Path) -> None:
+    orphan = tmp_path / "blobs" / "sha256" / "ab" / ("ab" * 32)
+    orphan.parent.mkdir(parents=True)
+    orphan.touch()
+    db = sqlite3.connect(tmp_path / DATABASE)
+    db.execute("PRAGMA journal_mode = WAL")
+    for number, script in enumerate(MIGRATIONS[:4], start=1):
+        db.executescript(f"{script}; PRAGMA user_version = {number};")
+    with pytest.raises(StorageFailure, match="without --dry-run"):
+        sweep(tmp_path, dry_run=True, job_ttl_s=DAY)
+    assert db.execute("PRAGMA user_version").fetchone() == (4,)
+    db.close()
+    for dry_run, is_left in ((False, False), (True, True)):
+        assert sweep(tmp_path, dry_run=dry_run, job_ttl_s=DAY).count == 0
+        assert orphan.exists() is is_left
+        orphan.touch()
 
 
 # --- in use ---

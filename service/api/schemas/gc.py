@@ -20,7 +20,7 @@ class GarbageRequest(BaseModel):
     event_ttl_s: float | None = Field(default=None, ge=0, description="Of logs, from the end of their job.")
     job_ttl_s: float | None = Field(default=None, ge=0, description="Of jobs with all that is theirs, from their end.")
     blob_ttl_s: float | None = Field(default=None, ge=0, description="Of uploads, from their last use.")
-    max_total_bytes: int | None = Field(default=None, ge=0, description="Of all artifacts and blobs together.")
+    max_total_bytes: int | None = Field(default=None, ge=0, description="Of all files and the database.")
 
 
 class GarbageTally(Wire):

@@ -104,7 +104,7 @@ def settle(db: sqlite3.Connection, delivery: Due, verdict: Verdict) -> None:
 
 def postpone(db: sqlite3.Connection, delivery: Due, until: datetime) -> None:
     """Have a delivery wait for an attempt that could not be made."""
-    db.execute("UPDATE webhook_deliveries SET next_attempt_at = ? WHERE id = ?", (_text(until), delivery.id))
+    db.execute("UPDATE webhook_deliveries SET next_attempt_at = ? WHERE id = ?", (text_of(until), delivery.id))
 
 
 def of_job(db: sqlite3.Connection, job_id: str, limit: int) -> list[Delivery]:
