@@ -339,7 +339,8 @@ class TimedOut(RunError):
 class PendingTimedOut(RunError):
     """The job did not begin within its `max_pending_s`.
 
-    Others had the better claim all the time. Submit it again, with more time or a higher `priority`.
+    Others had the better claim all the time. Submit it again, with more time, or with a higher `priority` than your
+    other jobs have.
     """
 
     code = "pending_timeout"

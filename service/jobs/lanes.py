@@ -103,12 +103,10 @@ class Lanes:
 
     def _outranks(self, waiting: Claim, running: Claim, lanes: int) -> bool:
         """Whether a claim is better than that of a running job; `lanes` are how many its tenant has or will have."""
-        if waiting.priority != running.priority:
-            return waiting.priority > running.priority
         if waiting.tenant == running.tenant:
-            return waiting.rank < running.rank
+            return (-waiting.priority, waiting.rank) < (-running.priority, running.rank)
         clock = self.waiting.clock
         return clock[running.tenant] - clock[waiting.tenant] > LAG_S * lanes
 
-    def _standing(self, claim: Claim) -> tuple[int, float, tuple[int, int]]:
-        return -claim.priority, self.waiting.clock[claim.tenant], claim.rank
+    def _standing(self, claim: Claim) -> tuple[float, int, tuple[int, int]]:
+        return self.waiting.clock[claim.tenant], -claim.priority, claim.rank

@@ -138,7 +138,8 @@ class _JobBody(_Body):
         strict=True,
         ge=-100,
         le=100,
-        description="As long as jobs of a higher priority wait, those of a lower one get no turn.",
+        description="As long as jobs of a higher priority wait, those of a lower one of the same tenant get no turn. "
+        "Between tenants it counts for nothing: who was served least goes first.",
     )
     labels: dict[LabelKey, Label] = Field(
         default_factory=dict, max_length=32, description="To find the job by; no colon in the names."

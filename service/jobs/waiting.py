@@ -1,7 +1,7 @@
 """The jobs that wait for a lane of one device, in the order of their claims.
 
-A higher priority goes first, always. Among equals the tenant goes first that was served least (see `fairness`), and
-of its jobs the one on the lowest level: a job begins on the lowest and climbs as it is served, so that a new short
+The tenant goes first that was served least (see `fairness`). Of its jobs a higher priority goes first, always, and
+among equals the one on the lowest level: a job begins on the lowest and climbs as it is served, so that a new short
 one does not wait for old long ones, and long ones do not take turns with each other for nothing. On a level who came
 first goes first. Every so often a tenant's turn goes to that of its climbed jobs which has waited longest: a stream
 of short ones does not hold a long one up for ever.
@@ -45,15 +45,14 @@ class Claim:
         return self.level, self.arrival
 
     def precedes(self, other: Claim) -> bool:
-        """Whether the other one never gets a turn in its stead."""
-        return self.priority > other.priority
+        """Whether the other one never gets a turn in its stead: a priority orders the jobs of a tenant."""
+        return self.tenant == other.tenant and self.priority > other.priority
 
 
 @dataclass(slots=True)
 class _Group:
     """The waiting jobs of a tenant with one priority."""
 
-    time: float
     ranks: list[tuple[tuple[int, int], str]] = field(default_factory=list)  # sorted
     claims: dict[str, Claim] = field(default_factory=dict)
     climbed: OrderedDict[str, None] = field(default_factory=OrderedDict)  # who has waited longest first
@@ -78,14 +77,49 @@ class _Group:
         yield from (self.claims[job_id] for _, job_id in self.ranks if job_id != oldest)
 
 
+@dataclass(slots=True)
+class _Queue:
+    """The waiting jobs of a tenant."""
+
+    time: float
+    groups: dict[int, _Group] = field(default_factory=dict)  # by negative priority
+    order: list[int] = field(default_factory=list)  # of groups; sorted
+    count: int = 0
+
+    def add(self, claim: Claim) -> None:
+        negative = -claim.priority
+        if negative not in self.groups:
+            self.groups[negative] = _Group()
+            insort(self.order, negative)
+        self.groups[negative].add(claim)
+        self.count += 1
+
+    def remove(self, claim: Claim) -> None:
+        negative = -claim.priority
+        self.groups[negative].remove(claim)
+        self.count -= 1
+        if not self.groups[negative].claims:
+            del self.groups[negative]
+            del self.order[bisect_left(self.order, negative)]
+
+    def in_order(self) -> Iterator[Claim]:
+        for negative in self.order:
+            yield from self.groups[negative].in_order()
+
+    def ahead_of(self, priority: int) -> int:
+        """How many go before one that came now: those of higher priorities, and equals on the lowest level."""
+        higher = sum(len(group.claims) for negative, group in self.groups.items() if -negative > priority)
+        own = self.groups.get(-priority)
+        return higher + (bisect_left(own.ranks, ((1, 0), "")) if own is not None else 0)
+
+
 class Waiting:
     """The claims that wait; a change costs a binary search and a shift of pointers, at 10,000 of them too."""
 
     def __init__(self) -> None:
         self.clock = FairClock()
-        self._groups: dict[tuple[int, str], _Group] = {}  # by priority and tenant
-        self._order: list[tuple[int, float, str]] = []  # of groups: negative priority, time, tenant; sorted
-        self._priorities: dict[str, set[int]] = {}  # of each tenant's groups
+        self._queues: dict[str, _Queue] = {}  # by tenant
+        self._order: list[tuple[float, str]] = []  # of queues: time, tenant; sorted
         self._claims: dict[str, Claim] = {}
 
     def __len__(self) -> int:
@@ -99,19 +133,16 @@ class Waiting:
     @property
     def tenants(self) -> frozenset[str]:
         """Whose jobs wait."""
-        return frozenset(self._priorities)
+        return frozenset(self._queues)
 
     def add(self, claim: Claim) -> None:
         """Have a job wait."""
-        tenant, priority = claim.tenant, claim.priority
-        if tenant not in self._priorities:
+        tenant = claim.tenant
+        if tenant not in self._queues:
             self.clock.join(tenant)
-            self._priorities[tenant] = set()
-        if priority not in self._priorities[tenant]:
-            self._priorities[tenant].add(priority)
-            self._groups[priority, tenant] = _Group(self.clock[tenant])
-            insort(self._order, (-priority, self.clock[tenant], tenant))
-        self._groups[priority, tenant].add(claim)
+            self._queues[tenant] = _Queue(self.clock[tenant])
+            insort(self._order, (self.clock[tenant], tenant))
+        self._queues[tenant].add(claim)
         self._claims[claim.job_id] = claim
 
     def remove(self, job_id: str) -> Claim | None:
@@ -119,52 +150,45 @@ class Waiting:
         claim = self._claims.pop(job_id, None)
         if claim is None:
             return None
-        group = self._groups[claim.priority, claim.tenant]
-        group.remove(claim)
-        if not group.claims:
-            self._remove_group(claim.priority, claim.tenant)
+        queue = self._queues[claim.tenant]
+        queue.remove(claim)
+        if not queue.count:
+            del self._queues[claim.tenant]
+            del self._order[bisect_left(self._order, (queue.time, claim.tenant))]
         return claim
 
     def take(self, claim: Claim) -> None:
         """Take a job out because it is its turn."""
-        self._groups[claim.priority, claim.tenant].turns += 1
+        self._queues[claim.tenant].groups[-claim.priority].turns += 1
         self.remove(claim.job_id)
 
     def charge(self, tenant: str, seconds: float) -> None:
         """A tenant was served for so long."""
         self.clock.charge(tenant, seconds)
-        for priority in self._priorities.get(tenant, ()):
-            group = self._groups[priority, tenant]
-            del self._order[bisect_left(self._order, (-priority, group.time, tenant))]
-            group.time = self.clock[tenant]
-            insort(self._order, (-priority, group.time, tenant))
+        queue = self._queues.get(tenant)
+        if queue is not None:
+            del self._order[bisect_left(self._order, (queue.time, tenant))]
+            queue.time = self.clock[tenant]
+            insort(self._order, (queue.time, tenant))
 
     def least_time(self) -> float | None:
         """The time of the tenant that was served least of those that wait."""
-        return min((time for _, time, _ in self._order), default=None)
+        return self._order[0][0] if self._order else None
 
     def in_order(self) -> Iterator[Claim]:
         """The claims, the best one first; nothing may change meanwhile."""
-        for negative, _, tenant in self._order:
-            yield from self._groups[-negative, tenant].in_order()
+        for _, tenant in self._order:
+            yield from self._queues[tenant].in_order()
 
     def ahead_of(self, tenant: str, priority: int) -> int:
         """How many of the waiting would have their turn before a job that came now, if nothing else came."""
-        own = self._groups.get((priority, tenant))
-        mine = bisect_left(own.ranks, ((1, 0), "")) if own is not None else 0
-        ahead, me = mine, (self.clock[tenant], tenant)
-        for negative, time, other in self._order:
-            waiting = len(self._groups[-negative, other].claims)
-            if -negative > priority:
-                ahead += waiting
-            elif -negative == priority and other != tenant:
-                # Tenants go in turns.
-                ahead += min(waiting, mine + ((time, other) < me))
-        return ahead
-
-    def _remove_group(self, priority: int, tenant: str) -> None:
-        group = self._groups.pop((priority, tenant))
-        del self._order[bisect_left(self._order, (-priority, group.time, tenant))]
-        self._priorities[tenant].discard(priority)
-        if not self._priorities[tenant]:
-            del self._priorities[tenant]
+        own = self._queues.get(tenant)
+        mine = own.ahead_of(priority) if own is not None else 0
+        me = (self.clock[tenant], tenant)
+        # Tenants go in turns.
+        others = (
+            min(self._queues[other].count, mine + ((time, other) < me))
+            for time, other in self._order
+            if other != tenant
+        )
+        return mine + sum(others)

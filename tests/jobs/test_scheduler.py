@@ -80,7 +80,7 @@ def test_a_turn_lasts_a_second_at_least() -> None:
     assert list(simulation.running) == ["urgent"]
 
 
-def test_priorities_are_strict() -> None:
+def test_the_priorities_of_a_tenant_are_strict() -> None:
     simulation = Simulation()
     simulation.submit("low", Work(5.0))
     simulation.run(2.0)
@@ -90,6 +90,32 @@ def test_priorities_are_strict() -> None:
     low, high = simulation.jobs["low"], [simulation.jobs[f"high-{number}"] for number in range(3)]
     assert low.ended_at is not None
     assert all(work.ended_at is not None and work.ended_at < low.ended_at for work in high)
+
+
+def test_no_priority_holds_up_another_tenant() -> None:
+    simulation = Simulation({"cpu": 2})
+    for number in range(4):
+        simulation.submit(f"loud-{number}", Work(HOUR), tenant="loud", priority=100)
+    simulation.run(60.0)
+    simulation.submit("quiet", Work(5.0), tenant="quiet", priority=-100)
+    simulation.run_until_ended("quiet", limit_s=60.0 + LAG_S)
+    for number in range(4):
+        simulation.submit(f"quiet-{number}", Work(HOUR), tenant="quiet", priority=-100)
+    before = dict(simulation.served)
+    simulation.run(400.0)
+    loud = simulation.served["loud"] - before["loud"]
+    assert simulation.served["quiet"] - before["quiet"] == pytest.approx(loud, abs=3 * LAG_S)
+
+
+def test_a_higher_priority_takes_the_lane_of_its_own_tenant_only() -> None:
+    simulation = Simulation({"cpu": 2})
+    simulation.submit("other", Work(HOUR), tenant="other")
+    simulation.submit("low", Work(HOUR), tenant="own")
+    simulation.run(5.0)
+    simulation.submit("high", Work(HOUR), tenant="own", priority=1)
+    simulation.run(60.0)
+    assert sorted(simulation.running) == ["high", "other"]
+    assert simulation.jobs["other"].turns == 1
 
 
 def test_a_thousand_jobs_of_one_tenant_do_not_hold_up_one_of_another() -> None:
@@ -245,11 +271,12 @@ def test_the_place_in_the_queue_is_the_number_of_turns_that_come_before() -> Non
     simulation.submit("b0", Work(0.5), tenant="b")
     simulation.submit("urgent", Work(0.5), tenant="b", priority=1)
     ahead = simulation.scheduler.ahead_of
-    assert ahead("a", 0, "cpu") == 5 + 1 + 1
-    assert ahead("b", 0, "cpu") == 1 + 1 + 2
-    assert ahead("new", 0, "cpu") == 1 + 2
-    assert ahead("b", 1, "cpu") == 1
-    assert ahead("b", 2, "cpu") == 0
+    assert ahead("a", 0, "cpu") == 5 + 2
+    assert ahead("b", 0, "cpu") == 2 + 3
+    assert ahead("new", 0, "cpu") == 2
+    assert ahead("b", 1, "cpu") == 1 + 2
+    assert ahead("b", 2, "cpu") == 1
+    assert ahead("a", 1, "cpu") == 0
 
 
 def test_nothing_is_started_before_it_is_open_and_after_it_is_closed() -> None:
@@ -279,7 +306,7 @@ def calls_of_a_look(waiting: int) -> int:
     sys.setprofile(count)
     try:
         simulation.scheduler.look()
-        simulation.scheduler.put("new", "t1", 0, "cpu", 10)
+        simulation.submit("new", Work(HOUR), tenant="t1", memory_bytes=10)
         simulation.scheduler.left(next(iter(simulation.running)))
         simulation.scheduler.ahead_of("t1", 0, "cpu")
     finally:
@@ -324,12 +351,16 @@ def test_whatever_comes_every_job_ends_and_lanes_and_memory_are_never_exceeded(j
     counts=st.lists(st.integers(1, 4), min_size=2, max_size=3),
     lanes=st.integers(1, 3),
     tensor_s=st.floats(0.1, 2.0),
+    priorities=st.lists(st.integers(-100, 100), min_size=3, max_size=3),
 )
-def test_tenants_with_enough_to_do_are_served_alike(counts: list[int], lanes: int, tensor_s: float) -> None:
+def test_tenants_with_enough_to_do_are_served_alike(
+    counts: list[int], lanes: int, tensor_s: float, priorities: list[int]
+) -> None:
     simulation = Simulation({"cpu": lanes})
     for tenant, count in enumerate(counts):
         for number in range(count * lanes):
-            simulation.submit(f"{tenant}-{number}", Work(HOUR, tensor_s), tenant=f"t{tenant}")
+            priority = priorities[(tenant + number) % 3]
+            simulation.submit(f"{tenant}-{number}", Work(HOUR, tensor_s), tenant=f"t{tenant}", priority=priority)
     simulation.run(400.0)
     served = sorted(simulation.served.values())
     assert len(served) == len(counts)

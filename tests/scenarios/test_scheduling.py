@@ -160,13 +160,13 @@ def test_a_job_that_made_room_goes_on_when_the_server_is_killed(
     assert [event["name"] for event in log if "name" in event][: len(told)] == told
 
 
-def test_a_tenant_with_many_jobs_does_not_hold_up_another_one(
+def test_a_tenant_with_many_jobs_of_any_priority_does_not_hold_up_another_one(
     tmp_path: Path, model_root: Path, long: Json, short: Json
 ) -> None:
     keyed = Keyed(Server(tmp_path / "data", [model_root], require_keys=True, max_running_jobs=1, threads=1))
     try:
         many, few = keyed.client("many"), keyed.client("few")
-        ids = [many.submit(long)["id"] for _ in range(8)]
+        ids = [many.submit(long | {"priority": priority})["id"] for priority in (0, 0, 100, 100, 100, 100, 100, 100)]
         for _ in range(2):
             few.run(short)
         jobs = [many.get(f"/v1/jobs/{job_id}").json() for job_id in ids]
