@@ -8,6 +8,7 @@ behind a line that survived; the id of the boot tells, and the journal is then n
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
-        """The inverse of `to_line`."""
+        """The inverse of `to_line`; raises LookupError, TypeError or ValueError when it is of nothing such."""
         reports = tuple(tensor_from_json(r) for r in data["reports"])
         times = Times(**data.get("times", {}))
         return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"], times)
@@ -63,7 +64,10 @@ class Journal:
         self._file: TextIO | None = None
 
     def resume(self) -> list[Entry]:
-        """The entries of an earlier process for the same run and boot, if any; then ready to append."""
+        """The entries of an earlier process for the same run and boot, if any; then ready to append.
+
+        From the first damaged line on nothing is believed: the work behind it is done anew.
+        """
         entries, size = self._read()
         self._file = self._path.open("a+", encoding="utf-8")
         self._file.truncate(size)  # a line cut off by a crash goes
@@ -87,11 +91,14 @@ class Journal:
     def _read(self) -> tuple[list[Entry], int]:
         lines = self._whole_lines()
         header = next(lines, None)
-        if header is None or header.decode() != self._header:
+        if header is None or header != self._header.encode():
             return [], 0
         entries, size = [], len(header)
         for line in lines:
-            entries.append(Entry.from_json(json.loads(line)))
+            try:
+                entries.append(Entry.from_json(json.loads(line)))
+            except (LookupError, TypeError, ValueError):
+                break
             size += len(line)
         return entries, size
 
@@ -102,9 +109,25 @@ class Journal:
 
 
 def seconds_run(path: Path) -> float:
-    """How long a run has been at work up to its last finished tensor, by its journal; 0.0 when there is none."""
-    line = _last_whole_line(path) if path.exists() else b""
-    return float(json.loads(line).get("seconds", 0.0)) if line else 0.0
+    """How long a run has been at work up to its last finished tensor, by its journal.
+
+    0.0 when there is none, when the line is damaged, or when it is of another boot: then the work is done anew.
+    """
+    if not path.exists():
+        return 0.0
+    with path.open("rb") as file:
+        header = _fields(file.readline())
+    seconds = _fields(_last_whole_line(path)).get("seconds") if header.get("boot") == _boot_id() else None
+    return seconds if isinstance(seconds, float) and math.isfinite(seconds) else 0.0
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    """The fields of a line of JSON; none when it is damaged."""
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _last_whole_line(path: Path) -> bytes:

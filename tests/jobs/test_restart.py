@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from service.jobs.database import Database
+from service.engine.checkpoint import BOOT_ID
 from service.jobs.events import TENSOR_COMPLETED
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
@@ -282,7 +283,8 @@ async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_serve
         store.add(job, [])
         checkpoint = tmp_path / "data" / "work" / job.id / "checkpoint.jsonl"
         checkpoint.parent.mkdir(parents=True)
-        checkpoint.write_text(f'{{"run": "…"}}\n{{"seconds": {ran_s}}}\n{{"sec')
+        boot = BOOT_ID.read_text().strip()
+        checkpoint.write_text(f'{{"run": "…", "boot": "{boot}"}}\n{{"seconds": {ran_s}}}\n{{"sec')
         jobs[name] = job
     store.close()
     manager = await make_manager()
