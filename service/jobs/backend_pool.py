@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from service.engine.backends.base import CPU, Backend
 from service.engine.backends.registry import backends, choose_backend
+from service.errors import InvalidConfig
 
 
 def lanes_of(cpu: int, others: Mapping[str, int]) -> dict[str, int]:
-    """The lanes of every device that a backend computes on: so many of the CPU, one of each that is not named."""
-    return {backend.device: 1 for backend in backends().values()} | dict(others) | {CPU: cpu}
+    """The lanes of every device that a backend computes on: so many of the CPU, one of each that is not named.
+
+    Raises InvalidConfig when others are named.
+    """
+    known = {backend.device: 1 for backend in backends().values() if backend.device != CPU}
+    for device in others:
+        if device not in known:
+            raise InvalidConfig(_no_lanes(device, sorted(known)))
+    return known | dict(others) | {CPU: cpu}
+
+
+def _no_lanes(device: str, known: Sequence[str]) -> str:
+    if device == CPU:
+        return f"device_lanes cannot name {CPU!r}: set max_running_jobs instead"
+    return f"device_lanes names {device!r}, on which no backend computes; there are {', '.join(known) or 'none'}"
 
 
 class BackendPool:

@@ -1,12 +1,16 @@
-"""How much memory there is: physical, or what control groups of either version leave of it."""
+"""How much memory there is: physical, or what control groups of either version leave of it; and what lanes."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from service.engine.backends.registry import backends
 from service.jobs.backend_pool import lanes_of
 from service.jobs.machine_memory import available_bytes, default_limit_bytes
 
@@ -58,5 +62,17 @@ def test_jobs_may_have_most_of_it_and_never_all() -> None:
 
 
 def test_every_device_has_lanes_and_settings_win() -> None:
-    assert lanes_of(3, {}) == {"cpu": 3}
-    assert lanes_of(3, {"cuda": 2}) == {"cpu": 3, "cuda": 2}
+    others = {backend.device for backend in backends().values()} - {"cpu"}
+    assert lanes_of(3, {}) == {"cpu": 3} | dict.fromkeys(others, 1)
+    assert lanes_of(3, dict.fromkeys(others, 2)) == {"cpu": 3} | dict.fromkeys(others, 2)
+
+
+@pytest.mark.parametrize(("device", "hint"), [("tpu", "no backend computes"), ("cpu", "max_running_jobs")])
+def test_a_server_with_lanes_for_a_device_that_has_none_does_not_start(tmp_path: Path, device: str, hint: str) -> None:
+    variables = os.environ | {"ARROWQUANT_DEVICE_LANES": json.dumps({device: 2})}
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "device_lanes" in done.stderr
+    assert hint in done.stderr
+    assert "Traceback" not in done.stderr
