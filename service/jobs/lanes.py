@@ -12,6 +12,8 @@ from service.jobs.waiting import Claim, Waiting
 TURN_S = 1.0
 #: And so many times as long as it takes to begin: opening the model, making the plan, reading the checkpoint.
 SETUP_SHARE = 10
+#: But no longer than this when it is at work, however long it took to begin.
+MAX_WORK_S = 30.0
 #: A tenant takes another one's lane only when it has had this much less for each lane that it has.
 LAG_S = 10.0
 
@@ -30,7 +32,8 @@ class Turn:
         """Whether it has lasted long enough for this claim: the longer that one's job runs, the less its hurry."""
         if self.setup_s is None:
             return False
-        return now - self.began >= max(TURN_S * (1 << asking.level), SETUP_SHARE * self.setup_s)
+        worth_it = min(SETUP_SHARE * self.setup_s, self.setup_s + MAX_WORK_S)
+        return now - self.began >= max(TURN_S * (1 << asking.level), worth_it)
 
 
 class Lanes:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.jobs.lanes import LAG_S, SETUP_SHARE, TURN_S
+from service.jobs.lanes import LAG_S, MAX_WORK_S, SETUP_SHARE, TURN_S
 from service.jobs.scheduler import PASSED_OVER_S
 from service.jobs.waiting import LEVELS_S, PATIENT_TURN
 from tests.jobs.simulation import STEP_S, Simulation, Work
@@ -68,6 +68,16 @@ def test_a_turn_lasts_ten_times_as_long_as_it_takes_to_begin() -> None:
     assert list(simulation.running) == ["costly"]
     simulation.run(2.0)
     assert "costly" not in simulation.running
+
+
+def test_a_turn_that_took_long_to_begin_ends_half_a_minute_later() -> None:
+    simulation = Simulation()
+    simulation.submit("costly", Work(HOUR, setup_s=60.0))
+    simulation.submit("short", Work(0.5))
+    simulation.run(60.0 + MAX_WORK_S - 1.0)
+    assert list(simulation.running) == ["costly"], "it gets something done"
+    simulation.run(2.0)
+    assert simulation.jobs["short"].turns == 1
 
 
 def test_a_turn_lasts_a_second_at_least() -> None:
