@@ -448,7 +448,7 @@ class JobInUse(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """The queue is full.
+    """The queue is full, or what is left of it is kept for tenants that have no job waiting.
 
     Try again after the time in `Retry-After`.
     """

@@ -60,7 +60,11 @@ class Settings(BaseSettings):
     memory_limit_bytes: int | None = Field(
         default=None, ge=1, description="Of all running jobs, as predicted; by default four fifths of what there is."
     )
-    max_queued_jobs: int = Field(default=1000, ge=1)
+    max_queued_jobs: int = Field(
+        default=1000,
+        ge=1,
+        description="Where keys are asked for, the last tenth, 1 at least, is for tenants that have no job waiting.",
+    )
     stream_silence_s: float = Field(
         default=15.0, gt=0, le=30, description="Between two comments on an event stream that has nothing to tell."
     )
@@ -149,6 +153,11 @@ class Settings(BaseSettings):
     def asks_for_keys(self) -> bool:
         """Whether calls have to carry an API key."""
         return self.require_keys or not (self.is_loopback or self.allow_unauthenticated)
+
+    @property
+    def kept_places(self) -> int:
+        """Of the queue, for tenants that have no job waiting: one that fills it does not keep others out."""
+        return max(1, self.max_queued_jobs // 10) if self.asks_for_keys else 0
 
     @model_validator(mode="after")
     def _contradict(self) -> Self:

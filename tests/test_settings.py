@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -73,6 +74,18 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(
     monkeypatch.setenv(f"ARROWQUANT_{name}", value)
     with pytest.raises(InvalidConfig, match=f"ARROWQUANT_{name}"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        pytest.param({"require_keys": True}, 100, id="a tenth"),
+        pytest.param({"require_keys": True, "max_queued_jobs": 3}, 1, id="one at least"),
+        pytest.param({}, 0, id="none without keys"),
+    ],
+)
+def test_places_in_the_queue_are_kept_where_there_are_tenants(options: dict[str, Any], kept: int) -> None:
+    assert load_settings(**options).kept_places == kept
 
 
 def test_settings_cannot_be_changed() -> None:

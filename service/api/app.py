@@ -120,6 +120,7 @@ def _manager(settings: Settings, watch: Watch) -> JobManager:
         device_lanes=settings.device_lanes,
         memory_limit_bytes=settings.memory_limit_bytes,
         max_queued_jobs=settings.max_queued_jobs,
+        kept_places=settings.kept_places,
         config_defaults=settings.config_defaults,
         tenant_limits=_tenant_limits(settings),
         blob_limits=BlobLimits(settings.max_blob_bytes, settings.max_stored_bytes),

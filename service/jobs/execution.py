@@ -62,6 +62,10 @@ class Execution:
         """How many jobs are in a lane."""
         return self._scheduler.running
 
+    def depth_of(self, tenant: str) -> int:
+        """How many jobs of a tenant wait."""
+        return self._scheduler.depth_of(tenant)
+
     def ahead_of(self, tenant: str, priority: int, device: str) -> int:
         """See `Scheduler.ahead_of`."""
         return self._scheduler.ahead_of(tenant, priority, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -44,10 +45,14 @@ class Intake:
         forget: Callable[[Job], None],
         *,
         max_queued_jobs: int,
+        kept_places: int = 0,
         tenant_limits: Limits = NO_LIMITS,
         reader_limit: int = READER_LIMIT,
     ) -> None:
-        """`live` are the jobs that have not ended; `forget` undoes `adopt`."""
+        """`live` are the jobs that have not ended; `forget` undoes `adopt`.
+
+        `kept_places` of the queue are for the first waiting job of a tenant.
+        """
         self._database = database
         self._admission = admission
         self._webhooks = webhooks
@@ -58,9 +63,10 @@ class Intake:
         self._adopt = adopt
         self._forget = forget
         self._max_queued_jobs = max_queued_jobs
+        self._kept_places = kept_places
         self._tenant_limits = tenant_limits
         self._reader_limit = reader_limit
-        self._admitting = 0
+        self._admitting: Counter[str] = Counter()  # by tenant
 
     async def take(self, submission: Submission, check_open: Callable[[], None]) -> tuple[list[Job], Batch | None]:
         """All of a submission's jobs, stored and queued, and their batch.
@@ -69,7 +75,7 @@ class Intake:
         request cannot be carried out; then nothing is left of any.
         """
         count = len(submission.requests)
-        with self._room_for(count):
+        with self._room_for(count, submission.tenant):
             await self._webhooks.check(submission)
             is_remote = await asyncio.to_thread(submission.is_remote, self._admission)
             in_thread = self._store_threads.run if is_remote else asyncio.to_thread
@@ -93,19 +99,22 @@ class Intake:
         return jobs, batch
 
     @contextmanager
-    def _room_for(self, count: int) -> Iterator[None]:
+    def _room_for(self, count: int, tenant: str) -> Iterator[None]:
         """Hold places in the queue until the jobs are in it; raises QueueFull."""
-        waiting = self._execution.depth + self._admitting
-        if waiting + count > self._max_queued_jobs:
+        waiting = self._execution.depth + self._admitting.total()
+        own = self._execution.depth_of(tenant) + self._admitting[tenant]
+        most = self._max_queued_jobs - (self._kept_places if own + count > 1 else 0)
+        if waiting + count > most:
             raise QueueFull(
-                f"{waiting} jobs wait already, and {self._max_queued_jobs} may: there is no room for {count} more, "
+                f"{waiting} jobs wait already, {own} of them yours, and {most} may: there is no room for {count} more, "
                 "try again later"
             )
-        self._admitting += count
+        self._admitting[tenant] += count
         try:
             yield
         finally:
-            self._admitting -= count
+            self._admitting[tenant] -= count
+            self._admitting += Counter()  # forgets those at zero
 
     async def _check_quotas(self, tenant: str, new_jobs: int) -> None:
         """Raise TooManyOpenJobs or StorageQuotaExceeded; up to the next `await` it then holds."""

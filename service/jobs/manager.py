@@ -93,6 +93,7 @@ class JobManager:
         max_running_jobs: int = 2,
         device_lanes: Mapping[str, int] | None = None,
         max_queued_jobs: int = 1000,
+        kept_places: int = 0,
         memory_limit_bytes: int | None = None,
         config_defaults: QuantizationConfig | None = None,
         blob_limits: BlobLimits | None = None,
@@ -107,6 +108,7 @@ class JobManager:
 
         `max_running_jobs` are the lanes of the CPU, `device_lanes` those of other devices, one each by default.
         `memory_limit_bytes` is for all running jobs together; by default what this machine lets a service have.
+        `kept_places` of the queue are for tenants that have no job waiting.
         Without `stores` no address in one may be named.
         `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
         """
@@ -177,6 +179,7 @@ class JobManager:
             self._adopt,
             self._forget,
             max_queued_jobs=max_queued_jobs,
+            kept_places=kept_places,
             tenant_limits=tenant_limits,
             reader_limit=reader_limit,
         )

@@ -60,6 +60,10 @@ class Scheduler:
         """How many jobs are in a lane."""
         return sum(len(lanes.turns) for lanes in self._lanes.values())
 
+    def depth_of(self, tenant: str) -> int:
+        """How many jobs of a tenant wait."""
+        return sum(lanes.waiting.count(tenant) for lanes in self._lanes.values())
+
     def waits(self, job_id: str) -> bool:
         """Whether a job waits for a turn."""
         return job_id in self._devices and job_id in self._of(job_id).waiting

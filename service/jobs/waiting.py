@@ -135,6 +135,11 @@ class Waiting:
         """Whose jobs wait."""
         return frozenset(self._queues)
 
+    def count(self, tenant: str) -> int:
+        """How many of a tenant wait."""
+        queue = self._queues.get(tenant)
+        return queue.count if queue is not None else 0
+
     def add(self, claim: Claim) -> None:
         """Have a job wait."""
         tenant = claim.tenant

@@ -13,7 +13,7 @@ from service.jobs.quotas import NO_LIMITS, Limits
 from tests.api.keyed import Keyed
 from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
-from tests.server import body
+from tests.server import Server, body
 
 SLOW = {"method": "mse", "backend": "reference"}
 
@@ -111,6 +111,33 @@ def test_a_tenant_may_have_so_many_open_jobs_and_others_theirs(keyed: Keyed, mod
         client.delete(f"/v1/jobs/{job['id']}")
         client.get(f"/v1/jobs/{job['id']}", headers={"Prefer": "wait=30"})
     assert client.run(body(model, "parquet"))["status"] == "succeeded"
+
+
+def test_a_tenant_that_fills_the_queue_leaves_room_for_the_first_job_of_others(
+    tmp_path: Path, model: Path, model_root: Path
+) -> None:
+    options = {"require_keys": True, "max_running_jobs": 1, "max_queued_jobs": 5}
+    keyed = Keyed(Server(tmp_path / "data", [model_root], **options))
+    try:
+        many, one, late = keyed.client("many"), keyed.client("one"), keyed.client("late")
+        slow = body(large_model(model_root), "parquet", **SLOW)
+        jobs = [many.submit(slow) for _ in range(5)]
+        assert many.get(f"/v1/jobs/{jobs[0]['id']}").json()["status"] == "running"
+        response = many.post("/v1/jobs", json=slow)
+        assert refused(response, "queue_full") > 0
+        assert "4 may" in response.json()["detail"]
+        both = {"items": [slow, slow]}
+        assert refused(one.post("/v1/batches", json=both), "queue_full") > 0, "one place is kept for it, not two"
+        other = one.submit(slow)
+        assert refused(one.post("/v1/jobs", json=slow), "queue_full") > 0
+        assert refused(late.post("/v1/jobs", json=slow), "queue_full") > 0
+        one.delete(f"/v1/jobs/{other['id']}")
+        last = late.submit(body(model, "parquet"))
+        for job in jobs:
+            many.delete(f"/v1/jobs/{job['id']}")
+        assert late.get(f"/v1/jobs/{last['id']}", headers={"Prefer": "wait=60"}).json()["status"] == "succeeded"
+    finally:
+        keyed.stop()
 
 
 def test_a_tenant_may_store_so_many_bytes_until_it_purges(keyed: Keyed, model: Path) -> None:
