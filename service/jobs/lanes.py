@@ -42,6 +42,7 @@ class Lanes:
     def __init__(self, count: int) -> None:
         self.waiting = Waiting()
         self.turns: dict[str, Turn] = {}
+        #: How many lanes there are, empty or not.
         self.count = count
 
     @property
