@@ -41,6 +41,31 @@ class ConnectionLimits:
         return ConnectionLimits(min(self.count, room), self.head_s, self.unread_s)
 
 
+class BoundedConnection(h11.Connection):
+    """Reads calls whose heads are not too large, however many bytes come at once.
+
+    h11 alone counts only those that are not whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        #: Whether that is why it reads no more.
+        self.is_too_large = False
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """As h11's; raises RemoteProtocolError as well where a head is whole and too large."""
+        unread = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.is_too_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise
+        if isinstance(event, h11.Request) and unread - len(self.trailing_data[0]) > MAX_HEAD_BYTES:
+            self.is_too_large = True
+            raise h11.RemoteProtocolError("the head is too large")
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """A connection that ends when its client is too slow, and is refused when there are too many."""
 
@@ -49,6 +74,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn: BoundedConnection = BoundedConnection()
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
 
@@ -94,7 +120,7 @@ class BoundedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        if len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES:
+        if self.conn.is_too_large:
             self._refuse(HeadTooLarge(f"the request's line and headers have more than {MAX_HEAD_BYTES} bytes"))
         else:
             self._refuse(MalformedRequest("what came is not a request of HTTP/1.1"))

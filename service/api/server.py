@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.app import create_app
-from service.api.connections import MAX_HEAD_BYTES, ConnectionLimits, bounded
+from service.api.connections import ConnectionLimits, bounded
 from service.api.state import ApiState
 from service.errors import InvalidConfig
 from service.jobs.api_keys import ApiKeys
@@ -52,7 +52,6 @@ def serve(settings: Settings) -> None:
         access_log=False,
         server_header=False,
         http=bounded(_connection_limits(settings)),
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=CANCEL_S,
         ws="none",
     )

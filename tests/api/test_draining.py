@@ -20,7 +20,9 @@ from tests.api.test_jobs import large_model
 from tests.conftest import StartServer
 from tests.server import body
 
-HALF_A_CALL = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+HALF_A_CALL = (
+    b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+)
 
 
 def test_streams_end_with_a_word_and_the_job_goes_on_later(start_server: StartServer, model_root: Path) -> None:
@@ -63,7 +65,7 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
     waiting.start()
     # Readers that take nothing: one of a stream, one of a half-sent request.
     silent = [socket.create_connection((url.host, url.port or 80)) for _ in range(2)]
-    silent[0].sendall(f"GET /v1/jobs/{queued['id']}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    silent[0].sendall(f"GET /v1/jobs/{queued['id']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     silent[1].sendall(HALF_A_CALL)
     with server.stream(queued["id"]) as events:
         assert next(events)["type"] == "job.queued"

@@ -19,7 +19,9 @@ from service.api.problems import STATUS, status_of
 from service.settings import Settings
 from tests.server import Server, body
 
-HALF_A_CALL = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+HALF_A_CALL = (
+    b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+)
 
 
 def problem_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def offset(server: Server, digest: str) -> int:
 def send_and_cut(server: Server, digest: str, data: bytes, start: int, stop: int) -> None:
     """Announce everything from `start` on, send up to `stop`, and hang up."""
     head = (
-        f"PUT {address(digest)} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data) - start}\r\n"
+        f"PUT {address(digest)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data) - start}\r\n"
         f"Content-Range: bytes {start}-{len(data) - 1}/{len(data)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
@@ -160,7 +160,7 @@ def test_an_upload_goes_on_after_a_restart(start_server: StartServer, rng: np.ra
     digest = sha256(data)
     server = start_server()
     head = (
-        f"PUT {address(digest)} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n"
+        f"PUT {address(digest)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
         f"Content-Range: bytes 0-{len(data) - 1}/{len(data)}\r\n\r\n"
     )
     stop = int(rng.integers(5_000_000, 15_000_000))
@@ -246,7 +246,7 @@ def test_what_is_too_much_is_refused_before_it_comes(start_server: StartServer) 
 def test_a_body_that_stands_still_is_ended_and_kept(start_server: StartServer, rng: np.random.Generator) -> None:
     server = start_server(upload_idle_s=0.5)
     data = rng.bytes(10_000)
-    head = f"PUT {address(sha256(data))} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"PUT {address(sha256(data))} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
         connection.sendall(head.encode() + data[:7000])
         answer = connection.recv(65536)

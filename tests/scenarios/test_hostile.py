@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.api.connections import MAX_HEAD_BYTES
 from tests.conftest import SEED, StartServer
 from tests.scenarios.conftest import NewModel
 from tests.server import Server, body
@@ -69,7 +70,7 @@ def statuses(answer: bytes) -> list[int]:
 
 def head(method: str, target: str, *headers: str) -> bytes:
     """The head of a call."""
-    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode()
 
 
 def is_alive(server: Server) -> bool:
@@ -80,7 +81,7 @@ def is_alive(server: Server) -> bool:
 # --- slow ones ---
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_head_that_does_not_end_is_waited_for_only_so_long(impatient: Server, sent: bytes) -> None:
     with Wire(impatient) as wire:
         problem_in(wire.ask(sent), 408, "head_too_slow")
@@ -198,12 +199,26 @@ def test_a_head_beyond_all_measure_is_refused(server: Server, asked: bytes) -> N
     assert is_alive(server)
 
 
+def test_the_limit_of_a_head_is_the_same_however_it_comes(server: Server) -> None:
+    def asked(value: str) -> bytes:
+        return head("GET", "/healthz", f"X-A:{value}", "Connection: close")
+
+    room = MAX_HEAD_BYTES - len(asked(""))
+    for value, status in (("a" * room, 200), ("a" * (room + 1), 431), (" " * room + "a", 431), ("a" * 40_000, 431)):
+        call = asked(value)
+        for parts in ((call,), (call[:100], call[100:]), (head("GET", "/healthz") + call,)):
+            with Wire(server) as wire:
+                answer = wire.ask(*parts)
+            assert statuses(answer)[-1] == status
+            assert status == 200 or b"head_too_large" in answer
+
+
 @pytest.mark.parametrize(
     "asked",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET\r\n\r\n",
-        b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         head("GET", "/", "A\x00: b"),
         head("GET", "/", "A: b\x00c"),
         head("GET", "/", "A : b"),
@@ -225,7 +240,7 @@ def test_what_is_not_http_is_refused_and_the_connection_ends(server: Server, ask
     problem_in(answer, 400, "malformed_request")
 
 
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize(
