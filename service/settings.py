@@ -107,6 +107,11 @@ class Settings(BaseSettings):
         default=None, ge=1, description="Of a tenant, not ended; without it there is no limit but `max_queued_jobs`."
     )
     requests_per_minute: int | None = Field(default=6000, ge=1, description="Of a tenant, where keys are asked for.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="That calls on loopback without keys may name in `Host`, beside localhost and its addresses; "
+        "without ports, in the environment separated by commas.",
+    )
     require_keys: bool = Field(default=False, description="Ask for an API key on loopback as well.")
     allow_unauthenticated: bool = Field(
         default=False, description="Ask for no key on addresses that others can reach either."
@@ -165,12 +170,20 @@ class Settings(BaseSettings):
             raise ValueError("require_keys and allow_unauthenticated contradict each other: set one of them")
         return self
 
-    @field_validator("webhook_allowed_networks", "webhook_retry_delays_s", mode="before")
+    @field_validator("allowed_hosts", "webhook_allowed_networks", "webhook_retry_delays_s", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", host):
+                raise ValueError(f"{host!r} is no host: give names without http:// and without a port")
+        return tuple(host.lower() for host in value)
 
     @property
     def stores(self) -> StoreOptions:

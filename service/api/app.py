@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from service import __version__
 from service.api import openapi, outgoing, problems
 from service.api.authentication import Authentication
+from service.api.hosts import Hosts
 from service.api.key_ring import KeyRing
 from service.api.middleware import BodyLimit, BodyPace, Head, OneLength, RequestId
 from service.api.observation import Observation
@@ -77,6 +78,8 @@ def create_app(settings: Settings) -> FastAPI:
         # The pages that come with the framework load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        # An address with a slash too many is nothing here, like any other.
+        redirect_slashes=False,
         separate_input_output_schemas=False,
         generate_unique_id_function=lambda route: route.name,
         responses=problems.DEFAULT_RESPONSES,
@@ -93,6 +96,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyPace, own=uploads.PREFIX, timeout_s=settings.body_timeout_s)
     if settings.asks_for_keys:
         app.add_middleware(Authentication, keys=keys, defaults=_tenant_limits(settings))
+    elif settings.is_loopback:
+        app.add_middleware(Hosts, allowed=settings.allowed_hosts)
     app.state.routes = [route for router in ROUTERS for route in router.routes]
     app.add_middleware(Target, routes=app.state.routes)
     level = logging.INFO if settings.log_format == "json" else logging.DEBUG

@@ -53,6 +53,16 @@ class MalformedRequest(RequestError):
     code = "malformed_request"
 
 
+class HostNotAllowed(RequestError):
+    """The call is for another host.
+
+    Where no keys are asked for, the header `Host` has to name this machine: any page in a browser could otherwise call
+    in the name of its own host. The operator allows other names with `ARROWQUANT_ALLOWED_HOSTS`.
+    """
+
+    code = "host_not_allowed"
+
+
 class LengthRequired(RequestError):
     """The call has to say how long its body is.
 

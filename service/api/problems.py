@@ -39,6 +39,7 @@ STATUS: dict[type[ArrowQuantError], int] = {
     http_errors.HeadTooSlow: 408,
     http_errors.HeadTooLarge: 431,
     http_errors.MalformedRequest: 400,
+    http_errors.HostNotAllowed: 421,
     http_errors.TooManyConnections: 503,
     errors.ModelError: 422,
     errors.RunError: 500,
