@@ -83,7 +83,7 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
 
 def test_a_draining_server_takes_no_jobs_and_says_when_to_come_back(tmp_path: Path, model_root: Path) -> None:
     app = create_app(Settings(data_dir=tmp_path / "data", model_roots=(model_root,)))
-    with TestClient(app) as client:
+    with TestClient(app, "http://localhost") as client:
         client.portal.call(app.state.api.drain)
         for response in (client.post("/v1/jobs", json=body(model_root, "parquet")), client.get("/readyz")):
             assert response.status_code == 503

@@ -159,7 +159,7 @@ def test_a_crash_shows_an_id_that_the_log_has_and_nothing_else(
     async def crash() -> None:
         raise RuntimeError("/secret/path")
 
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         response = client.get("/crash", headers={"X-Request-ID": "my-id"})
     problem = problem_of(response, 500, "internal_error")
     assert "my-id" in problem["detail"]
