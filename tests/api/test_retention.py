@@ -170,7 +170,18 @@ def test_the_call_takes_the_scope_admin(keyed: Keyed) -> None:
         assert response.status_code == status, response.text
 
 
-@pytest.mark.parametrize("asked", [{"artifact_ttl_s": -1}, {"max_total_bytes": 1.5}, {"ttl": 1}, {"dry_run": "maybe"}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"artifact_ttl_s": -1},
+        {"artifact_ttl_s": "1"},
+        {"max_total_bytes": 1.5},
+        {"max_total_bytes": False},
+        {"ttl": 1},
+        {"dry_run": "maybe"},
+        {"dry_run": 0},
+    ],
+)
 def test_what_cannot_be_asked_for_is_422_and_removes_nothing(own: Server, asked: Json) -> None:
     response = own.client.post("/v1/gc", json=asked | {"job_ttl_s": 0} if "ttl" not in asked else asked)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")

@@ -25,6 +25,8 @@ from service.jobs.job import Artifact, Job, Status
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 TAR = "application/x-tar"
+#: What opening a file may meet that was written to a store.
+FROM_STORES = (errors.StoreRefused, errors.StoreUnavailable, errors.SourceChanged)
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -59,7 +61,7 @@ async def list_job_artifacts(
         206: {"description": "The range asked for.", "content": {"application/octet-stream": _BINARY}},
     }
     | NOT_MODIFIED
-    | documented(errors.NotFound, errors.ArtifactsExpired, RangeNotSatisfiable),
+    | documented(errors.NotFound, errors.ArtifactsExpired, RangeNotSatisfiable, InvalidRequest, *FROM_STORES),
 )
 async def download_job_artifact(
     request: Request, job_id: JobId, path: str, manager: Manager, caller: Caller
@@ -90,7 +92,7 @@ async def download_job_artifact(
     dependencies=[HeldJob],
     responses={200: {"description": "An uncompressed tar of all artifacts.", "content": {TAR: _BINARY}}}
     | NOT_MODIFIED
-    | documented(errors.NotFound, errors.NotFinished, errors.ArtifactsExpired),
+    | documented(errors.NotFound, errors.NotFinished, errors.ArtifactsExpired, InvalidRequest, *FROM_STORES),
 )
 async def download_job_archive(request: Request, job_id: JobId, manager: Manager, caller: Caller) -> Response:
     """All of the job's files as one tar; gone as soon as one of them is."""

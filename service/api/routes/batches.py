@@ -79,7 +79,7 @@ async def list_batches(manager: Manager, caller: Caller, limit: Limit = 50, afte
     return reply(BatchPage(data=[render.batch(batch, with_jobs=False) for batch in batches], next_cursor=cursor))
 
 
-@router.get("/{batch_id}", response_model=Batch, responses=NOT_MODIFIED | documented(errors.NotFound))
+@router.get("/{batch_id}", response_model=Batch, responses=NOT_MODIFIED | documented(errors.NotFound, InvalidRequest))
 async def get_batch(request: Request, batch_id: BatchId, state: State, caller: Caller, wait: Wait) -> Response:
     """A batch. With `Prefer: wait=N` the answer comes when all its jobs have ended, or after N seconds."""
     if wait is None:
@@ -92,7 +92,7 @@ async def get_batch(request: Request, batch_id: BatchId, state: State, caller: C
 @router.delete(
     "/{batch_id}",
     response_model=Batch,
-    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse),
+    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse, InvalidRequest),
 )
 async def cancel_batch(
     batch_id: BatchId,

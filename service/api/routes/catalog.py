@@ -10,6 +10,8 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from service.api.dependencies import KnownParameters, State
+from service.api.http_errors import InvalidRequest
+from service.api.problems import documented
 from service.api.replies import reply
 from service.api.schemas.catalog import (
     BackendInfo,
@@ -29,7 +31,7 @@ from service.engine.formats.registry import formats
 from service.engine.methods.registry import methods
 from service.engine.schemes.registry import schemes
 
-router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=[KnownParameters])
+router = APIRouter(prefix="/v1", tags=["catalog"], dependencies=[KnownParameters], responses=documented(InvalidRequest))
 
 
 @router.get("/profiles", response_model=ProfileList)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Response
 
 from service import errors
 from service.api.dependencies import KnownParameters, State, takes_json
-from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
+from service.api.http_errors import BodyTooLarge, BodyTooSlow, InvalidRequest, MalformedBody, UnsupportedMediaType
 from service.api.problems import documented
 from service.api.replies import reply
 from service.api.schemas.gc import Garbage, GarbageItem, GarbageRequest, GarbageTallies, GarbageTally
@@ -22,7 +22,9 @@ router = APIRouter(prefix="/v1/gc", tags=["operation"], dependencies=[KnownParam
     "",
     response_model=Garbage,
     dependencies=[Depends(takes_json)],
-    responses=documented(MalformedBody, BodyTooLarge, UnsupportedMediaType, InvalidRequest, errors.NotReady),
+    responses=documented(
+        MalformedBody, BodyTooLarge, BodyTooSlow, UnsupportedMediaType, InvalidRequest, errors.NotReady
+    ),
 )
 async def collect_garbage(body: GarbageRequest, state: State) -> Response:
     """Remove what is kept no longer: by the server's settings, and by what the body says in their place.

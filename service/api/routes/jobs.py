@@ -23,7 +23,7 @@ from service.api.dependencies import (
     applied,
     takes_json,
 )
-from service.api.http_errors import BodyTooLarge, InvalidRequest, MalformedBody, UnsupportedMediaType
+from service.api.http_errors import BodyTooLarge, BodyTooSlow, InvalidRequest, MalformedBody, UnsupportedMediaType
 from service.api.idempotency import IdempotencyKey, answer_once, key_of
 from service.api.problems import documented
 from service.api.replies import NOT_MODIFIED, dump, reply, tagged_reply
@@ -37,6 +37,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParamete
 CREATION_ERRORS = (
     MalformedBody,
     BodyTooLarge,
+    BodyTooSlow,
     UnsupportedMediaType,
     InvalidRequest,
     errors.InvalidConfig,
@@ -45,6 +46,10 @@ CREATION_ERRORS = (
     errors.ModelNotFound,
     errors.ArtifactsExpired,
     errors.BlobNotFound,
+    errors.CorruptModel,
+    errors.SourceChanged,
+    errors.StoreRefused,
+    errors.StoreUnavailable,
     errors.UnsupportedModel,
     errors.PickledWeights,
     errors.AlreadyQuantized,
@@ -58,7 +63,7 @@ CREATION_ERRORS = (
 REPEATED = (errors.IdempotencyKeyReused, errors.IdempotencyKeyInFlight)
 
 #: What a call that makes jobs may be refused for whatever it asks.
-NO_ROOM = (errors.QueueFull, errors.TooManyOpenJobs, errors.StorageQuotaExceeded, errors.Draining)
+NO_ROOM = (errors.QueueFull, errors.TooManyOpenJobs, errors.StorageQuotaExceeded, errors.Draining, errors.NotReady)
 
 
 def _rfc3339(value: Any) -> Any:
@@ -129,7 +134,7 @@ async def list_jobs(
     return reply(JobPage(data=[render.job(job) for job in jobs], next_cursor=cursor))
 
 
-@router.get("/{job_id}", response_model=Job, responses=NOT_MODIFIED | documented(errors.NotFound))
+@router.get("/{job_id}", response_model=Job, responses=NOT_MODIFIED | documented(errors.NotFound, InvalidRequest))
 async def get_job(request: Request, job_id: JobId, state: State, caller: Caller, wait: Wait) -> Response:
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
     tenant = caller.reach
@@ -141,7 +146,7 @@ async def get_job(request: Request, job_id: JobId, state: State, caller: Caller,
 @router.delete(
     "/{job_id}",
     response_model=Job,
-    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse),
+    responses=_CANCELLED | documented(errors.NotFound, errors.NotTerminal, errors.JobInUse, InvalidRequest),
 )
 async def cancel_job(
     job_id: JobId,

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query, Request, Response
 from service import errors
 from service.api.auth import Caller
 from service.api.dependencies import ARROW_STREAM, JobId, KnownParameters, Manager
-from service.api.http_errors import NotAcceptable
+from service.api.http_errors import InvalidRequest, NotAcceptable
 from service.api.negotiation import choose
 from service.api.problems import documented
 from service.api.replies import JSON, NOT_MODIFIED, etag_of, tagged
@@ -33,7 +33,9 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
 @router.get(
     "/{job_id}/report",
     response_model=Report,
-    responses=_DOCUMENTED | NOT_MODIFIED | documented(errors.NotFound, errors.NotFinished, NotAcceptable),
+    responses=_DOCUMENTED
+    | NOT_MODIFIED
+    | documented(errors.NotFound, errors.NotFinished, NotAcceptable, InvalidRequest),
 )
 async def get_job_report(
     request: Request,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service import errors
 from service.api.dependencies import ARROW_STREAM, State, takes_arrow
-from service.api.http_errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from service.api.http_errors import BodyTooLarge, BodyTooSlow, InvalidRequest, UnsupportedMediaType
 from service.api.problems import documented
 from service.api.replies import bytes_reply
 from service.api.state import ApiState
@@ -64,6 +64,7 @@ _OPERATION: dict[str, Any] = {
     "responses": {200: {"description": "An Arrow IPC stream.", "content": _BINARY}}
     | documented(
         BodyTooLarge,
+        BodyTooSlow,
         UnsupportedMediaType,
         InvalidRequest,
         errors.InvalidConfig,

@@ -38,7 +38,9 @@ _SENT: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.head("/sha256:{digest}", response_class=Response, responses=_KNOWN | documented(errors.BlobNotFound))
+@router.head(
+    "/sha256:{digest}", response_class=Response, responses=_KNOWN | documented(errors.BlobNotFound, InvalidRequest)
+)
 async def check_blob(request: Request, digest: Digest, caller: Caller, state: State) -> Response:
     """Whether a blob is there; if it is not, the header `Upload-Offset` says how much of it has come.
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.api.schemas.common import Wire
 from service.jobs.retention import NAMED, What, Why
+
+
+def _number(value: Any) -> Any:
+    # Otherwise `false` would be 0, and nothing be kept.
+    if isinstance(value, bool | str):
+        raise ValueError("is not a number")
+    return value
+
+
+Seconds = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Bytes = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 
 
 class GarbageRequest(BaseModel):
@@ -15,12 +27,12 @@ class GarbageRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dry_run: bool = Field(default=False, description="Only tell what would go.")
-    artifact_ttl_s: float | None = Field(default=None, ge=0, description="Of files, from the end of their job.")
-    event_ttl_s: float | None = Field(default=None, ge=0, description="Of logs, from the end of their job.")
-    job_ttl_s: float | None = Field(default=None, ge=0, description="Of jobs with all that is theirs, from their end.")
-    blob_ttl_s: float | None = Field(default=None, ge=0, description="Of uploads, from their last use.")
-    max_total_bytes: int | None = Field(default=None, ge=0, description="Of all files and the database.")
+    dry_run: bool = Field(default=False, strict=True, description="Only tell what would go.")
+    artifact_ttl_s: Seconds | None = Field(default=None, description="Of files, from the end of their job.")
+    event_ttl_s: Seconds | None = Field(default=None, description="Of logs, from the end of their job.")
+    job_ttl_s: Seconds | None = Field(default=None, description="Of jobs with all that is theirs, from their end.")
+    blob_ttl_s: Seconds | None = Field(default=None, description="Of uploads, from their last use.")
+    max_total_bytes: Bytes | None = Field(default=None, description="Of all files and the database.")
 
 
 class GarbageTally(Wire):
