@@ -44,6 +44,19 @@ class Backend(ABC):
         """Why it cannot run here, or None."""
         return None
 
+    @classmethod
+    def lanes(cls) -> int:
+        """How many jobs its device can serve at once, each as if it were alone."""
+        return 1
+
+    def lost_devices(self) -> dict[str, str]:
+        """What of its device is out of service until the next start, each part with the reason."""
+        return {}
+
+    def take_notices(self) -> list[str]:
+        """What went otherwise than planned in calls of this thread, since it was last asked; in sentences."""
+        return []
+
     def warm_up(self) -> None:  # noqa: B027
         """Do now what the first call would have to do, such as compiling. Nothing by default."""
 

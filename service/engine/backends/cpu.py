@@ -126,7 +126,7 @@ class CpuBackend(ReferenceBackend):
     def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
-        if not x.size or not _has_kernel(form, method, grid):
+        if not x.size or not has_kernel(form, method, grid):
             return super().quantize(x, scheme, method, grid)
         source, result = Input(x), _Result(form, grid, self._buffers)
 
@@ -180,7 +180,7 @@ class CpuBackend(ReferenceBackend):
             )  # fmt: skip
 
         self._split(fill, x.size, TILE_ELEMENTS, 1, a, b)
-        return _error_sums(x.size, sums)
+        return error_sums(x.size, sums)
 
     def observe(self, x: Array) -> Histogram:
         """See `Backend.observe`."""
@@ -301,11 +301,11 @@ class _Result:
             packed=self.packed,
             scale=scale.reshape(shape),
             zero_point=None if scheme.symmetric else zero.reshape(shape),
-            errors=_error_sums(form.rows * form.cols, self.sums),
+            errors=error_sums(form.rows * form.cols, self.sums),
         )
 
 
-def _has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
+def has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
     # A subclass may mean something else, so only these very classes count.
     if type(form.scheme) not in (IntegerScheme, CodebookScheme):
         return False
@@ -315,7 +315,7 @@ def _has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
     return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
 
 
-def _error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:
+def error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:
     """Of the sums of tiles, (tiles, SUMS)."""
     xx, yy, xy, dd = (float(v) for v in sums[:, :-1].sum(axis=0))
     # A NaN or an infinity anywhere is one in a sum: no square of a finite float32 overflows a float64.
