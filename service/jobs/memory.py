@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-
 #: `M_ARENA_MAX` of glibc's malloc.h, and how many heaps threads may share.
 _ARENA_MAX = -8
 ARENAS = 2

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from service.engine.checkpoint import seconds_run
 from service.jobs import batch_table
 from service.jobs.folders import Folders
-from service.jobs.job import Job, Status
+from service.jobs.job import Job
 from service.jobs.publisher import Publisher
 from service.jobs.store import Store
 from service.storage.durable import remove

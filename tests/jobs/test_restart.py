@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs.database import Database
 from service.engine.checkpoint import BOOT_ID
+from service.jobs.database import Database
 from service.jobs.events import TENSOR_COMPLETED
 from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
