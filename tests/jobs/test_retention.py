@@ -353,6 +353,28 @@ async def test_what_a_job_that_has_not_ended_reads_stays_and_then_goes(
     assert list((tmp_path / "data" / "artifacts").iterdir()) == []
 
 
+async def test_the_source_of_a_job_that_has_not_ended_cannot_be_purged(make_manager: MakeManager, root: Path) -> None:
+    manager = await make_manager(max_running_jobs=1)
+    model = make_model(root / "m.safetensors")
+    batch = await manager.submit_batch(BatchRequest(items=[quantize_request(model)] * 2))
+    await manager.batches.wait(batch.id, 60)
+    other, source = batch.job_ids
+    slow = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), config={"method": "mse"}))
+    waiting = await manager.submit(validate_request(model, source))
+    for purge in (manager.purge(source), manager.batches.purge(batch.id)):
+        with pytest.raises(JobInUse, match=source):
+            await purge
+    assert (await manager.get(other)).status is Status.SUCCEEDED, "of a batch nothing goes then"
+    await manager.drain(10)
+    manager = await make_manager(max_running_jobs=1)
+    with pytest.raises(JobInUse):
+        await manager.purge(source)
+    await manager.purge(other)
+    await manager.cancel(slow.id)
+    assert (await manager.wait(waiting.id, 60)).status is Status.SUCCEEDED
+    await manager.batches.purge(batch.id)
+
+
 async def test_a_job_that_is_submitted_while_its_source_is_purged_gets_all_of_it_or_is_refused(
     manager: JobManager, root: Path
 ) -> None:
