@@ -56,6 +56,7 @@ CREATION_ERRORS = (
     errors.TargetInUse,
     errors.WebhookRefused,
     errors.WebhookSecretMissing,
+    errors.LookupsBusy,
     errors.ExceedsMemory,
 )
 
