@@ -18,7 +18,7 @@ COPY pyproject.toml requirements.lock README.md LICENSE ./
 # The dependencies on their own first, so that a change of the code does not fetch them again.
 RUN mkdir service \
     && touch service/__init__.py \
-    && python -m pip install --quiet --constraint requirements.lock ".[otel]" \
+    && python -m pip install --quiet --constraint requirements.lock ".[otel,s3,hub]" \
     && python -m pip uninstall --quiet --yes arrowquant-service \
     && rm -r service build ./*.egg-info
 

@@ -46,6 +46,13 @@ def test_each_profile_builds_the_target_of_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_what_opens_stores_is_passed_on_and_never_written_down(name: str) -> None:
+    given = COMPOSE["services"][name]["environment"]
+    passed_on = {variable for variable, value in given.items() if value is None}
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "ARROWQUANT_REMOTE_ROOTS"} <= passed_on
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_no_image_runs_as_root(name: str) -> None:
     users = [text for keyword, text in steps(DOCKERFILE, name) if keyword == "USER"]
     assert users[-1] not in ("0", "root")
@@ -54,6 +61,8 @@ def test_no_image_runs_as_root(name: str) -> None:
 def test_the_steps_of_the_cpu_image_give_a_healthy_server(tmp_path: Path) -> None:
     image = build(tmp_path, target="cpu")
     assert len(image.skipped) == 1
+    needed = "import huggingface_hub, obstore, opentelemetry.exporter.otlp.proto.http"
+    subprocess.run([tmp_path / "python" / "bin" / "python", "-c", needed], env=image.environment, check=True)
     given = {name: value for name, value in COMPOSE["services"]["cpu"]["environment"].items() if value is not None}
     image.environment |= given | {"ARROWQUANT_PORT": free_port()}
     address = f"http://127.0.0.1:{image.environment['ARROWQUANT_PORT']}/healthz"

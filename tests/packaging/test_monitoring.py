@@ -110,4 +110,7 @@ def test_the_compose_profile_puts_the_files_where_they_are_looked_for() -> None:
     [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/arrowquant.yml").read_text())["providers"]
     folder = provider["options"]["path"]
     assert f"./deploy/grafana/dashboards:{folder}:ro" in grafana["volumes"]
+    for way_in in ("GF_AUTH_BASIC_ENABLED", "GF_AUTH_DISABLE_LOGIN_FORM"):
+        # Its first user is admin, with the password admin.
+        assert (grafana["environment"][way_in] == "true") is ("DISABLE" in way_in)
     assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{folder}/arrowquant.json"
