@@ -42,8 +42,11 @@ format: .venv-dev/.installed ## Bring the code into form
 bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
 
-bench-faults: .venv-dev/.installed ## Kill, fill disks, read streams, soak for SOAK_MINUTES (60); write bench/results/
-	@$(DEV) -m bench kill disk_full streams
+bench-faults: .venv-dev/.installed ## Kill, fill disks, read streams, upload, fuzz, soak for SOAK_MINUTES (60); write bench/results/
+	@$(DEV) -m bench kill disk_full streams uploads
+	@$(DEV) -m bench.fuzz_api
+	@$(DEV) -m pip install $(PIP_FLAGS) --editable ".[fuzz]"
+	@$(DEV) -m bench.fuzz
 	@$(DEV) -m bench.soak --minutes $(SOAK_MINUTES)
 
 openapi: .venv-dev/.installed ## Write openapi/openapi.json from the code

@@ -7,7 +7,7 @@ import importlib
 
 NAMES = ("kernels", "pipeline", "memory", "service", "store")
 #: They ask what holds, and end with an error when something does not; only run when named.
-TRIALS = ("kill", "disk_full", "streams", "soak")
+TRIALS = ("kill", "disk_full", "streams", "uploads", "soak")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from tests.api.keyed import Keyed
 from tests.server import Server
 
 #: Random cases of each call, and sequences of calls.
-EXAMPLES = 100
+EXAMPLES = 10
 
 ABOUT = f"""
 schemathesis makes calls from the OpenAPI document that the server itself serves: every limit of every parameter,
