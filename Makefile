@@ -15,7 +15,7 @@ SOAK_MINUTES ?= 60
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench bench-faults openapi golden clean
+.PHONY: help demo serve test lint format bench bench-faults bench-gpu test-gpu openapi golden clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ format: .venv-dev/.installed ## Bring the code into form
 
 bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
+
+test-gpu: ## Hold the kernels to the reference on a GPU; with the PYTHON that has CuPy and the service's dependencies
+	@$(PYTHON) -m tests.gpu
+
+bench-gpu: ## Measure on a GPU and write bench/results/gpu-<card>.md; with the PYTHON as of test-gpu
+	@$(PYTHON) -m bench.gpu
 
 bench-faults: .venv-dev/.installed ## Kill, fill disks, read streams, upload, fuzz, soak for SOAK_MINUTES (60); write bench/results/
 	@$(DEV) -m bench kill disk_full streams uploads

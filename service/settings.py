@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="Of a backend, for all jobs.")
     max_running_jobs: int = Field(default=2, ge=1, description="That compute on the CPU at the same time.")
     device_lanes: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict, description="As `max_running_jobs`, of other devices, as JSON; by default one each."
+        default_factory=dict,
+        description="As `max_running_jobs`, of other devices, as JSON; by default one a GPU.",
     )
     memory_limit_bytes: int | None = Field(
         default=None, ge=1, description="Of all running jobs, as predicted; by default four fifths of what there is."

@@ -87,6 +87,8 @@ class TensorRun:
                     for output in attempt.outputs:
                         self._writers[output].begin(self._info, attempt.decision.scheme)
             self._write(attempts)
+            for text in self._tools.backend.take_notices():
+                warn(Notice("device_lacking", text, self._info.name))
             attempts = _grouped(self._settle(attempts, warn))
         return tuple(self._reports[index] for index in range(len(self._outputs)))
 

@@ -11,11 +11,11 @@ from service.errors import InvalidConfig
 
 
 def lanes_of(cpu: int, others: Mapping[str, int]) -> dict[str, int]:
-    """The lanes of every device that a backend computes on: so many of the CPU, one of each that is not named.
+    """The lanes of every device that a backend computes on: of the CPU as said, of others as named or as they have.
 
     Raises InvalidConfig when others are named.
     """
-    known = {backend.device: 1 for backend in backends().values() if backend.device != CPU}
+    known = {backend.device: backend.lanes() for backend in backends().values() if backend.device != CPU}
     for device in others:
         if device not in known:
             raise InvalidConfig(_no_lanes(device, sorted(known)))
@@ -43,3 +43,9 @@ class BackendPool:
             if chosen not in self._made:
                 self._made[chosen] = backends()[chosen](threads=self._threads)
             return self._made[chosen]
+
+    def lost_devices(self) -> dict[str, str]:
+        """What the backends that were asked for have lost, each with the reason."""
+        with self._lock:
+            made = list(self._made.values())
+        return {name: reason for backend in made for name, reason in backend.lost_devices().items()}

@@ -35,6 +35,7 @@ def test_a_ready_server_says_what_it_computes_with(server: Server) -> None:
     assert ready["status"] == "ready"
     assert ready["backend"] in ("cpu", "cuda")
     assert ready["longest_stall_s"] >= 0
+    assert ready["lost_devices"] == {}
 
 
 def test_a_server_that_cannot_write_is_not_ready(start_server: StartServer) -> None:

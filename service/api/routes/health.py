@@ -36,6 +36,7 @@ async def get_readiness(state: State) -> Response:
         queued_jobs=manager.queue_depth,
         running_jobs=manager.running,
         longest_stall_s=round(state.stalls.longest_s, 4),
+        lost_devices=manager.backends.lost_devices(),
     )
     return reply(ready, headers={"Cache-Control": "no-store"})
 

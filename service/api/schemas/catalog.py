@@ -112,3 +112,6 @@ class Readiness(Wire):
     queued_jobs: int
     running_jobs: int
     longest_stall_s: float = Field(description="Longest time for which the event loop was held up in the last minute.")
+    lost_devices: dict[str, str] = Field(
+        description="Devices that failed and are out of service until the next start, each with the reason."
+    )

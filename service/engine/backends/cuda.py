@@ -243,6 +243,12 @@ class _Quantize(_Rows):
         return Launch("search", f"search_groups_{name}_{kind}", -(-lanes // THREADS))
 
 
+def quantize_work(x: Array, scheme: Scheme, method: Method) -> Work:
+    """All of `quantize` as one piece, for measuring its kernels alone."""
+    host = CpuBackend
+    return _Quantize(x, Form(scheme, *x.shape), method, None, Buffers(), host).work(0, x.shape[0])
+
+
 class _Dequantize(_Rows):
     """See `Backend.dequantize`."""
 

@@ -105,7 +105,7 @@ class CupyDevice(Device):
                 slot.output.memset_async(0, work.output_bytes)
             task = work.task(slot.input.ptr, slot.output.ptr)  # passed by value
             for launch in work.launches:
-                kernel = self._kernel(launch.source, launch.kernel)
+                kernel = self.kernel(launch.source, launch.kernel)
                 kernel((launch.blocks,), (THREADS,), (task,))
             slot.output.copy_to_host_async(ctypes.c_void_p(slot.received.ctypes.data), work.output_bytes)
         self._turn += 1
@@ -126,7 +126,8 @@ class CupyDevice(Device):
                 slot.drop()
             self._memory.free_all_blocks()
 
-    def _kernel(self, source: str, name: str) -> Any:
+    def kernel(self, source: str, name: str) -> Any:
+        """A kernel of a source, compiled if nobody has done so."""
         key = (source, name)
         if key not in self._kernels:
             self._kernels[key] = self._cupy.RawModule(path=str(self._cubin(source))).get_function(name)

@@ -102,6 +102,7 @@ class DevicePool:
                     continue
                 self._tell(f"{device.name} has not enough memory: the rest is computed on the CPU")
                 course.on_host()
+                return
             except DeviceFailed as error:
                 self._retire(device, str(error))
                 device = None

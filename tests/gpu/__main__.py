@@ -1,0 +1,117 @@
+"""What a GPU has to give, on one: `make test-gpu`. Takes no test runner; says what is wrong and ends with 1.
+
+Every scheme and dtype to the byte, the search, what is not finite, and too little memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import ml_dtypes
+import numpy as np
+
+from service.engine.backends.base import Backend
+from service.engine.backends.cuda import CudaBackend
+from service.engine.backends.reference import ReferenceBackend
+from service.engine.methods.minmax import MinMax
+from service.engine.methods.mse import Mse
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.registry import build_scheme, schemes
+from tests.golden.cases import parts
+
+DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)]
+SHAPES = ((1, 1), (9, 203), (40, 256), (3, 8209), (130, 4096))
+REFERENCE = ReferenceBackend()
+
+Check = Callable[[Backend], Iterator[str]]
+
+
+def all_schemes() -> Iterator[Scheme]:
+    """Every scheme in every form."""
+    granularities = (("tensor", None), ("channel", None), ("group", 32), ("group", 128))
+    forms = product(schemes(), (True, False), granularities, ("F32", "F16", "BF16"))
+    for id_, symmetric, (granularity, size), dtype in forms:
+        try:
+            yield build_scheme(id_, symmetric=symmetric, granularity=granularity, group_size=size, scale_dtype=dtype)
+        except ValueError:
+            continue
+
+
+def check_bytes(cuda: Backend) -> Iterator[str]:
+    """`minmax` gives the reference's bytes, and reading them back its numbers."""
+    rng = np.random.default_rng(1)
+    for shape, dtype in product(SHAPES, DTYPES):
+        x = (rng.standard_normal(shape) * 0.05).astype(dtype)
+        x[0, : shape[1] // 2] = 0
+        for scheme in all_schemes():
+            grid = None
+            if scheme.granularity == "tensor":
+                grid = REFERENCE.tensor_grid(REFERENCE.observe(x), scheme, MinMax())
+            mine, theirs = (one.quantize(x, scheme, MinMax(), grid) for one in (cuda, REFERENCE))
+            expected = parts(theirs)
+            for name, part in parts(mine).items():
+                if not np.array_equal(part, expected[name]):
+                    yield f"{scheme!r} of {shape} {dtype}: {name} differs"
+            if not np.array_equal(cuda.dequantize(theirs), REFERENCE.dequantize(theirs)):
+                yield f"{scheme!r} of {shape} {dtype}: read back, it differs"
+
+
+def check_search(cuda: Backend) -> Iterator[str]:
+    """`mse` errs as little as the reference."""
+    rng = np.random.default_rng(2)
+    for dtype in DTYPES[::2]:
+        x = rng.standard_normal((64, 1000)).astype(dtype)
+        for scheme in all_schemes():
+            if scheme.group_size != 128 or scheme.scale_dtype != "F16":
+                continue
+            mine, theirs = (one.quantize(x, scheme, Mse()).errors.sum_dd for one in (cuda, REFERENCE))
+            if abs(mine / theirs - 1) > 1e-2:
+                yield f"{scheme!r} of {dtype}: squared error {mine} and not {theirs}"
+
+
+def check_finite(cuda: Backend) -> Iterator[str]:
+    """What is not finite is noticed."""
+    for dtype, value in product(DTYPES, (np.nan, np.inf, -np.inf)):
+        x = np.ones((40, 203), dtype)
+        x[33, 111] = value
+        for scheme in all_schemes():
+            if scheme.granularity != "tensor" and cuda.quantize(x, scheme, MinMax()).errors.finite:
+                yield f"{value} in {dtype} is not noticed by {scheme!r}"
+        if cuda.observe(x).finite or cuda.compare(x, np.ones_like(x)).finite:
+            yield f"{value} in {dtype} is not noticed"
+
+
+def check_memory(_: Backend) -> Iterator[str]:
+    """Too little memory costs time and a notice, nothing else."""
+    x = np.random.default_rng(3).standard_normal((4096, 2048)).astype(np.float32)
+    scheme = build_scheme("int4", symmetric=False)
+    small = CudaBackend(2, memory_limit_bytes=4 << 20)
+    if not np.array_equal(small.quantize(x, scheme, MinMax()).packed, REFERENCE.quantize(x, scheme, MinMax()).packed):
+        yield "with 4 MiB of memory the codes differ"
+    if not small.take_notices():
+        yield "nothing tells that 4 MiB of memory were too little"
+
+
+CHECKS: tuple[Check, ...] = (check_bytes, check_search, check_finite, check_memory)
+
+
+def main() -> int:
+    """Runs all checks on the first device."""
+    if reason := CudaBackend.unavailable():
+        print(f"no GPU to test on: {reason}", file=sys.stderr)
+        return 1
+    cuda, failures = CudaBackend(2), 0
+    for check in CHECKS:
+        found = list(check(cuda))
+        failures += len(found)
+        print(f"{'FAILED' if found else 'passed'}: {check.__doc__}", *found[:20], sep="\n  ")
+    for notice in cuda.take_notices():
+        failures += 1
+        print(f"FAILED: {notice}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
