@@ -170,9 +170,9 @@ class Publisher:
             return True
         if _on_one_file_system(work, target.path.parent):
             return False
-        # Perhaps copied, and killed before the original was removed.
+        # Perhaps copied, and killed before all of the original was removed: one without a manifest is half gone.
         ours, there = work / MANIFEST, target.path / MANIFEST
-        return there.is_file() and ours.is_file() and there.read_bytes() == ours.read_bytes()
+        return there.is_file() and (not ours.is_file() or there.read_bytes() == ours.read_bytes())
 
     def _targets(self, job: Job) -> list[Target | RemoteTarget]:
         if not isinstance(job.request, QuantizeRequest):

@@ -35,7 +35,7 @@ def long(new_model: NewModel) -> Json:
 @pytest.fixture
 def some_seconds(new_model: NewModel) -> Json:
     """A job of more seconds than a turn, into both formats."""
-    return body(new_model(layers=40, shape=(64, 512)), "compressed-tensors", "parquet", **SLOW)
+    return body(new_model(layers=120, shape=(64, 512)), "compressed-tensors", "parquet", **SLOW)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_job_that_made_room_again_and_again_gives_the_bytes_of_an_undisturbed_
         log = list(events)
     assert others >= 2, "it would not have made room otherwise"
     assert one_lane.files(job_id) == one_lane.files(undisturbed["id"])
-    check_log(log, tensors=2 * 40)
+    check_log(log, tensors=2 * 120)
     report, expected = one_lane.report(job_id), one_lane.report(undisturbed["id"])
     assert [o["files"] for o in report["outputs"]] == [o["files"] for o in expected["outputs"]]
     figures = [[t | {"seconds": 0} for o in r["outputs"] for t in o["tensors"]] for r in (report, expected)]
@@ -110,7 +110,7 @@ def test_a_job_that_made_room_again_and_again_gives_the_bytes_of_an_undisturbed_
 def test_a_validation_makes_room_as_well_and_measures_the_same(
     one_lane: Server, new_model: NewModel, short: Json
 ) -> None:
-    model = new_model(layers=700, shape=(256, 512))
+    model = new_model(layers=1500, shape=(256, 512))
     asked = validation(model, model, backend="reference")
     job_id = at_work(one_lane, asked)
     urgent = one_lane.run(short | {"priority": 1})
@@ -118,11 +118,10 @@ def test_a_validation_makes_room_as_well_and_measures_the_same(
     job = one_lane.job(job_id)
     assert job["status"] == "succeeded", job
     assert urgent["finished_at"] < job["finished_at"]
-    check_log(one_lane.follow(job_id), tensors=700)
+    check_log(one_lane.follow(job_id), tensors=1500)
     report = one_lane.report(job_id)
-    assert [tensor["name"] for tensor in report["outputs"][0]["tensors"]] == [
-        f"blocks.{i:03}.weight" for i in range(700)
-    ]
+    names = [tensor["name"] for tensor in report["outputs"][0]["tensors"]]
+    assert sorted(names) == sorted(f"blocks.{i:03}.weight" for i in range(1500))
 
 
 def test_a_job_that_made_room_is_cancelled_and_leaves_nothing(one_lane: Server, long: Json) -> None:
@@ -155,7 +154,7 @@ def test_a_job_that_made_room_goes_on_when_the_server_is_killed(
     assert server.finish(job_id)["status"] == "succeeded"
     assert server.files(job_id) == expected
     log = server.follow(job_id)
-    check_log(log, tensors=2 * 40, resumed=1)
+    check_log(log, tensors=2 * 120, resumed=1)
     assert told, "it goes on behind what it had done"
     assert [event["name"] for event in log if "name" in event][: len(told)] == told
 
