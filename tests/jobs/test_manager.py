@@ -26,8 +26,12 @@ from service.errors import (
     UnsupportedByFormat,
 )
 from service.jobs.events import SERVER_DRAINING, TENSOR_COMPLETED, Event
+from service.jobs.folders import Folders
 from service.jobs.job import Job, Status
 from service.jobs.manager import JobManager
+from service.jobs.publisher import Publisher
+from service.storage.store_options import StoreOptions
+from service.storage.stores import Stores
 from tests.jobs.conftest import MakeManager
 from tests.jobs.models import (
     digests,
@@ -373,6 +377,33 @@ async def test_an_output_on_another_file_system_is_copied_beside_and_renamed(
         assert (await manager.wait(job.id, 60)).status is Status.SUCCEEDED
         assert digests(target) == digests(tmp_path / "data" / "artifacts" / job.id / "compressed-tensors")
         assert [path.name for path in elsewhere.iterdir()] == ["out"]
+    finally:
+        shutil.rmtree(elsewhere.parent)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+async def test_an_output_whose_original_is_half_removed_is_published_already(
+    make_manager: MakeManager, root: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path("/dev/shm") / tmp_path.name / "roots"
+    elsewhere.mkdir(parents=True)
+    try:
+        manager = await make_manager(model_roots=[root, elsewhere])
+        target = elsewhere / "out"
+        outputs = [{"format": "compressed-tensors", "uri": target.as_uri()}]
+        job = await manager.submit(quantize_request(make_model(root / "m.safetensors"), outputs=outputs))
+        done = await manager.wait(job.id, 60)
+        written = digests(target)
+        folders = Folders(tmp_path / "data")
+        original = folders.work(job.id) / "compressed-tensors"
+        original.mkdir(parents=True)
+        (original / "model.safetensors").write_bytes(b"what a killed server had not removed")
+        publisher = Publisher(folders, [root, elsewhere], Stores(StoreOptions()))
+        report = publisher.committed(job.id)
+        assert report is not None
+        assert publisher.publish(done, report, lambda: False) == done.artifacts
+        assert digests(target) == written
+        assert not folders.work(job.id).exists()
     finally:
         shutil.rmtree(elsewhere.parent)
 
