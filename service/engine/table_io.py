@@ -62,19 +62,20 @@ def check_columns(table: pa.Table, required: Collection[str], optional: Collecti
 
 def text_column(table: pa.Table, name: str) -> list[str]:
     """A column of text, without nulls."""
+    type_ = table.field(name).type
+    if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
+        raise _wrong_type(name, type_, "utf8")
     array = _array(table, name)
-    if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
-        raise _wrong_type(name, array, "utf8")
     _refuse_nulls(name, array)
     return [str(value) for value in array.to_pylist()]
 
 
 def float_lists(table: pa.Table, name: str) -> list[Array]:
     """A column of lists of floats: for each row its values, views of float16, float32 or float64."""
-    array = _array(table, name)
-    if not _is_list(array.type) or array.type.value_type not in _FLOATS:
-        raise _wrong_type(name, array, "a list of float16, float32 or float64")
-    offsets, values = _list_parts(name, array)
+    type_ = table.field(name).type
+    if not _is_list(type_) or type_.value_type not in _FLOATS:
+        raise _wrong_type(name, type_, "a list of float16, float32 or float64")
+    offsets, values = _list_parts(name, _array(table, name))
     numbers = values.to_numpy(zero_copy_only=True)
     return [numbers[start:stop] for start, stop in pairwise(offsets)]
 
@@ -83,20 +84,20 @@ def shapes(table: pa.Table, name: str = "shape") -> list[tuple[int, ...] | None]
     """A column of lists of sizes, None where the row has none; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    array = _array(table, name)
-    if not _is_list(array.type) or not pa.types.is_integer(array.type.value_type):
-        raise _wrong_type(name, array, "a list of integers")
-    return [_shape(name, row, sizes) for row, sizes in enumerate(array.to_pylist())]
+    type_ = table.field(name).type
+    if not _is_list(type_) or not pa.types.is_integer(type_.value_type):
+        raise _wrong_type(name, type_, "a list of integers")
+    return [_shape(name, row, sizes) for row, sizes in enumerate(_array(table, name).to_pylist())]
 
 
 def optional_integers(table: pa.Table, name: str) -> list[int | None]:
     """A column of integers with nulls; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    array = _array(table, name)
-    if not pa.types.is_integer(array.type):
-        raise _wrong_type(name, array, "integers")
-    found: list[int | None] = array.to_pylist()
+    type_ = table.field(name).type
+    if not pa.types.is_integer(type_):
+        raise _wrong_type(name, type_, "integers")
+    found: list[int | None] = _array(table, name).to_pylist()
     return found
 
 
@@ -104,10 +105,10 @@ def binaries(table: pa.Table, name: str) -> list[memoryview | None]:
     """A column of bytes with nulls, as views; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    array = _array(table, name)
-    if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
-        raise _wrong_type(name, array, "binary")
-    return [memoryview(value.as_buffer()) if value.is_valid else None for value in array]
+    type_ = table.field(name).type
+    if not (pa.types.is_binary(type_) or pa.types.is_large_binary(type_)):
+        raise _wrong_type(name, type_, "binary")
+    return [memoryview(value.as_buffer()) if value.is_valid else None for value in _array(table, name)]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -159,8 +160,8 @@ def _shape(name: str, row: int, sizes: list[int | None] | None) -> tuple[int, ..
     return tuple(int(size) for size in sizes if size is not None)
 
 
-def _wrong_type(name: str, array: Any, expected: str) -> InvalidTable:
-    return InvalidTable(f"column {name!r} has the type {array.type}; it takes {expected}")
+def _wrong_type(name: str, type_: pa.DataType, expected: str) -> InvalidTable:
+    return InvalidTable(f"column {name!r} has the type {type_}; it takes {expected}")
 
 
 def _refuse_compression(data: bytes | memoryview) -> None:

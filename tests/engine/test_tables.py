@@ -221,6 +221,17 @@ def test_a_dictionary_is_refused() -> None:
         over_the_wire(pa.table({"layer_name": pa.array(["a"]).dictionary_encode(), "weights": [[1.0]]}))
 
 
+@pytest.mark.parametrize("column", ["layer_name", "weights"])
+def test_a_dictionary_that_never_comes_is_refused_as_well(column: str) -> None:
+    fields = {"layer_name": pa.string(), "weights": pa.list_(pa.float32())} | {
+        column: pa.dictionary(pa.int32(), pa.null())
+    }
+    sink = pa.BufferOutputStream()
+    pa.ipc.new_stream(sink, pa.schema(fields)).close()
+    with pytest.raises(InvalidTable, match=f"column '{column}' has the type dictionary"):
+        quantize_table(read_table(memoryview(sink.getvalue())), config(), TOOLS)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_damaged_stream_does_more_than_be_refused(data: st.DataObject) -> None:
