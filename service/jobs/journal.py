@@ -43,12 +43,13 @@ class Journal:
         # Those that are stored, and not yet shown.
         self._stored: deque[Entry] = deque()
         self._wake = asyncio.Event()
+        self._is_refused = False
         self._task = StandingTask("the journal", self._run)
 
     @property
     def is_down(self) -> bool:
-        """Whether a fault keeps it from storing anything now; it goes on by itself."""
-        return self._task.is_down
+        """Whether a fault, its own or the database's, keeps it from storing anything now; it goes on by itself."""
+        return self._is_refused or self._task.is_down
 
     def put(self, entry: Entry) -> None:
         """Add an entry behind all others; never waits."""
@@ -91,8 +92,10 @@ class Journal:
         while jobs or events:
             try:
                 await self._write(jobs, events)
+                self._is_refused = False
                 break
             except ArrowQuantError as error:
+                self._is_refused = True
                 # The jobs run on; their states are written when the disk lets us.
                 logger.error("the job database cannot be written, trying again: %s", error.detail)
                 await asyncio.sleep(RETRY_S)
