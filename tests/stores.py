@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Answer:
     cut: int | None = None
 
 
-class Loopback:
+class Loopback(ABC):
     """A server in this process that answers as `respond` says, and remembers the calls."""
 
     def __init__(self) -> None:
@@ -117,9 +118,9 @@ class Loopback:
         """Where it listens."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    @abstractmethod
     def respond(self, call: Call, body: bytes) -> Answer | None:
         """The answer; None resets the connection."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Stop listening."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from service.engine.formats.compressed_tensors import CompressedTensorsFormat, CompressedTensorsOptions
 from service.engine.formats.registry import open_model
+from service.engine.formats.source import LocalFiles, SourceFile
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
+from service.engine.tensors import CodeArray
 from service.errors import ArrowQuantError, CorruptModel, UnsupportedModel
+from service.storage.model_files import Identity
 from tests.engine.formats.outputs import BACKEND, Item, Output, all_integer_schemes, contents, label, normal
 from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 
@@ -272,18 +275,38 @@ def test_configurations_that_are_not_read_are_refused(
         open_model(made.folder)
 
 
-def test_rows_read_no_more_than_they_need(output: MakeOutput, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.engine.formats.source import SourceFile
+class CountedFile(SourceFile):
+    """A file that notes how many bytes are asked of it."""
 
+    counts: list[int]
+
+    def read(self, offset: int, count: int) -> CodeArray:
+        self.counts.append(count)
+        return super().read(offset, count)
+
+
+class CountedFiles(LocalFiles):
+    """Files of this machine that note what is read of them, all in one list."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.counts: list[int] = []
+
+    def open(self, name: PurePosixPath, expected: Identity | None = None) -> CountedFile:
+        file = CountedFile(self.root, name, expected)
+        file.counts = self.counts
+        return file
+
+
+def test_rows_read_no_more_than_they_need(output: MakeOutput) -> None:
     made = output(FORMAT, [Item("a.weight", normal(640, 128), INT4)])
     made.run()
-    reader = open_model(made.folder)
-    counts: list[int] = []
-    read = SourceFile.read
-    monkeypatch.setattr(SourceFile, "read", lambda self, offset, n: (counts.append(n), read(self, offset, n))[1])
+    files = CountedFiles(made.folder)
+    reader = open_model(files)
+    files.counts.clear()
     reader.rows(reader.tensors[0], 100, 110)
     # Codes, scales, and the block of 32 rows in which the zero points lie.
-    assert sum(counts) == 10 * 64 + 10 * 4 * 2 + 4 * 4 * 4
+    assert sum(files.counts) == 10 * 64 + 10 * 4 * 2 + 4 * 4 * 4
 
 
 def test_a_pipeline_keeps_its_folders(tmp_path: Path) -> None:
