@@ -62,7 +62,7 @@ def check_columns(table: pa.Table, required: Collection[str], optional: Collecti
 
 def text_column(table: pa.Table, name: str) -> list[str]:
     """A column of text, without nulls."""
-    type_ = table.field(name).type
+    type_: Any = table.field(name).type
     if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
         raise _wrong_type(name, type_, "utf8")
     array = _array(table, name)
@@ -72,7 +72,7 @@ def text_column(table: pa.Table, name: str) -> list[str]:
 
 def float_lists(table: pa.Table, name: str) -> list[Array]:
     """A column of lists of floats: for each row its values, views of float16, float32 or float64."""
-    type_ = table.field(name).type
+    type_: Any = table.field(name).type
     if not _is_list(type_) or type_.value_type not in _FLOATS:
         raise _wrong_type(name, type_, "a list of float16, float32 or float64")
     offsets, values = _list_parts(name, _array(table, name))
@@ -84,7 +84,7 @@ def shapes(table: pa.Table, name: str = "shape") -> list[tuple[int, ...] | None]
     """A column of lists of sizes, None where the row has none; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    type_ = table.field(name).type
+    type_: Any = table.field(name).type
     if not _is_list(type_) or not pa.types.is_integer(type_.value_type):
         raise _wrong_type(name, type_, "a list of integers")
     return [_shape(name, row, sizes) for row, sizes in enumerate(_array(table, name).to_pylist())]
@@ -94,7 +94,7 @@ def optional_integers(table: pa.Table, name: str) -> list[int | None]:
     """A column of integers with nulls; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    type_ = table.field(name).type
+    type_: Any = table.field(name).type
     if not pa.types.is_integer(type_):
         raise _wrong_type(name, type_, "integers")
     found: list[int | None] = _array(table, name).to_pylist()
@@ -105,7 +105,7 @@ def binaries(table: pa.Table, name: str) -> list[memoryview | None]:
     """A column of bytes with nulls, as views; all None where there is no such column."""
     if name not in table.column_names:
         return [None] * table.num_rows
-    type_ = table.field(name).type
+    type_: Any = table.field(name).type
     if not (pa.types.is_binary(type_) or pa.types.is_large_binary(type_)):
         raise _wrong_type(name, type_, "binary")
     return [memoryview(value.as_buffer()) if value.is_valid else None for value in _array(table, name)]
