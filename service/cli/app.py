@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli import keys, webhooks
-from service.cli.outcome import FAILED, USAGE, Failed, finish, outcome, print_json
+from service.cli.outcome import FAILED, USAGE, Failed, Json, finish, outcome, print_json
 
 if TYPE_CHECKING:
     from service.cli.local import Means
@@ -24,7 +24,6 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(webhooks.app, name="webhooks")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 ServerUrl = Annotated[
     str, typer.Option("--server", envvar="ARROWQUANT_SERVER", metavar="URL", help="Address of the service.")
 ]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.data_dir import DataDir, data_folder
-from service.cli.outcome import outcome, print_json
+from service.cli.outcome import Json, outcome, print_json
+from service.cli.records import document, state
 
 if TYPE_CHECKING:
-    from service.jobs.api_keys import ApiKey, ApiKeys
+    from service.jobs.api_keys import ApiKeys
 
 app = typer.Typer(
     help="API keys: make, list and revoke them, and set what a tenant may use.",
@@ -22,7 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 PerMinute = Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Calls in a minute.")]
 
 
@@ -49,7 +49,7 @@ def create(
             requests_per_minute=requests_per_minute,
         )
         if as_json:
-            print_json(_document(key) | {"key": text})
+            print_json(document(key) | {"key": text})
             return
         print(f"{key.id} of tenant {tenant} in {keys.data_dir}; it is shown only now:", file=sys.stderr)
         print(text)
@@ -65,11 +65,11 @@ def list_(
     with outcome(as_json=as_json), _open(data_dir, must_exist=True) as keys:
         found = keys.all(tenant)
         if as_json:
-            print_json([_document(key) for key in found])
+            print_json([document(key) for key in found])
             return
         for key in found:
             scopes = ",".join(sorted(key.scopes))
-            print(f"{key.id}  {key.tenant:<16}  {scopes:<18}  {_state(key):<28}  {key.name}".rstrip())
+            print(f"{key.id}  {key.tenant:<16}  {scopes:<18}  {state(key, 'usable'):<28}  {key.name}".rstrip())
 
 
 @app.command()
@@ -78,7 +78,7 @@ def revoke(key_id: str, data_dir: DataDir = None, as_json: Json = False) -> None
     with outcome(as_json=as_json), _open(data_dir, must_exist=True) as keys:
         key = keys.revoke(key_id)
         if as_json:
-            print_json(_document(key))
+            print_json(document(key))
         else:
             print(f"{key_id} revoked")
 
@@ -126,26 +126,3 @@ def _scopes(names: list[str]) -> set[Any]:
         if name not in known:
             raise InvalidConfig(f"{name!r} is no scope; there are {', '.join(known)}")
     return {known[name] for name in names}
-
-
-def _document(key: ApiKey) -> dict[str, Any]:
-    values = {
-        "id": key.id,
-        "tenant": key.tenant,
-        "name": key.name or None,
-        "scopes": sorted(key.scopes),
-        "requests_per_minute": key.requests_per_minute,
-        "created_at": key.created_at.isoformat(),
-        "expires_at": key.expires_at and key.expires_at.isoformat(),
-        "revoked_at": key.revoked_at and key.revoked_at.isoformat(),
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _state(key: ApiKey) -> str:
-    if key.revoked_at is not None:
-        return f"revoked {key.revoked_at:%Y-%m-%d %H:%M}"
-    if key.expires_at is None:
-        return "usable"
-    word = "expired" if key.expires_at <= datetime.now(UTC) else "usable until"
-    return f"{word} {key.expires_at:%Y-%m-%d %H:%M}"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -17,6 +17,9 @@ from service.errors import ArrowQuantError, Cancelled
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+#: The option that every command with a result has.
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 
 FAILED = 1
 USAGE = 2

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli.data_dir import DataDir, data_folder
-from service.cli.outcome import outcome, print_json
+from service.cli.outcome import Json, outcome, print_json
+from service.cli.records import document, state
 
 if TYPE_CHECKING:
-    from service.jobs.webhooks.secrets import SigningSecret, SigningSecrets
+    from service.jobs.webhooks.secrets import SigningSecrets
 
 app = typer.Typer(
     help="Webhooks: the secrets that sign them.",
@@ -26,8 +27,6 @@ secret = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(secret, name="secret")
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")]
 
 
 @secret.command()
@@ -45,7 +44,7 @@ def create(
         others_expire_at = None if hours is None else datetime.now(UTC) + timedelta(hours=hours)
         made, text = secrets.create(tenant, others_expire_at=others_expire_at)
         if as_json:
-            print_json(_document(made) | {"secret": text})
+            print_json(document(made) | {"secret": text})
             return
         print(f"{made.id} of tenant {tenant} in {secrets.data_dir}; it is shown only now:", file=sys.stderr)
         print(text)
@@ -61,10 +60,10 @@ def list_(
     with outcome(as_json=as_json), _open(data_dir, must_exist=True) as secrets:
         found = secrets.all(tenant)
         if as_json:
-            print_json([_document(one) for one in found])
+            print_json([document(one) for one in found])
             return
         for one in found:
-            print(f"{one.id}  {one.tenant:<16}  {_state(one)}")
+            print(f"{one.id}  {one.tenant:<16}  {state(one, 'signs')}")
 
 
 @secret.command()
@@ -73,7 +72,7 @@ def revoke(secret_id: str, data_dir: DataDir = None, as_json: Json = False) -> N
     with outcome(as_json=as_json), _open(data_dir, must_exist=True) as secrets:
         revoked = secrets.revoke(secret_id)
         if as_json:
-            print_json(_document(revoked))
+            print_json(document(revoked))
         else:
             print(f"{secret_id} revoked")
 
@@ -82,23 +81,3 @@ def _open(data_dir: Path | None, *, must_exist: bool = False) -> SigningSecrets:
     from service.jobs.webhooks.secrets import SigningSecrets
 
     return SigningSecrets(data_folder(data_dir, must_exist=must_exist))
-
-
-def _document(one: SigningSecret) -> dict[str, Any]:
-    values = {
-        "id": one.id,
-        "tenant": one.tenant,
-        "created_at": one.created_at.isoformat(),
-        "expires_at": one.expires_at and one.expires_at.isoformat(),
-        "revoked_at": one.revoked_at and one.revoked_at.isoformat(),
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _state(one: SigningSecret) -> str:
-    if one.revoked_at is not None:
-        return f"revoked {one.revoked_at:%Y-%m-%d %H:%M}"
-    if one.expires_at is None:
-        return "signs"
-    word = "signs until" if one.is_usable else "expired"
-    return f"{word} {one.expires_at:%Y-%m-%d %H:%M}"

@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from service.errors import InvalidConfig, NotFound, Unauthorized
 from service.jobs.quotas import Limits
-from service.jobs.store import LIMITS, connect, database_faults
+from service.jobs.side_connection import SideConnection
+from service.jobs.store import LIMITS
 from service.jobs.tenant import check_tenant
 from service.jobs.times import now_text, text_of, time_of
 
@@ -60,28 +59,8 @@ class ApiKey:
             raise Unauthorized(f"key {self.id} expired at {self.expires_at.isoformat()}: ask the operator for another")
 
 
-class ApiKeys:
-    """The keys of one data folder. Thread-safe; every method may block.
-
-    Raises StorageFailure when the database cannot be read or written.
-    """
-
-    def __init__(self, data_dir: Path) -> None:
-        """Open the database, which is made when there is none."""
-        self.data_dir = data_dir
-        self._lock = threading.Lock()
-        self._db = connect(data_dir)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the database."""
-        with self._lock:
-            self._db.close()
+class ApiKeys(SideConnection):
+    """The keys of one data folder."""
 
     def create(
         self,
@@ -168,10 +147,6 @@ class ApiKeys:
             " max_stored_bytes = excluded.max_stored_bytes, requests_per_minute = excluded.requests_per_minute",
             (tenant, *values),
         )
-
-    def _rows(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        with self._lock, database_faults():
-            return self._db.execute(query, values).fetchall()
 
 
 _NAMES = ("id", "tenant", "name", "scopes", "created_at", "expires_at", "revoked_at", "requests_per_minute")

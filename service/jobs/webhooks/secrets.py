@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Self
+from datetime import datetime
+from typing import Any
 
 from service.errors import InvalidConfig, NotFound
-from service.jobs.store import connect, database_faults
+from service.jobs.side_connection import SideConnection
+from service.jobs.store import database_faults
 from service.jobs.tenant import check_tenant
 from service.jobs.times import time_of
 from service.jobs.webhooks import secret_table
@@ -34,34 +33,9 @@ class SigningSecret:
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether it signs now."""
-        return self.revoked_at is None and (self.expires_at is None or self.expires_at > datetime.now(UTC))
 
-
-class SigningSecrets:
-    """The secrets of one data folder. Thread-safe; every method may block.
-
-    Raises StorageFailure when the database cannot be read or written.
-    """
-
-    def __init__(self, data_dir: Path) -> None:
-        """Open the database, which is made when there is none."""
-        self.data_dir = data_dir
-        self._lock = threading.Lock()
-        self._db = connect(data_dir)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the database."""
-        with self._lock:
-            self._db.close()
+class SigningSecrets(SideConnection):
+    """The secrets of one data folder."""
 
     def create(self, tenant: str, *, others_expire_at: datetime | None = None) -> tuple[SigningSecret, str]:
         """A new secret, and its text, which is shown to nobody again; the tenant's others sign on beside it.
@@ -84,8 +58,7 @@ class SigningSecrets:
     def all(self, tenant: str | None = None) -> list[SigningSecret]:
         """Every secret of a tenant, or of all, oldest first; those revoked and expired as well."""
         query = f"SELECT {_COLUMNS} FROM webhook_secrets WHERE tenant = coalesce(?, tenant) ORDER BY created_at"
-        with self._lock, database_faults():
-            return [_secret(row) for row in self._db.execute(query, (tenant,))]
+        return [_secret(row) for row in self._rows(query, (tenant,))]
 
     def revoke(self, secret_id: str) -> SigningSecret:
         """End a secret for good; raises NotFound."""
@@ -94,11 +67,10 @@ class SigningSecrets:
         return self._get(secret_id)
 
     def _get(self, id_: str) -> SigningSecret:
-        with self._lock, database_faults():
-            row = self._db.execute(f"SELECT {_COLUMNS} FROM webhook_secrets WHERE id = ?", (id_,)).fetchone()
-        if row is None:
+        rows = self._rows(f"SELECT {_COLUMNS} FROM webhook_secrets WHERE id = ?", (id_,))
+        if not rows:
             raise NotFound(f"there is no secret {id_!r}: `arrowquant webhooks secret list` names all")
-        return _secret(row)
+        return _secret(rows[0])
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
