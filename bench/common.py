@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from bench.charts import Chart, draw
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
@@ -79,11 +82,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def write_result(name: str, title: str, *parts: str, packages: Sequence[str] = ("numpy", "numba", "pyarrow")) -> Path:
-    """Print a benchmark's page and write it to `results/<name>.md`, machine and versions below its title."""
-    page = "\n\n".join([f"# {title}", machine(packages), *(part.strip() for part in parts)]) + "\n"
-    print(page, flush=True)
+def write_result(
+    name: str,
+    title: str,
+    *parts: str,
+    packages: Sequence[str] = ("numpy", "numba", "pyarrow"),
+    charts: Sequence[Chart] = (),
+) -> Path:
+    """Print a benchmark's page and write it to `results/<name>.md`, machine and versions below its title.
+
+    The charts become `results/<name>.png`, which the page shows; where matplotlib is absent it goes without.
+    """
     RESULTS.mkdir(exist_ok=True)
+    picture = []
+    if charts and find_spec("matplotlib"):
+        draw(charts, RESULTS / f"{name}.png")
+        picture = [f"![{'; '.join(chart.title for chart in charts)}]({name}.png)"]
+    page = "\n\n".join([f"# {title}", machine(packages), *(part.strip() for part in parts), *picture]) + "\n"
+    print(page, flush=True)
     path = RESULTS / f"{name}.md"
     path.write_text(page, encoding="utf-8")
     return path
