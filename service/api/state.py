@@ -53,7 +53,9 @@ class ApiState:
         None is any tenant.
         """
         manager = self.manager
-        return await self._wait(call, manager.wait(job_id, seconds, tenant), lambda: manager.get(job_id, tenant))
+        return await self._wait(
+            call, manager.jobs.wait(job_id, seconds, tenant), lambda: manager.jobs.get(job_id, tenant)
+        )
 
     async def wait_for_batch(self, call: Request, batch_id: str, seconds: float, tenant: str | None = None) -> Batch:
         """As `wait`, for a batch."""

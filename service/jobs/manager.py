@@ -1,4 +1,4 @@
-"""All that can be done with jobs: submit, find, follow, cancel, purge; and what start and end of a server mean.
+"""All that can be done with jobs: submit, cancel, purge; and what start and end of a server mean.
 
 Everything here runs on one event loop and never blocks it: the store has a thread of its own,
 each running job has one, and files are looked at in others.
@@ -10,15 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
 from service.engine.plan import Plan, make_plan
-from service.engine.report import RunReport
-from service.errors import Draining, NotFinished, NotFound, NotReady, NotTerminal, StorageFailure
+from service.errors import ArrowQuantError, Draining, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
 from service.jobs.admission import Admission, device_of, job_config, output_specs
 from service.jobs.backend_pool import BackendPool, lanes_of
@@ -33,7 +31,6 @@ from service.jobs.events import (
     READER_LIMIT,
     SERVER_DRAINING,
     Event,
-    Following,
     LiveLog,
     next_epoch,
 )
@@ -42,6 +39,7 @@ from service.jobs.expiry import expire
 from service.jobs.figures import Figures, Stored, read_disk, read_stored
 from service.jobs.folders import Folders
 from service.jobs.idempotency import Keys, Once
+from service.jobs.inquiry import Inquiry
 from service.jobs.intake import Intake
 from service.jobs.job import Job, Status
 from service.jobs.journal import Journal
@@ -52,7 +50,7 @@ from service.jobs.machine_memory import default_limit_bytes
 from service.jobs.memory_ledger import MemoryLedger
 from service.jobs.orphans import tidy
 from service.jobs.overview import look_over
-from service.jobs.publisher import Publisher, load_report
+from service.jobs.publisher import Publisher
 from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
 from service.jobs.removal import Removals
@@ -117,7 +115,6 @@ class JobManager:
         self._data_dir = data_dir.absolute()
         self._roots = tuple(model_roots)
         stores = stores or Stores(StoreOptions())
-        self._silence_s = silence_s
         self._reader_limit = reader_limit
         self._folders = Folders(self._data_dir)
         #: Files that clients have sent.
@@ -145,6 +142,8 @@ class JobManager:
         self._database = database = Database(lambda: self._opened_store, self._store_thread)
         #: Who reads what of the data folder now.
         self.leases = Leases()
+        #: What clients ask of jobs.
+        self.jobs = Inquiry(self._live, database, self._folders, self.leases, silence_s=silence_s)
         self._removals = Removals(database, self._folders, self.leases, self._spawn)
         self._retention = retention
         #: Removes what is kept no longer.
@@ -205,6 +204,7 @@ class JobManager:
         self.webhooks.deliverer.start()
         self._execution.open()
         self._warming = asyncio.create_task(self._warm_up())
+        self._warming.add_done_callback(_log_fault)
         self._expiring = StandingTask("expiry", lambda: expire(self.collector, self._retention))
         self._tidying = asyncio.create_task(tidy(self._database, self._folders, self.leases, self.blobs))
 
@@ -257,50 +257,11 @@ class JobManager:
         assert batch is not None, "labels make it one"
         return batch
 
-    async def get(self, job_id: str, tenant: str | None = None) -> Job:
-        """The job of this id, as it stands; raises NotFound, also when it is another tenant's. None is any tenant."""
-        live = self._live_of(job_id, tenant)
-        if live is not None:
-            return live.job
-        job = await self._in_store_thread(lambda: self._opened_store.get(job_id, tenant))
-        if job is None:
-            raise NotFound(f"there is no job {job_id!r}")
-        return job
-
-    async def find(
-        self,
-        *,
-        tenant: str | None = None,
-        status: Status | None = None,
-        kind: str | None = None,
-        batch_id: str | None = None,
-        label: tuple[str, str] | None = None,
-        created_after: datetime | None = None,
-        limit: int = 50,
-        after: str | None = None,
-    ) -> tuple[list[Job], str | None]:
-        """A tenant's jobs, newest first, behind the cursor `after`; and the cursor of the next page, if there is."""
-
-        def look() -> tuple[list[Job], str | None]:
-            return self._opened_store.find(
-                tenant=tenant,
-                status=status,
-                kind=kind,
-                batch_id=batch_id,
-                label=label,
-                created_after=created_after,
-                limit=limit,
-                after=after,
-            )
-
-        jobs, cursor = await self._in_store_thread(look)
-        return [live.job if (live := self._live.get(job.id)) else job for job in jobs], cursor
-
     async def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """End a job that has not ended: at once when it waits, at its next block when it runs; raises NotFound."""
-        live = self._live_of(job_id, tenant)
+        live = self.jobs.live(job_id, tenant)
         if live is None:
-            return await self.get(job_id, tenant)
+            return await self.jobs.get(job_id, tenant)
         await self._cancel_all([job_id])
         return live.job
 
@@ -310,33 +271,10 @@ class JobManager:
         Its files go when nobody reads them any more. Outputs that were written to an address of their own stay: they
         are the user's.
         """
-        if self._live_of(job_id, tenant):
+        if self.jobs.live(job_id, tenant):
             raise NotTerminal(f"job {job_id} has not ended: cancel it first")
-        await self.get(job_id, tenant)
+        await self.jobs.get(job_id, tenant)
         await self._erase([job_id])
-
-    async def wait(self, job_id: str, timeout_s: float, tenant: str | None = None) -> Job:
-        """The job when it has ended, or after `timeout_s` as it then stands; raises NotFound."""
-        live = self._live_of(job_id, tenant)
-        if live is not None:
-            try:
-                await asyncio.wait_for(live.ended.wait(), timeout_s)
-            except TimeoutError:
-                return live.job
-        return await self.get(job_id, tenant)
-
-    async def report(self, job_id: str, tenant: str | None = None) -> RunReport:
-        """What the job measured; raises NotFound, or NotFinished when it has not succeeded."""
-
-        def load() -> RunReport:
-            with storage_faults("reading the report"):
-                return load_report(self._folders.report(job_id))
-
-        with self.leases.held(job_id):
-            job = await self.get(job_id, tenant)
-            if job.status is not Status.SUCCEEDED:
-                raise NotFinished(f"job {job_id} is {job.status}, and only a job that has succeeded has a report")
-            return await asyncio.to_thread(load)
 
     async def plan(self, request: QuantizeRequest, tenant: str = DEFAULT_TENANT) -> Plan:
         """What a tenant's job of this request would do to each tensor; raises what `submit` and reading headers do."""
@@ -353,29 +291,6 @@ class JobManager:
         with self.leases.held(*jobs_used(request)):
             is_remote = await asyncio.to_thread(self._admission.is_remote, request, tenant)
             return await (self._store_threads.run(make) if is_remote else asyncio.to_thread(make))
-
-    # --- events ---
-
-    async def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[Event]:
-        """Stored events behind the id `after`; none for a job that does not exist."""
-        return await self._in_store_thread(lambda: self._opened_store.events(job_id, after=after, limit=limit))
-
-    def follow(self, job_id: str, *, after: int = 0) -> Following:
-        """Stored events behind `after`, then all that happens, until the job ends; Silence now and then.
-
-        A last event without an id says that the reader was too slow, or that the server stops.
-        Ends at once for a job that does not exist: ask `get` first. Close it (`aclosing`) when
-        the reader goes.
-        """
-
-        def find_log() -> LiveLog | None:
-            live = self._live.get(job_id)
-            return live.log if live is not None else None
-
-        async def read_page(last: int) -> list[Event]:
-            return await self.events(job_id, after=last)
-
-        return Following(find_log, read_page, after=after, silence_s=self._silence_s)
 
     # --- how the service is ---
 
@@ -411,8 +326,16 @@ class JobManager:
 
     @property
     def is_warm(self) -> bool:
-        """Whether the backend has done what it does once, such as compiling."""
+        """Whether the backend has done what it does once, such as compiling, or could not."""
         return self._store is not None and self._warming.done()
+
+    @property
+    def warm_up_fault(self) -> str | None:
+        """Why the backend could not do it."""
+        fault = self._warming.exception() if self.is_warm and not self._warming.cancelled() else None
+        if isinstance(fault, ArrowQuantError):
+            return fault.detail
+        return None if fault is None else "a fault keeps the kernels from being compiled: the server's log tells more"
 
     @property
     def backend(self) -> str:
@@ -494,11 +417,6 @@ class JobManager:
         self._source_jobs.leases.take(*jobs_used(job.request))
         return live
 
-    def _live_of(self, job_id: str, tenant: str | None) -> LiveJob | None:
-        """The job that has not ended, if it is this tenant's; None is any."""
-        live = self._live.get(job_id)
-        return live if live is not None and tenant in (None, live.job.tenant) else None
-
     def _forget(self, job: Job) -> None:
         del self._live[job.id]
         self.leases.give_back(job.id, *jobs_used(job.request))
@@ -532,6 +450,7 @@ class JobManager:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_log_fault)
         return task
 
     def _check_open(self) -> None:
@@ -548,3 +467,10 @@ class JobManager:
         if self._store is None:
             raise NotReady("the server is starting: try again in a moment")
         return self._store
+
+
+def _log_fault(task: asyncio.Task[Any]) -> None:
+    """Tell of what nobody may be waiting for. What is wrong with a request is its sender's to hear."""
+    fault = None if task.cancelled() else task.exception()
+    if fault is not None and not isinstance(fault, ArrowQuantError):
+        logger.error("a fault in a task of the server", exc_info=fault)

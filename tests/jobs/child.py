@@ -32,14 +32,14 @@ async def main(data_dir: str, root: str, requests: str) -> None:
     await manager.start()
     for request in _REQUESTS.validate_json(requests):
         await manager.submit(request)
-    jobs, _ = await manager.find()
+    jobs, _ = await manager.jobs.find()
     first = jobs[-1].id
     print(first, flush=True)
-    async for item in manager.follow(first):
+    async for item in manager.jobs.follow(first):
         if isinstance(item, Event):
             print(item.type, flush=True)
-    for job in reversed((await manager.find())[0]):
-        done = await manager.wait(job.id, 60)
+    for job in reversed((await manager.jobs.find())[0]):
+        done = await manager.jobs.wait(job.id, 60)
         print("ended", done.status, done.error.code if done.error else "", flush=True)
     print("work", *files_below(Path(data_dir) / "work"), flush=True)
     print("artifacts", *(path.name for path in (Path(data_dir) / "artifacts").iterdir()), flush=True)

@@ -49,7 +49,7 @@ async def all_events(manager: JobManager, batch: Batch, after: int = 0) -> list[
 
 
 async def jobs_of(manager: JobManager, batch: Batch) -> list[Job]:
-    return [await manager.get(job_id) for job_id in batch.job_ids]
+    return [await manager.jobs.get(job_id) for job_id in batch.job_ids]
 
 
 async def test_items_become_jobs_in_order_and_higher_priorities_go_first(make_manager: MakeManager, root: Path) -> None:
@@ -62,14 +62,14 @@ async def test_items_become_jobs_in_order_and_higher_priorities_go_first(make_ma
     assert batch.counts == {Status.QUEUED: 5}
     assert batch.labels == {"a": "b"}
     assert batch.id.startswith("batch_")
-    events = [(await manager.events(job_id))[0] for job_id in batch.job_ids]
+    events = [(await manager.jobs.events(job_id))[0] for job_id in batch.job_ids]
     assert [event.data["queue_position"] for event in events] == [3, 0, 4, 5, 1]
     await manager.cancel(blocker.id)
     done = await manager.batches.wait(batch.id, 60)
     assert (done.status, done.counts) == (BatchStatus.ENDED, {Status.SUCCEEDED: 5})
     jobs = await jobs_of(manager, batch)
     assert [job.batch_index for job in jobs] == [0, 1, 2, 3, 4]
-    started = sorted([*jobs, await manager.get(waiting.id)], key=lambda job: job.started_at or job.created_at)
+    started = sorted([*jobs, await manager.jobs.get(waiting.id)], key=lambda job: job.started_at or job.created_at)
     assert [job.batch_index for job in started] == [1, 4, None, 0, 2, 3]
 
 
@@ -95,7 +95,7 @@ async def test_a_refused_item_leaves_no_trace_of_the_others(
     with pytest.raises(QueueFull):
         await manager.submit_batch(batch_of(*[good] * 4))
     assert manager.live_jobs == 0
-    assert (await manager.find(), await manager.batches.find()) == (([], None), ([], None))
+    assert (await manager.jobs.find(), await manager.batches.find()) == (([], None), ([], None))
     assert files_below(tmp_path / "data" / "work") == []
     batch = await manager.submit_batch(batch_of(good, good, elsewhere))
     assert (await manager.batches.wait(batch.id, 60)).counts == {Status.SUCCEEDED: 3}
@@ -175,7 +175,7 @@ async def test_a_reader_who_comes_after_the_newest_events_were_purged_waits_for_
         async for item in items:
             if isinstance(item, Event) and item.type == PROGRESS and item.job_id == batch.job_ids[0]:
                 break
-    await manager.wait(batch.job_ids[1], 60)
+    await manager.jobs.wait(batch.job_ids[1], 60)
     await manager.purge(batch.job_ids[1])
     async with aclosing(manager.batches.follow(batch.id)) as items:
         seen = [await anext(items) for _ in range(3)]
@@ -193,7 +193,7 @@ async def test_batches_of_other_tenants_are_as_good_as_unknown(manager: JobManag
     with pytest.raises(NotFound):
         await manager.batches.wait(batch.id, 1, "theirs")
     assert await manager.batches.find(tenant="theirs") == ([], None)
-    assert await manager.find(tenant="theirs", batch_id=batch.id) == ([], None)
+    assert await manager.jobs.find(tenant="theirs", batch_id=batch.id) == ([], None)
     assert [b.id for b in (await manager.batches.find(tenant="ours"))[0]] == [batch.id]
     done = await manager.batches.wait(batch.id, 60, "ours")
     assert done.counts == {Status.SUCCEEDED: 1}
@@ -221,9 +221,9 @@ async def test_keys_of_tenants_are_apart_and_those_of_one_are_held_once(manager:
     # Even where two calls came through together, the second one finds the key in the database.
     with pytest.raises(StorageFailure):
         await manager.submit(request, "ours", once("ours", "k"))
-    assert len((await manager.find(tenant="ours"))[0]) == 1
+    assert len((await manager.jobs.find(tenant="ours"))[0]) == 1
     for job in (ours, theirs):
-        await manager.wait(job.id, 60)
+        await manager.jobs.wait(job.id, 60)
 
 
 async def test_cancelling_starts_nothing_and_purging_waits_for_the_end(
@@ -247,7 +247,7 @@ async def test_cancelling_starts_nothing_and_purging_waits_for_the_end(
     assert types == {"job.queued": 6, "job.started": 2, "job.cancelled": 6}
     assert await manager.batches.cancel(batch.id) == done
     await manager.batches.purge(batch.id)
-    assert (await manager.find(), await manager.batches.find()) == (([], None), ([], None))
+    assert (await manager.jobs.find(), await manager.batches.find()) == (([], None), ([], None))
     assert files_below(tmp_path / "data" / "work") + files_below(tmp_path / "data" / "artifacts") == []
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from service.engine.backends.registry import backends
+from service.engine.config import QuantizationConfig
 from service.errors import (
     Draining,
     ForbiddenPath,
@@ -47,12 +49,12 @@ SLOW = {"config": {"method": "mse"}}
 
 
 async def all_events(manager: JobManager, job: Job) -> list[Event]:
-    return [item async for item in manager.follow(job.id) if isinstance(item, Event)]
+    return [item async for item in manager.jobs.follow(job.id) if isinstance(item, Event)]
 
 
 async def until_running(manager: JobManager, job: Job) -> None:
     """Until its first progress: the engine is at work."""
-    async for item in manager.follow(job.id):
+    async for item in manager.jobs.follow(job.id):
         if isinstance(item, Event) and item.type == "job.progress":
             return
 
@@ -71,7 +73,7 @@ async def test_a_job_runs_from_queued_to_succeeded_and_its_files_are_what_it_say
     stored = [event.type for event in events if event.is_stored]
     assert stored == ["job.queued", "job.started", *[TENSOR_COMPLETED] * 4, "job.succeeded"]
     assert events[0].data == {"status": "queued", "queue_position": 0}
-    done = await manager.get(job.id)
+    done = await manager.jobs.get(job.id)
     assert events[-1].job == done
     assert done.result is not None
     assert done.result["passed"]
@@ -81,9 +83,9 @@ async def test_a_job_runs_from_queued_to_succeeded_and_its_files_are_what_it_say
         f"compressed-tensors/{path}": digest for path, digest in found.items()
     }
     assert {Path(artifact.location) for artifact in done.artifacts} == {folder / path for path in found}
-    assert (await manager.report(job.id)).result() == done.result
+    assert (await manager.jobs.report(job.id)).result() == done.result
     assert files_below(tmp_path / "data" / "work") == []
-    assert (await manager.find(label=("a", "b")))[0] == [done]
+    assert (await manager.jobs.find(label=("a", "b")))[0] == [done]
 
 
 async def test_an_output_of_a_job_can_be_validated_against_its_source(
@@ -91,9 +93,9 @@ async def test_an_output_of_a_job_can_be_validated_against_its_source(
 ) -> None:
     model = make_model(root / "m.safetensors")
     job = await manager.submit(quantize_request(model))
-    await manager.wait(job.id, 60)
+    await manager.jobs.wait(job.id, 60)
     check = await manager.submit(validate_request(model, job.id, config={"min_accuracy": 0.9}))
-    done = await manager.wait(check.id, 60)
+    done = await manager.jobs.wait(check.id, 60)
     assert done.status is Status.SUCCEEDED, done.error
     assert done.artifacts == ()
     assert done.result is not None
@@ -109,11 +111,11 @@ async def test_jobs_that_run_beside_each_other_give_the_bytes_of_jobs_run_alone(
     alone = await make_manager(max_running_jobs=1)
     first = [await alone.submit(quantize_request(model, config=config)) for config in configs]
     for job in first:
-        assert (await alone.wait(job.id, 60)).status is Status.SUCCEEDED
+        assert (await alone.jobs.wait(job.id, 60)).status is Status.SUCCEEDED
     together = await make_manager(max_running_jobs=4, data_dir=tmp_path / "other")
     second = [await together.submit(quantize_request(model, config=config)) for config in configs]
     for one, other in zip(first, second, strict=True):
-        done = await together.wait(other.id, 60)
+        done = await together.jobs.wait(other.id, 60)
         assert done.status is Status.SUCCEEDED
         here = digests(tmp_path / "data" / "artifacts" / one.id / "compressed-tensors")
         assert digests(tmp_path / "other" / "artifacts" / other.id / "compressed-tensors") == here
@@ -130,7 +132,7 @@ async def test_a_waiting_job_is_cancelled_at_once(make_manager: MakeManager, roo
     assert manager.queue_depth == 0
     assert [event.type for event in await all_events(manager, waiting)] == ["job.queued", "job.cancelled"]
     await manager.cancel(running.id)
-    assert (await manager.wait(running.id, 30)).status is Status.CANCELLED
+    assert (await manager.jobs.wait(running.id, 30)).status is Status.CANCELLED
 
 
 async def test_a_running_job_is_cancelled_in_the_middle_of_a_tensor_and_leaves_nothing(
@@ -140,7 +142,7 @@ async def test_a_running_job_is_cancelled_in_the_middle_of_a_tensor_and_leaves_n
     await until_running(manager, job)
     assert (await manager.cancel(job.id)).status is Status.CANCELLING
     assert (await manager.cancel(job.id)).status in (Status.CANCELLING, Status.CANCELLED), "a retry is harmless"
-    done = await manager.wait(job.id, 30)
+    done = await manager.jobs.wait(job.id, 30)
     assert done.status is Status.CANCELLED
     assert left_over(tmp_path) == []
     events = await all_events(manager, job)
@@ -150,7 +152,7 @@ async def test_a_running_job_is_cancelled_in_the_middle_of_a_tensor_and_leaves_n
 
 async def test_cancelling_an_ended_job_changes_nothing(manager: JobManager, root: Path) -> None:
     job = await manager.submit(quantize_request(make_model(root / "m.safetensors")))
-    done = await manager.wait(job.id, 60)
+    done = await manager.jobs.wait(job.id, 60)
     assert await manager.cancel(job.id) == done
     with pytest.raises(NotFound):
         await manager.cancel("job_unknown")
@@ -170,7 +172,7 @@ async def test_cancels_at_any_moment_end_in_a_state_that_fits_the_files(
         job = await manager.submit(quantize_request(model, outputs=outputs))
         await asyncio.sleep(attempt * 0.02)
         await manager.cancel(job.id)
-        done = await manager.wait(job.id, 60)
+        done = await manager.jobs.wait(job.id, 60)
         kept = (tmp_path / "data" / "artifacts" / job.id).exists()
         if done.status is Status.SUCCEEDED:
             assert kept
@@ -187,7 +189,7 @@ async def test_a_job_that_takes_too_long_fails_by_that_name_and_leaves_nothing(
     manager: JobManager, root: Path, tmp_path: Path
 ) -> None:
     request = quantize_request(make_slow_model(root / "slow.safetensors"), timeout_s=0.2, **SLOW)
-    done = await manager.wait((await manager.submit(request)).id, 60)
+    done = await manager.jobs.wait((await manager.submit(request)).id, 60)
     assert done.status is Status.FAILED
     assert done.error is not None
     assert done.error.code == "job_timeout"
@@ -198,8 +200,8 @@ async def test_the_time_in_the_queue_does_not_count(make_manager: MakeManager, r
     manager = await make_manager(max_running_jobs=1)
     slow = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), timeout_s=4, **SLOW))
     quick = await manager.submit(quantize_request(make_model(root / "m.safetensors"), timeout_s=3))
-    await manager.wait(slow.id, 60)
-    assert (await manager.wait(quick.id, 60)).status is Status.SUCCEEDED
+    await manager.jobs.wait(slow.id, 60)
+    assert (await manager.jobs.wait(quick.id, 60)).status is Status.SUCCEEDED
 
 
 async def test_a_full_queue_refuses_and_takes_jobs_again_when_there_is_room(
@@ -228,10 +230,10 @@ async def test_higher_priorities_run_first_and_equals_in_order_of_arrival(
     model = make_model(root / "m.safetensors", tensors=1)
     priorities = [0, 5, -5, 5, 0, 100]
     jobs = [await manager.submit(quantize_request(model, priority=priority)) for priority in priorities]
-    positions = [(await manager.events(job.id))[0].data["queue_position"] for job in jobs]
+    positions = [(await manager.jobs.events(job.id))[0].data["queue_position"] for job in jobs]
     assert positions == [0, 0, 2, 1, 3, 0]
     await manager.cancel(running.id)
-    done = [await manager.wait(job.id, 60) for job in jobs]
+    done = [await manager.jobs.wait(job.id, 60) for job in jobs]
     order = sorted(range(len(done)), key=lambda index: done[index].started_at)
     assert [priorities[index] for index in order] == [100, 5, 5, 0, 0, -5]
     assert order == [5, 1, 3, 0, 4, 2]
@@ -262,7 +264,7 @@ async def test_a_job_that_fails_says_why_and_leaves_nothing(
     manager: JobManager, root: Path, tmp_path: Path, make, code: str, config: dict
 ) -> None:
     job = await manager.submit(quantize_request(make(root / "m.safetensors"), config=config))
-    done = await manager.wait(job.id, 60)
+    done = await manager.jobs.wait(job.id, 60)
     assert done.status is Status.FAILED
     assert done.error is not None
     assert done.error.code == code
@@ -271,7 +273,7 @@ async def test_a_job_that_fails_says_why_and_leaves_nothing(
         assert done.error.tensor == "poisoned.weight"
     assert left_over(tmp_path) == []
     with pytest.raises(NotFinished):
-        await manager.report(job.id)
+        await manager.jobs.report(job.id)
 
 
 async def test_a_fault_of_ours_fails_one_job_with_an_id_that_is_in_the_log_and_tells_no_path(
@@ -284,7 +286,7 @@ async def test_a_fault_of_ours_fails_one_job_with_an_id_that_is_in_the_log_and_t
     # Nothing that this service writes: whoever reads it back has to stumble.
     (tmp_path / "data" / "work" / job.id / "report.json").write_bytes(b"[1, 2")
     second = await make_manager()
-    done = await second.wait(job.id, 60)
+    done = await second.jobs.wait(job.id, 60)
     assert done.status is Status.FAILED
     assert done.error is not None
     assert done.error.code == "internal_error"
@@ -295,7 +297,7 @@ async def test_a_fault_of_ours_fails_one_job_with_an_id_that_is_in_the_log_and_t
     assert "/" not in done.error.detail
     assert left_over(tmp_path) == []
     other = await second.submit(quantize_request(make_model(root / "m.safetensors")))
-    assert (await second.wait(other.id, 60)).status is Status.SUCCEEDED
+    assert (await second.jobs.wait(other.id, 60)).status is Status.SUCCEEDED
 
 
 async def test_a_source_that_is_gone_when_the_job_starts_fails_it(make_manager: MakeManager, root: Path) -> None:
@@ -305,7 +307,7 @@ async def test_a_source_that_is_gone_when_the_job_starts_fails_it(make_manager: 
     job = await manager.submit(quantize_request(model))
     model.unlink()
     await manager.cancel(running.id)
-    done = await manager.wait(job.id, 60)
+    done = await manager.jobs.wait(job.id, 60)
     assert done.error is not None
     assert (done.error.code, done.error.pointer) == ("model_not_found", "/source/uri")
 
@@ -339,7 +341,7 @@ async def test_what_can_be_refused_at_once_is_refused_with_the_field_that_is_wro
             await manager.submit(request)
         if pointer is not None:
             assert caught.value.pointer == pointer
-    assert (await manager.find())[0] == []
+    assert (await manager.jobs.find())[0] == []
     assert manager.live_jobs == 0
     assert left_over(tmp_path) == []
 
@@ -349,13 +351,13 @@ async def test_an_output_with_an_address_of_its_own_appears_there_and_nowhere_el
 ) -> None:
     model = make_model(root / "m.safetensors")
     outputs = [{"format": "compressed-tensors", "name": "mine", "uri": (root / "out").as_uri()}]
-    done = await manager.wait((await manager.submit(quantize_request(model, outputs=outputs))).id, 60)
+    done = await manager.jobs.wait((await manager.submit(quantize_request(model, outputs=outputs))).id, 60)
     assert done.status is Status.SUCCEEDED, done.error
     assert {Path(artifact.location).parent for artifact in done.artifacts} == {root / "out"}
     assert [name for name in files_below(root) if "/" not in name] == ["m.safetensors", "out"]
     assert files_below(tmp_path / "data" / "artifacts" / done.id) == ["report.json"]
     check = await manager.submit(validate_request(model, done.id))
-    assert (await manager.wait(check.id, 60)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(check.id, 60)).status is Status.SUCCEEDED
     await manager.purge(done.id)
     assert (root / "out" / "manifest.json").exists(), "what was written for the user stays"
 
@@ -374,7 +376,7 @@ async def test_an_output_on_another_file_system_is_copied_beside_and_renamed(
             {"format": "compressed-tensors", "name": "b", "uri": target.as_uri()},
         ]
         job = await manager.submit(quantize_request(make_model(root / "m.safetensors"), outputs=outputs))
-        assert (await manager.wait(job.id, 60)).status is Status.SUCCEEDED
+        assert (await manager.jobs.wait(job.id, 60)).status is Status.SUCCEEDED
         assert digests(target) == digests(tmp_path / "data" / "artifacts" / job.id / "compressed-tensors")
         assert [path.name for path in elsewhere.iterdir()] == ["out"]
     finally:
@@ -392,7 +394,7 @@ async def test_an_output_whose_original_is_half_removed_is_published_already(
         target = elsewhere / "out"
         outputs = [{"format": "compressed-tensors", "uri": target.as_uri()}]
         job = await manager.submit(quantize_request(make_model(root / "m.safetensors"), outputs=outputs))
-        done = await manager.wait(job.id, 60)
+        done = await manager.jobs.wait(job.id, 60)
         written = digests(target)
         folders = Folders(tmp_path / "data")
         original = folders.work(job.id) / "compressed-tensors"
@@ -424,7 +426,7 @@ async def test_two_jobs_cannot_write_to_one_address(make_manager: MakeManager, r
     with pytest.raises(TargetInUse):
         await manager.submit(request("dir/inside"))
     await manager.cancel(first.id)
-    await manager.wait(first.id, 30)
+    await manager.jobs.wait(first.id, 30)
     again = await manager.submit(request("dir"))
     await manager.cancel(again.id)
 
@@ -437,13 +439,13 @@ async def test_purging_deletes_record_events_report_and_artifacts(
     with pytest.raises(NotTerminal):
         await manager.purge(job.id)
     await manager.cancel(job.id)
-    await manager.wait(job.id, 30)
+    await manager.jobs.wait(job.id, 30)
     done = await manager.submit(quantize_request(make_model(root / "m.safetensors")))
-    await manager.wait(done.id, 60)
+    await manager.jobs.wait(done.id, 60)
     for each in (job, done):
         await manager.purge(each.id)
-        assert await manager.events(each.id) == []
-        for call in (manager.get, manager.report, manager.purge):
+        assert await manager.jobs.events(each.id) == []
+        for call in (manager.jobs.get, manager.jobs.report, manager.purge):
             with pytest.raises(NotFound):
                 await call(each.id)
     assert left_over(tmp_path) == []
@@ -451,12 +453,12 @@ async def test_purging_deletes_record_events_report_and_artifacts(
 
 async def test_waiting_ends_with_the_job_or_with_the_time(manager: JobManager, root: Path) -> None:
     job = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), **SLOW))
-    assert not (await manager.wait(job.id, 0.01)).status.is_terminal
-    waiting = asyncio.create_task(manager.wait(job.id, 60))
+    assert not (await manager.jobs.wait(job.id, 0.01)).status.is_terminal
+    waiting = asyncio.create_task(manager.jobs.wait(job.id, 60))
     await manager.cancel(job.id)
     assert (await waiting).status is Status.CANCELLED
     with pytest.raises(NotFound):
-        await manager.wait("job_unknown", 1)
+        await manager.jobs.wait("job_unknown", 1)
 
 
 async def test_a_client_that_hangs_up_while_submitting_leaves_a_whole_job_or_none(
@@ -470,7 +472,7 @@ async def test_a_client_that_hangs_up_while_submitting_leaves_a_whole_job_or_non
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     for _ in range(200):
-        jobs, _ = await manager.find()
+        jobs, _ = await manager.jobs.find()
         if jobs and all(job.status.is_terminal for job in jobs) and manager.live_jobs == 0:
             break
         await asyncio.sleep(0.05)
@@ -500,7 +502,7 @@ async def test_draining_ends_streams_refuses_jobs_and_keeps_what_was_done(
     job = await first.submit(quantize_request(model, **SLOW))
     waiting = await first.submit(quantize_request(make_model(root / "m.safetensors")))
     stream = asyncio.create_task(all_events(first, job))
-    async for item in first.follow(job.id):
+    async for item in first.jobs.follow(job.id):
         if isinstance(item, Event) and item.type == TENSOR_COMPLETED:
             break
     drain = asyncio.create_task(first.drain(20))
@@ -514,16 +516,16 @@ async def test_draining_ends_streams_refuses_jobs_and_keeps_what_was_done(
     assert (tmp_path / "data" / "work" / job.id / "checkpoint.jsonl").exists()
 
     second = await make_manager()
-    done = await second.wait(job.id, 60)
+    done = await second.jobs.wait(job.id, 60)
     assert done.status is Status.SUCCEEDED, done.error
-    assert (await second.wait(waiting.id, 60)).status is Status.SUCCEEDED
-    types = [event.type for event in await second.events(job.id, limit=1000)]
+    assert (await second.jobs.wait(waiting.id, 60)).status is Status.SUCCEEDED
+    types = [event.type for event in await second.jobs.events(job.id, limit=1000)]
     assert types.count("job.resumed") == 1
     assert types.count(TENSOR_COMPLETED) == 40, "each tensor is told once, before or after"
-    ids = [event.id for event in await second.events(job.id, limit=1000)]
+    ids = [event.id for event in await second.jobs.events(job.id, limit=1000)]
     assert ids == sorted(set(ids))
     undisturbed = await second.submit(quantize_request(model, **SLOW))
-    await second.wait(undisturbed.id, 60)
+    await second.jobs.wait(undisturbed.id, 60)
     artifacts = tmp_path / "data" / "artifacts"
     assert digests(artifacts / job.id / "compressed-tensors") == digests(
         artifacts / undisturbed.id / "compressed-tensors"
@@ -533,16 +535,26 @@ async def test_draining_ends_streams_refuses_jobs_and_keeps_what_was_done(
 async def test_a_plan_is_made_without_a_job(manager: JobManager, root: Path, tmp_path: Path) -> None:
     plan = await manager.plan(quantize_request(make_model(root / "m.safetensors")))
     assert len(plan.tensors) == 4
-    assert (await manager.find())[0] == []
+    assert (await manager.jobs.find())[0] == []
     assert left_over(tmp_path) == []
 
 
 async def test_the_weights_that_come_out_are_those_that_went_in(manager: JobManager, root: Path) -> None:
     model = make_model(root / "m.safetensors")
     job = await manager.submit(quantize_request(model, config={"skip": ["*"]}))
-    done = await manager.wait(job.id, 60)
+    done = await manager.jobs.wait(job.id, 60)
     assert done.status is Status.SUCCEEDED, done.error
     (weights,) = (Path(a.location) for a in done.artifacts if a.path.endswith(".safetensors"))
     before, after = load_file(model), load_file(weights)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.skipif(backends()["cuda"].unavailable() is None, reason="this machine has a GPU")
+async def test_a_backend_that_cannot_be_made_ready_is_told_with_its_reason(make_manager: MakeManager) -> None:
+    manager = await make_manager(config_defaults=QuantizationConfig(backend="cuda"))
+    for _ in range(1000):
+        if manager.is_warm:
+            break
+        await asyncio.sleep(0.01)
+    assert "backend 'cuda' cannot run on this server" in (manager.warm_up_fault or "")

@@ -86,20 +86,20 @@ async def test_a_job_killed_in_the_middle_goes_on_and_gives_the_bytes_of_an_undi
         process.kill()
 
     manager = await make_manager()
-    done = await manager.wait(killed, 120)
+    done = await manager.jobs.wait(killed, 120)
     assert done.status is Status.SUCCEEDED, done.error
     assert done.started_at is not None
-    events = await manager.events(killed, limit=1000)
+    events = await manager.jobs.events(killed, limit=1000)
     types = [event.type for event in events]
     assert types.count("job.started") == 1
     assert types.count("job.resumed") == 2
     told = [(e.data["output"], e.data["name"]) for e in events if e.type == TENSOR_COMPLETED]
     assert len(told) == len(set(told)) == 80, "each tensor is told once, whenever the process died"
     assert [event.id for event in events] == sorted({event.id for event in events if event.id})
-    queued = next(job for job in (await manager.find())[0] if job.id != killed)
-    assert (await manager.wait(queued.id, 60)).status is Status.SUCCEEDED
+    queued = next(job for job in (await manager.jobs.find())[0] if job.id != killed)
+    assert (await manager.jobs.wait(queued.id, 60)).status is Status.SUCCEEDED
 
-    undisturbed = await manager.wait((await manager.submit(request)).id, 120)
+    undisturbed = await manager.jobs.wait((await manager.submit(request)).id, 120)
     artifacts = tmp_path / "data" / "artifacts"
     for output in ("compressed-tensors", "parquet"):
         assert digests(artifacts / killed / output) == digests(artifacts / undisturbed.id / output)
@@ -124,9 +124,9 @@ async def test_a_job_killed_while_cancelling_ends_cancelled_and_leaves_nothing(
     store.write([running.to(Status.CANCELLING)], [])
     store.close()
     manager = await make_manager()
-    done = await manager.wait(job_id, 10)
+    done = await manager.jobs.wait(job_id, 10)
     assert done.status is Status.CANCELLED
-    assert [event.type for event in await manager.events(job_id)][-1] == "job.cancelled"
+    assert [event.type for event in await manager.jobs.events(job_id)][-1] == "job.cancelled"
     assert files_below(tmp_path / "data" / "work") + files_below(tmp_path / "data" / "artifacts") == []
     assert files_below(root) == ["long.safetensors"]
 
@@ -149,10 +149,12 @@ async def test_a_job_killed_between_publishing_and_its_last_state_is_finished_an
     database.close()
     before = {path: path.stat().st_mtime_ns for path in report.parent.rglob("*")}
     manager = await make_manager()
-    done = await manager.wait(job_id, 60)
+    done = await manager.jobs.wait(job_id, 60)
     assert done.status is Status.SUCCEEDED, done.error
     assert len(done.artifacts) == 3
-    told = [event.data["name"] for event in await manager.events(job_id, limit=1000) if event.type == TENSOR_COMPLETED]
+    told = [
+        event.data["name"] for event in await manager.jobs.events(job_id, limit=1000) if event.type == TENSOR_COMPLETED
+    ]
     assert sorted(told) == sorted({f"layers.{i}.weight" for i in range(40)})
     assert {path: path.stat().st_mtime_ns for path in report.parent.rglob("*")} == before
 
@@ -174,7 +176,7 @@ async def test_a_crash_at_any_step_of_publishing_is_gone_on_from(
     outputs = [FORMAT | {"name": "a", "uri": target.as_uri()}, FORMAT | {"name": "b"}]
     first = await make_manager()
     job = await first.submit(quantize_request(make_model(root / "m.safetensors"), outputs=outputs))
-    job = await first.wait(job.id, 60)
+    job = await first.jobs.wait(job.id, 60)
     await first.drain(10)
     artifacts, work = data / "artifacts" / job.id, data / "work" / job.id
     expected = digests(target)
@@ -188,7 +190,7 @@ async def test_a_crash_at_any_step_of_publishing_is_gone_on_from(
     set_back(data, job, status)
 
     second = await make_manager()
-    done = await second.wait(job.id, 60)
+    done = await second.jobs.wait(job.id, 60)
     assert files_below(data / "work") == []
     if status is Status.CANCELLING:
         assert done.status is Status.CANCELLED
@@ -206,13 +208,13 @@ async def test_a_target_that_someone_emptied_after_publishing_fails_the_job_and_
     data, target = tmp_path / "data", root / "out"
     first = await make_manager()
     request = quantize_request(make_model(root / "m.safetensors"), outputs=[FORMAT | {"uri": target.as_uri()}])
-    job = await first.wait((await first.submit(request)).id, 60)
+    job = await first.jobs.wait((await first.submit(request)).id, 60)
     await first.drain(10)
     target.rename(root / "moved")
     (data / "work" / job.id).mkdir()
     (data / "artifacts" / job.id / "report.json").rename(data / "work" / job.id / "report.json")
     set_back(data, job, Status.RUNNING)
-    done = await (await make_manager()).wait(job.id, 60)
+    done = await (await make_manager()).jobs.wait(job.id, 60)
     assert done.error is not None
     assert done.error.code == "storage_failure"
     assert files_below(data / "work") + files_below(data / "artifacts") == []
@@ -231,7 +233,7 @@ async def test_files_that_belong_to_no_job_are_removed_after_a_start_and_others_
 ) -> None:
     first = await make_manager()
     job = await first.submit(quantize_request(make_model(root / "m.safetensors")))
-    await first.wait(job.id, 60)
+    await first.jobs.wait(job.id, 60)
     await first.drain(10)
     data = tmp_path / "data"
     kept = digests(data / "artifacts")
@@ -246,7 +248,7 @@ async def test_files_that_belong_to_no_job_are_removed_after_a_start_and_others_
     running = await second.submit(quantize_request(root / "m.safetensors"))
     await until_gone(data / "artifacts" / "job_y")
     await until_gone(blob)
-    assert (await second.wait(running.id, 60)).status is Status.SUCCEEDED
+    assert (await second.jobs.wait(running.id, 60)).status is Status.SUCCEEDED
     found = digests(data / "artifacts")
     assert {path: digest for path, digest in found.items() if not path.startswith(running.id)} == kept
     assert len(found) == 2 * len(kept)
@@ -255,7 +257,7 @@ async def test_files_that_belong_to_no_job_are_removed_after_a_start_and_others_
 async def test_a_look_for_files_of_no_job_leaves_those_of_a_purged_one_to_their_last_reader(
     manager: JobManager, tmp_path: Path, root: Path
 ) -> None:
-    job = await manager.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
+    job = await manager.jobs.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
     folders = Folders(tmp_path / "data")
     with ThreadPoolExecutor(1) as thread:
         database = Database(lambda: manager._opened_store, thread)
@@ -288,10 +290,10 @@ async def test_a_timeout_goes_on_counting_after_a_restart_but_not_while_no_serve
         jobs[name] = job
     store.close()
     manager = await make_manager()
-    late = await manager.wait("job_nearly", 60)
+    late = await manager.jobs.wait("job_nearly", 60)
     assert late.error is not None
     assert late.error.code == "job_timeout"
-    assert (await manager.get("job_fresh")).status is Status.RUNNING
+    assert (await manager.jobs.get("job_fresh")).status is Status.RUNNING
     await manager.cancel("job_fresh")
 
 
@@ -306,11 +308,11 @@ async def test_a_restart_does_not_change_who_has_the_better_claim(
         until(process, TENSOR_COMPLETED)
         process.kill()
     manager = await make_manager(max_running_jobs=1)
-    assert (await manager.get(running)).status is Status.RUNNING
-    waiting = next(job for job in (await manager.find())[0] if job.id != running)
-    first, second = await manager.wait(running, 60), await manager.wait(waiting.id, 60)
+    assert (await manager.jobs.get(running)).status is Status.RUNNING
+    waiting = next(job for job in (await manager.jobs.find())[0] if job.id != running)
+    first, second = await manager.jobs.wait(running, 60), await manager.jobs.wait(waiting.id, 60)
     assert (first.status, second.status) == (Status.SUCCEEDED, Status.SUCCEEDED)
-    resumed = [event.at for event in await manager.events(running, limit=1000) if event.type == "job.resumed"]
+    resumed = [event.at for event in await manager.jobs.events(running, limit=1000) if event.type == "job.resumed"]
     assert len(resumed) == 1, "however many turns it took"
     assert second.started_at is not None
     assert (resumed[0] < second.started_at) == (priority == 0)

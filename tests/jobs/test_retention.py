@@ -330,7 +330,9 @@ async def test_what_a_job_that_has_not_ended_reads_stays_and_then_goes(
     make_manager: MakeManager, root: Path, tmp_path: Path
 ) -> None:
     manager = await make_manager(max_running_jobs=1)
-    source = await manager.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
+    source = await manager.jobs.wait(
+        (await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60
+    )
     slow = await manager.submit(quantize_request(make_slow_model(root / "slow.safetensors"), config={"method": "mse"}))
     compare = {
         "kind": "validate",
@@ -341,15 +343,15 @@ async def test_what_a_job_that_has_not_ended_reads_stays_and_then_goes(
     rules = replace(FOR_EVER, artifact_ttl_s=0.0, event_ttl_s=0.0, job_ttl_s=0.0)
     assert (await manager.collector.sweep(rules, later(source))).count == 0
     await manager.cancel(slow.id)
-    assert (await manager.wait(waiting, 60)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(waiting, 60)).status is Status.SUCCEEDED
     swept = await manager.collector.sweep(replace(rules, job_ttl_s=None), later(source))
     assert [item.id for item in swept.named if item.what is What.ARTIFACTS] == [source.id]
     with pytest.raises(ArtifactsExpired) as refused:
         await manager.submit(quantize_request({"type": "job", "job_id": source.id}))
     assert refused.value.pointer == "/source/job_id"
-    assert (await manager.report(source.id)).outputs
+    assert (await manager.jobs.report(source.id)).outputs
     assert (await manager.collector.sweep(rules, later(source))).tallies[What.JOBS].count == 3
-    assert (await manager.find(), await manager.batches.find()) == (([], None), ([], None))
+    assert (await manager.jobs.find(), await manager.batches.find()) == (([], None), ([], None))
     assert list((tmp_path / "data" / "artifacts").iterdir()) == []
 
 
@@ -364,14 +366,14 @@ async def test_the_source_of_a_job_that_has_not_ended_cannot_be_purged(make_mana
     for purge in (manager.purge(source), manager.batches.purge(batch.id)):
         with pytest.raises(JobInUse, match=source):
             await purge
-    assert (await manager.get(other)).status is Status.SUCCEEDED, "of a batch nothing goes then"
+    assert (await manager.jobs.get(other)).status is Status.SUCCEEDED, "of a batch nothing goes then"
     await manager.drain(10)
     manager = await make_manager(max_running_jobs=1)
     with pytest.raises(JobInUse):
         await manager.purge(source)
     await manager.purge(other)
     await manager.cancel(slow.id)
-    assert (await manager.wait(waiting.id, 60)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(waiting.id, 60)).status is Status.SUCCEEDED
     await manager.batches.purge(batch.id)
 
 
@@ -383,11 +385,11 @@ async def test_a_job_that_is_submitted_while_its_source_is_purged_gets_all_of_it
     print(f"TEST_SEED={SEED}")
     purged = 0
     for _ in range(12):
-        source = await manager.wait((await manager.submit(quantize_request(model))).id, 60)
+        source = await manager.jobs.wait((await manager.submit(quantize_request(model))).id, 60)
 
         async def submit(source: Job = source, pause: float = rng.random() * 0.01) -> Job:
             await asyncio.sleep(pause)
-            return await manager.wait((await manager.submit(validate_request(model, source.id))).id, 60)
+            return await manager.jobs.wait((await manager.submit(validate_request(model, source.id))).id, 60)
 
         async def purge(source: Job = source, pause: float = rng.random() * 0.01) -> None:
             await asyncio.sleep(pause)
@@ -412,7 +414,7 @@ async def test_a_job_that_is_submitted_while_its_source_expires_gets_all_of_it_o
     print(f"TEST_SEED={SEED}")
     refused = 0
     for _ in range(12):
-        source = await manager.wait((await manager.submit(quantize_request(model))).id, 60)
+        source = await manager.jobs.wait((await manager.submit(quantize_request(model))).id, 60)
         request = {
             "kind": "validate",
             "original": {"type": "uri", "uri": model.as_uri()},
@@ -423,7 +425,7 @@ async def test_a_job_that_is_submitted_while_its_source_expires_gets_all_of_it_o
         async def submit(batch: BatchRequest = batch, pause: float = rng.random() * 0.01) -> None:
             await asyncio.sleep(pause)
             (job_id,) = (await manager.submit_batch(batch)).job_ids
-            done = await manager.wait(job_id, 60)
+            done = await manager.jobs.wait(job_id, 60)
             assert done.status is Status.SUCCEEDED, done.error
 
         async def expire(source: Job = source, pause: float = rng.random() * 0.01) -> None:
@@ -440,7 +442,7 @@ async def test_a_job_that_is_submitted_while_its_source_expires_gets_all_of_it_o
 async def test_files_that_are_read_outlive_their_record_until_the_last_reader_lets_go(
     manager: JobManager, root: Path, tmp_path: Path
 ) -> None:
-    job = await manager.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
+    job = await manager.jobs.wait((await manager.submit(quantize_request(make_model(root / "m.safetensors")))).id, 60)
     folder = tmp_path / "data" / "artifacts" / job.id
     files = digests(folder)
     with manager.leases.held(job.id):
@@ -449,7 +451,7 @@ async def test_files_that_are_read_outlive_their_record_until_the_last_reader_le
         with manager.leases.held(job.id):
             await manager.purge(job.id)
             with pytest.raises(NotFound):
-                await manager.get(job.id)
+                await manager.jobs.get(job.id)
         assert digests(folder) == files, "a purge does not wait, but its files do"
     for _ in range(1000):
         if not folder.exists():
@@ -466,13 +468,13 @@ async def test_others_get_their_turn_in_the_middle_of_a_long_log(make_manager: M
 
     async def look() -> None:
         while True:
-            page = await manager.events(job.id, limit=1)
+            page = await manager.jobs.events(job.id, limit=1)
             left.append((page[0].id or 0) if page else 0)
 
     looking = asyncio.create_task(look())
     await asyncio.sleep(0)
     await manager.purge(job.id)
-    await manager.events(job.id, limit=1)
+    await manager.jobs.events(job.id, limit=1)
     looking.cancel()
     steps = [first for first in dict.fromkeys(left) if 1 < first < 20_000]
     print(f"{len(left)} looks saw {len(steps)} states in between")
@@ -609,7 +611,7 @@ async def test_a_fault_of_one_sweep_does_not_end_those_that_would_follow(
     async with asyncio.timeout(60):
         while True:
             try:
-                await manager.get(old.id)
+                await manager.jobs.get(old.id)
             except NotFound:
                 break
             await asyncio.sleep(0.01)

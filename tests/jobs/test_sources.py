@@ -57,7 +57,7 @@ async def test_an_index_whose_file_is_a_link_under_the_roots_is_followed(manager
     index = make_index(root / "model", "model-1.safetensors")
     (index.parent / "model-1.safetensors").symlink_to("../blobs/abc.safetensors")
     job = await manager.submit(quantize_request(index))
-    assert (await manager.wait(job.id, 30)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(job.id, 30)).status is Status.SUCCEEDED
 
 
 async def test_a_damaged_index_is_refused_at_once(manager: JobManager, root: Path) -> None:
@@ -91,12 +91,12 @@ async def test_a_companion_swapped_for_a_link_while_the_job_runs_is_not_copied(
     (folder / "tokenizer.json").write_text("{}")
     (tmp_path / "passwd").write_text("secret")
     job = await manager.submit(quantize_request(folder, config={"method": "mse"}))
-    async for item in manager.follow(job.id):
+    async for item in manager.jobs.follow(job.id):
         if isinstance(item, Event) and item.type == "job.progress":
             break
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(tmp_path / "passwd")
-    done = await manager.wait(job.id, 60)
+    done = await manager.jobs.wait(job.id, 60)
     assert done.error is not None
     assert (done.status, done.error.code) == (Status.FAILED, "source_changed")
     assert "tokenizer.json" in done.error.detail
@@ -109,7 +109,7 @@ async def test_a_link_put_into_an_output_does_not_make_it_a_source(
     model = make_model(root / "model.safetensors")
     output = {"format": "compressed-tensors", "uri": (root / "out").as_uri()}
     job = await manager.submit(quantize_request(model, outputs=[output]))
-    assert (await manager.wait(job.id, 30)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(job.id, 30)).status is Status.SUCCEEDED
     (root / "out" / "leak.safetensors").symlink_to(secret)
     with pytest.raises(ForbiddenPath, match=r"leak\.safetensors"):
         await manager.submit(validate_request(model, job.id))
@@ -134,7 +134,7 @@ async def test_an_output_beside_its_source_is_fine(manager: JobManager, root: Pa
     folder = make_model(root / "model" / "model.safetensors").parent
     output = {"format": "parquet", "uri": (root / "model-int4").as_uri()}
     job = await manager.submit(quantize_request(folder, outputs=[output]))
-    assert (await manager.wait(job.id, 30)).status is Status.SUCCEEDED
+    assert (await manager.jobs.wait(job.id, 30)).status is Status.SUCCEEDED
 
 
 async def test_a_folder_of_pickled_weights_is_refused_at_once(manager: JobManager, root: Path) -> None:
@@ -175,7 +175,7 @@ async def test_the_links_to_blobs_are_followed_whatever_kind_the_file_system_has
     request = quantize_request({"type": "blobs", "files": files}, outputs=[output])
     assert len((await manager.plan(request)).outputs) == 1
     job = await manager.submit(request)
-    done = await manager.wait(job.id, 30)
+    done = await manager.jobs.wait(job.id, 30)
     assert (done.status, done.error) == (Status.SUCCEEDED, None)
     assert (root / "out" / "tokenizer.json").read_text() == "{}"
     assert not (root / "out" / "tokenizer.json").is_symlink()

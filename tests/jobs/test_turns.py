@@ -30,7 +30,7 @@ async def at_work(manager: JobManager, root: Path, **fields: object) -> Job:
     if not model.exists():
         make_model(model, tensors=TENSORS, cols=512)
     job = await manager.submit(quantize_request(model, **SLOW, **fields))
-    async for item in manager.follow(job.id):
+    async for item in manager.jobs.follow(job.id):
         if isinstance(item, Event) and item.type == "tensor.completed":
             break
     return job
@@ -43,15 +43,15 @@ async def test_a_job_that_made_room_goes_on_after_a_drain_and_gives_the_same_byt
     job = await at_work(first, root)
     urgent = await at_work(first, root, priority=1)
     assert (first.running, first.queue_depth) == (1, 1)
-    assert (await first.get(job.id)).status is Status.RUNNING, "it has begun, and will go on"
+    assert (await first.jobs.get(job.id)).status is Status.RUNNING, "it has begun, and will go on"
     await first.drain(20)
 
     second = await make_manager(max_running_jobs=1)
-    done = [await second.wait(each.id, 60) for each in (job, urgent)]
+    done = [await second.jobs.wait(each.id, 60) for each in (job, urgent)]
     assert [each.status for each in done] == [Status.SUCCEEDED, Status.SUCCEEDED]
     folders = [tmp_path / "data" / "artifacts" / each.id / "compressed-tensors" for each in done]
     assert digests(folders[0]) == digests(folders[1])
-    types = [event.type for event in await second.events(job.id, limit=1000)]
+    types = [event.type for event in await second.jobs.events(job.id, limit=1000)]
     assert (types.count("job.started"), types.count("job.resumed"), types.count("tensor.completed")) == (1, 1, TENSORS)
 
 
@@ -61,24 +61,24 @@ async def test_the_report_of_a_job_leaves_out_the_time_in_which_others_had_its_l
     manager = await make_manager(max_running_jobs=1)
     job = await at_work(manager, root)
     others = [await manager.submit(quantize_request(root / "long.safetensors", priority=1, **SLOW)) for _ in range(2)]
-    done = await manager.wait(job.id, 120)
+    done = await manager.jobs.wait(job.id, 120)
     assert done.started_at is not None
     assert done.finished_at is not None
-    elsewhere = sum([(await manager.report(other.id)).seconds for other in others])
+    elsewhere = sum([(await manager.jobs.report(other.id)).seconds for other in others])
     assert elsewhere > 0
-    taken = (await manager.report(job.id)).seconds
+    taken = (await manager.jobs.report(job.id)).seconds
     assert taken <= (done.finished_at - done.started_at).total_seconds() - elsewhere
 
 
 async def test_a_time_limit_does_not_count_the_turns_of_others(make_manager: MakeManager, root: Path) -> None:
     manager = await make_manager(max_running_jobs=1)
-    alone = await manager.wait((await at_work(manager, root)).id, 120)
-    seconds = (await manager.report(alone.id)).seconds
+    alone = await manager.jobs.wait((await at_work(manager, root)).id, 120)
+    seconds = (await manager.jobs.report(alone.id)).seconds
     job = await at_work(manager, root, timeout_s=2 * seconds + 2.0)
     others = [await manager.submit(quantize_request(root / "long.safetensors", priority=1, **SLOW)) for _ in range(4)]
-    done = await manager.wait(job.id, 240)
+    done = await manager.jobs.wait(job.id, 240)
     assert done.status is Status.SUCCEEDED, done.error
-    ended = [(await manager.get(other.id)).finished_at for other in others]
+    ended = [(await manager.jobs.get(other.id)).finished_at for other in others]
     assert all(at is not None and done.finished_at is not None and at < done.finished_at for at in ended)
 
 
@@ -91,14 +91,14 @@ async def test_the_time_to_begin_goes_on_counting_over_a_restart(make_manager: M
     await first.drain(20)
     assert late.status is Status.QUEUED
     second = await make_manager(max_running_jobs=1)
-    failed = await second.wait(late.id, 60)
+    failed = await second.jobs.wait(late.id, 60)
     assert failed.error is not None
     assert failed.error.code == "pending_timeout"
     assert failed.finished_at is not None
     assert (failed.finished_at - failed.created_at).total_seconds() >= 0.4
-    assert (await second.get(running.id)).status is Status.RUNNING, "it took no lane"
+    assert (await second.jobs.get(running.id)).status is Status.RUNNING, "it took no lane"
     await second.cancel(running.id)
-    assert (await second.wait(patient.id, 60)).status is Status.SUCCEEDED
+    assert (await second.jobs.wait(patient.id, 60)).status is Status.SUCCEEDED
 
 
 async def test_a_job_that_was_accepted_by_a_server_with_more_memory_fails_when_it_runs(
@@ -109,12 +109,12 @@ async def test_a_job_that_was_accepted_by_a_server_with_more_memory_fails_when_i
     waiting = await first.submit(quantize_request(make_model(root / "m.safetensors", rows=2048, cols=2048)))
     await first.drain(20)
     second = await make_manager(max_running_jobs=1, memory_limit_bytes=20 * MIB)
-    done = await second.wait(waiting.id, 60)
+    done = await second.jobs.wait(waiting.id, 60)
     assert done.error is not None
     assert (done.error.code, done.error.tensor) == ("exceeds_memory", "layers.0.weight")
     assert str(20 * MIB) in done.error.detail
     while second.live_jobs:
-        await second.wait((await second.find())[0][-1].id, 1)
+        await second.jobs.wait((await second.jobs.find())[0][-1].id, 1)
     assert files_below(tmp_path / "data" / "work") == []
 
 
@@ -127,7 +127,7 @@ async def test_jobs_of_which_nothing_is_known_after_a_restart_still_do_not_excee
     await first.drain(20)
     # Each needs more than half of it, which shows when its headers are read.
     second = await make_manager(max_running_jobs=3, memory_limit_bytes=60 * MIB)
-    done = [await second.wait(job.id, 120) for job in jobs]
+    done = [await second.jobs.wait(job.id, 120) for job in jobs]
     assert [job.status for job in done] == [Status.SUCCEEDED] * 3
     ends = sorted(job.finished_at for job in done if job.finished_at is not None)
     assert ends[0] < ends[1] < ends[2]

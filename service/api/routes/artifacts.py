@@ -39,7 +39,7 @@ async def list_job_artifacts(
     request: Request, job_id: JobId, manager: Manager, caller: Caller, limit: Limit = 50, after: After = None
 ) -> Response:
     """Every file that the job wrote and that is still there, by path; none before it has succeeded."""
-    job = await manager.get(job_id, caller.reach)
+    job = await manager.jobs.get(job_id, caller.reach)
     kept = [a for a in job.artifacts if job.is_kept(a)]
     if job.artifacts and not kept:
         raise _expired(job)
@@ -67,7 +67,7 @@ async def download_job_artifact(
     request: Request, job_id: JobId, path: str, manager: Manager, caller: Caller
 ) -> Response:
     """A file, or one range of it; the entity tag is its SHA-256."""
-    job = await manager.get(job_id, caller.reach)
+    job = await manager.jobs.get(job_id, caller.reach)
     # Only what the job lists is ever opened, so no path can lead elsewhere.
     artifact = next((a for a in job.artifacts if a.path == path), None)
     if artifact is None:
@@ -96,7 +96,7 @@ async def download_job_artifact(
 )
 async def download_job_archive(request: Request, job_id: JobId, manager: Manager, caller: Caller) -> Response:
     """All of the job's files as one tar; gone as soon as one of them is."""
-    job = await manager.get(job_id, caller.reach)
+    job = await manager.jobs.get(job_id, caller.reach)
     _check_succeeded(job)
     if not all(map(job.is_kept, job.artifacts)):
         raise _expired(job)

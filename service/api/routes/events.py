@@ -39,9 +39,9 @@ async def stream_job_events(
     """
     media_type = choose(request.headers.get("accept"), (EVENT_STREAM, JSON))
     begin = last_event_id if last_event_id is not None else after or 0
-    job = await manager.get(job_id, caller.reach)
+    job = await manager.jobs.get(job_id, caller.reach)
     if media_type == JSON:
-        return event_page(await manager.events(job_id, after=begin, limit=limit + 1), limit, render.event)
-    if job.status.is_terminal and not await manager.events(job_id, after=begin, limit=1):
+        return event_page(await manager.jobs.events(job_id, after=begin, limit=limit + 1), limit, render.event)
+    if job.status.is_terminal and not await manager.jobs.events(job_id, after=begin, limit=1):
         return Response(status_code=204)
-    return event_stream(manager.follow(job_id, after=begin), render.event, manager.watch.metrics)
+    return event_stream(manager.jobs.follow(job_id, after=begin), render.event, manager.watch.metrics)

@@ -13,7 +13,7 @@ from service.api.problems import documented
 from service.api.replies import reply
 from service.api.schemas.catalog import Health, Readiness
 from service.api.state import ApiState
-from service.errors import InvalidConfig, NotReady
+from service.errors import NotReady
 
 router = APIRouter(tags=["health"])
 
@@ -48,6 +48,8 @@ def _busy(state: ApiState) -> str | None:
         return "a fault keeps what happens to jobs from being stored: the server's log tells more"
     if not state.manager.is_warm:
         return "the kernels are being compiled, which happens once; jobs are taken already"
+    if fault := state.manager.warm_up_fault:
+        return fault
     waiting = state.manager.queue_depth
     return f"{waiting} jobs wait, and no more may" if waiting >= state.settings.max_queued_jobs else None
 
@@ -57,9 +59,6 @@ def _unusable(state: ApiState) -> str | None:
         with tempfile.TemporaryFile(dir=state.settings.data_dir) as file:
             file.write(b"ready?")
             file.flush()
-        state.manager.backends.get(state.manager.backend)
     except OSError as error:
         return f"the data folder cannot be written: {error.strerror}"
-    except InvalidConfig as error:
-        return error.detail
     return None

@@ -122,7 +122,7 @@ async def list_jobs(
     after: AfterJob = None,
 ) -> Response:
     """Jobs, newest first."""
-    jobs, cursor = await manager.find(
+    jobs, cursor = await manager.jobs.find(
         tenant=caller.reach,
         status=status,
         kind=kind,
@@ -139,7 +139,7 @@ async def list_jobs(
 async def get_job(request: Request, job_id: JobId, state: State, caller: Caller, wait: Wait) -> Response:
     """A job. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
     tenant = caller.reach
-    job = await (state.manager.get(job_id, tenant) if wait is None else state.wait(request, job_id, wait, tenant))
+    job = await (state.manager.jobs.get(job_id, tenant) if wait is None else state.wait(request, job_id, wait, tenant))
     deliveries = await state.manager.webhooks.deliveries(job_id) if job.request.webhook else None
     return tagged_reply(request, dump(render.job(job, deliveries)), headers=applied(wait))
 
@@ -167,7 +167,7 @@ async def cancel_job(
     if purge:
         await manager.purge(job_id, caller.reach)
         return Response(status_code=204)
-    before = await manager.get(job_id, caller.reach)
+    before = await manager.jobs.get(job_id, caller.reach)
     job = await manager.cancel(job_id, caller.reach)
     ended = before.status.is_terminal or job.status in (Status.SUCCEEDED, Status.FAILED)
     return reply(render.job(job), 200 if ended else 202)

@@ -46,7 +46,7 @@ async def get_job_report(
 ) -> Response:
     """The quality report."""
     media_type = choose(request.headers.get("accept"), (JSON, PARQUET, ARROW_STREAM))
-    report = await manager.report(job_id, caller.reach)
+    report = await manager.jobs.report(job_id, caller.reach)
     content, etag = await run_sync(_encode, report, media_type, output)
     return tagged(request, content, etag, media_type, {"Vary": "Accept"})
 
