@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
-from service.engine.backends.cuda import CudaBackend, quantize_work
+from service.engine.backends.cuda import CudaBackend
+from service.engine.backends.cuda_pieces import quantize_work
 from service.engine.backends.cupy_device import CupyDevice
 from service.engine.backends.work import THREADS, Work
 from service.engine.methods.base import Method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,8 @@ class Backend(ABC):
     description: ClassVar[str]
     #: Where it computes; backends on the same device share its lanes.
     device: ClassVar[str] = CPU
+    #: Source bytes of small tensors that are worth one call; 0 where it costs as much as a call for each.
+    batch_bytes: ClassVar[int] = 0
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
@@ -74,6 +77,10 @@ class Backend(ABC):
         `grid` is given exactly when the scheme's granularity is `tensor`. When x holds a NaN or an
         infinity, `errors.finite` is False and the rest of the result is meaningless.
         """
+
+    def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
+        """Quantize small tensors, each with the result that `quantize` has for it; the granularity is not `tensor`."""
+        return [self.quantize(x, scheme, method) for x in xs]
 
     @abstractmethod
     def dequantize(self, q: QuantizedRows) -> FloatArray:

@@ -136,7 +136,7 @@ class CupyDevice(Device):
     def _cubin(self, source: str) -> Path:
         """The compiled source, from the disk if it is there."""
         digest = hashlib.sha256(repr((OPTIONS, self._arch, self._cupy.cuda.nvrtc.getVersion())).encode())
-        for file in (KERNELS / "common.cuh", KERNELS / f"{source}.cu"):
+        for file in (*sorted(KERNELS.glob("*.cuh")), KERNELS / f"{source}.cu"):
             digest.update(file.read_bytes())
         path = _cache_folder() / f"{source}.{self._arch}.{digest.hexdigest()[:32]}.cubin"
         if not path.exists():

@@ -44,6 +44,8 @@ class Pieces(Protocol):
     """Work on `total` items, which may be cut anywhere; a piece may be done again after a failure."""
 
     total: int
+    #: What a user calls them.
+    unit: str
 
     def work(self, first: int, last: int) -> Work:
         """What a device does for items [first, last)."""
@@ -113,7 +115,9 @@ class DevicePool:
                 if device is not None:
                     self._free.put(device)
             if course.is_over and course.step < step and device is not None:
-                self._tell(f"{device.name} has not enough memory for {step} rows at once: {course.step} were taken")
+                self._tell(
+                    f"{device.name} has not enough memory for {step} {pieces.unit} at once: {course.step} were taken"
+                )
 
     def _take(self) -> Device | None:
         while self._serving:

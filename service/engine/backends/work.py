@@ -14,12 +14,19 @@ from service.engine.tensors import Array
 TASK = np.dtype(
     [(name, np.uint64) for name in (
         "x", "y", "packed", "scale", "zero", "sums", "out", "counts", "remainders", "extremes", "starts",
+        "parts", "coders", "finders",
     )]
     + [(name, np.int64) for name in ("rows", "cols", "row_bytes")]
     + [(name, np.int32) for name in ("group", "row_grids", "start_count", "symmetric", "scale_kind", "is_aligned")]
     + [(name, np.float32) for name in ("divisor", "top", "implied")]
     + [("finds", np.int32)]
 )  # fmt: skip
+#: Their `Part`: one of many small tensors.
+PART = np.dtype(
+    [(name, np.int64) for name in ("x", "packed", "grid")]
+    + [(name, np.int32) for name in ("rows", "cols", "row_bytes", "row_grids", "is_aligned")]
+    + [(name, np.uint32) for name in ("first_coder", "first_finder", "unused")]
+)
 #: Threads of a block of every kernel.
 THREADS = 256
 #: Where arrays begin in a buffer: at multiples of it.

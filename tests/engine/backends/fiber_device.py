@@ -19,7 +19,7 @@ from service.engine.backends.cupy_device import KERNELS
 from service.engine.backends.device import Device
 from service.engine.backends.work import ALIGNMENT, THREADS, Bytes, Work
 
-SOURCES = ("dequantize", "measure", "quantize", "search")
+SOURCES = ("dequantize", "measure", "quantize", "quantize_many", "search", "search_many")
 FIBERS = Path(__file__).parent / "fibers"
 COMPILE = [
     "g++",

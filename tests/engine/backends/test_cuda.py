@@ -34,6 +34,26 @@ COLUMNS = st.one_of(st.integers(1, 300), st.integers(1, 20).map(lambda n: 32 * n
 SHAPED = settings(max_examples=60, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 
 
+SHAPES = st.lists(st.tuples(st.integers(1, 12), COLUMNS), min_size=1, max_size=9)
+
+
+@settings(SHAPED, max_examples=12)
+@given(schemes(), st.lists(st.sampled_from(DTYPES), min_size=9, max_size=9), SHAPES, st.integers(0, 2**32 - 1))
+def test_many_small_tensors_get_what_each_of_them_would(scheme, dtypes, shapes, seed) -> None:
+    xs = [values("normal", seed + i, *shape, dtypes[i]) for i, shape in enumerate(shapes)]
+    for method in (MinMax(), Mse(clips=(1.0, 0.8), max_iterations=2)):
+        for mine, x in zip(CUDA.quantize_many(xs, scheme, method), xs, strict=True):
+            assert_same(mine, CUDA.quantize(x, scheme, method))
+            assert mine.errors == pytest.approx(CUDA.quantize(x, scheme, method).errors)
+
+
+def test_a_tensor_that_is_not_finite_is_the_only_one_of_many_that_is_said_to_be_so(rng) -> None:
+    xs = [rng.standard_normal((3, 70)).astype(np.float32) for _ in range(40)]
+    xs[17][2, 69] = np.nan
+    found = CUDA.quantize_many(xs, IntegerScheme(), MinMax())
+    assert [i for i, q in enumerate(found) if not q.errors.finite] == [17]
+
+
 @SHAPED
 @given(schemes(), st.sampled_from(DTYPES), KINDS, st.integers(1, 12), COLUMNS, st.integers(0, 2**32 - 1))
 def test_minmax_gives_the_bytes_of_the_reference(scheme, dtype, kind, rows, cols, seed) -> None:
@@ -161,6 +181,10 @@ for dtype in DTYPES[:3]:
     cuda.quantize(x, IntegerScheme(granularity="channel"), MinMax())
     cuda.quantize(x[:1], IntegerScheme(), Mse(clips=(0.9,)))
     cuda.quantize(x[:1], CodebookScheme(granularity="channel"), Mse(clips=(0.9,), max_iterations=1))
+    cuda.quantize_many([x, x[:1], x[:, :33]], IntegerScheme(bits=3), MinMax())
+    cuda.quantize_many([x[:1], x[:1, :33]], IntegerScheme(), Mse(clips=(0.9,)))
+    cuda.quantize_many([x, x[:1]], IntegerScheme(granularity="channel"), MinMax())
+    cuda.quantize_many([x[:1], x[1:2, :33]], CodebookScheme(granularity="channel"), Mse(clips=(0.9,), max_iterations=1))
     cuda.observe(x)
     cuda.compare(x, x)
 print("all ran")

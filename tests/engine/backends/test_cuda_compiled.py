@@ -85,7 +85,7 @@ def test_values_stay_in_registers_and_pointers_are_known_to_be_global(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_weights_are_read_sixteen_bytes_at_a_time_and_numbers_written_so(arch: str, cubins, tmp_path: Path) -> None:
-    for source, fewest in (("quantize", 2), ("search", 1), ("measure", 1)):
+    for source, fewest in (("quantize", 2), ("quantize_many", 2), ("search", 1), ("search_many", 1), ("measure", 1)):
         for name, code in kernels_of(source, cubins[source, arch][0], tmp_path).items():
             if not name.startswith(("find_rows", "search_rows")):  # other reads than these count
                 assert len(re.findall(r"\bLDG\.E\.(?:ENL2\.)?(?:128|256)", code)) >= fewest, name

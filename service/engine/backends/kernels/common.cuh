@@ -7,6 +7,16 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// One of many small tensors: where its share of the task's arrays begins, and its shape.
+struct Part {
+    long long x, packed, grid;  // in bytes, bytes and grids
+    int rows, cols, row_bytes, row_grids, is_aligned;
+    u32 first_coder;   // block that makes codes of it
+    u32 first_finder;  // block, or warp, that finds grids of it
+    u32 unused;
+};
+static_assert(sizeof(Part) == 8 * 3 + 4 * 8, "work.py lays out the same fields");
+
 // What one launch works on; `work.py` lays out the same fields. Pointers that a kernel does not use are null.
 struct Task {
     const void* x;       // weights, (rows, cols) without gaps
@@ -20,6 +30,9 @@ struct Task {
     u64* remainders;     // (65536,) the sum of their lower halves
     u32* extremes;       // (2,) the complement of the smallest pattern in order, and the largest
     const float* starts; // (start_count, 3): clips of the low and the high end, and how many steps may follow
+    const Part* parts;   // of many tensors
+    const u32* coders;   // which part each block makes codes of
+    const u32* finders;  // and which one each block, or warp, finds grids of
     long long rows, cols, row_bytes;
     int group;       // columns from one group to the next
     int row_grids;   // grids of a row; 0 where one serves all rows
@@ -30,7 +43,7 @@ struct Task {
     float divisor, top, implied;
     int finds;       // whether `quantize` makes the grids of its groups' ranges; else they are there
 };
-static_assert(sizeof(Task) == 8 * 14 + 4 * 10, "work.py lays out the same fields");
+static_assert(sizeof(Task) == 8 * 17 + 4 * 10, "work.py lays out the same fields");
 
 constexpr int WARP = 32, THREADS = 256, WARPS = THREADS / WARP;
 constexpr u32 ALL = 0xffffffffu;
@@ -255,6 +268,18 @@ __device__ inline Grid load_grid(const Task& task, long long index) {
 // Which grid the elements from `column` of a row on have.
 __device__ inline long long grid_index(const Task& task, long long row, long long column) {
     return task.row_grids ? row * task.row_grids + (task.row_grids == 1 ? 0 : column / task.group) : 0;
+}
+
+// The task of one of many tensors.
+__device__ inline Task task_of(const Task& all, const Part& part) {
+    Task task = all;
+    task.x = (const u8*)all.x + part.x;
+    task.packed = all.packed + part.packed;
+    task.scale = (u8*)all.scale + part.grid * (all.scale_kind ? 2 : 4);
+    task.zero = all.zero ? all.zero + part.grid : nullptr;
+    task.rows = part.rows, task.cols = part.cols, task.row_bytes = part.row_bytes, task.row_grids = part.row_grids;
+    task.is_aligned = part.is_aligned;
+    return task;
 }
 
 // --- the table of NF4 ---

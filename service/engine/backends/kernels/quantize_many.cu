@@ -1,0 +1,21 @@
+// Codes of many small tensors in one launch; each block looks up which one it works on.
+#include "quantize.cuh"
+
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+#define WIDTH(X, dtype, BITS, IS_TABLE, name) \
+    KERNEL quantize_many_##dtype##_##name(const __grid_constant__ Task all) { \
+        const Part& part = all.parts[all.coders[blockIdx.x]]; \
+        quantize<X, BITS, IS_TABLE>(task_of(all, part), blockIdx.x - part.first_coder); \
+    }
+#define DTYPE(X, dtype) \
+    KERNEL find_rows_many_##dtype(const __grid_constant__ Task all) { \
+        const Part& part = all.parts[all.finders[blockIdx.x]]; \
+        find_row<X>(task_of(all, part), blockIdx.x - part.first_finder); \
+    } \
+    WIDTH(X, dtype, 2, false, int2) WIDTH(X, dtype, 3, false, int3) WIDTH(X, dtype, 4, false, int4) \
+    WIDTH(X, dtype, 5, false, int5) WIDTH(X, dtype, 6, false, int6) WIDTH(X, dtype, 8, false, int8) \
+    WIDTH(X, dtype, 4, true, nf4)
+
+DTYPE(F32, f32)
+DTYPE(F16, f16)
+DTYPE(BF16, bf16)
