@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from service.errors import InvalidConfig, ModelNotFound, TargetInUse
 from service.storage.calls import Calls
-from service.storage.hub import HubRepository
 from service.storage.object_store import ObjectStoreFolder
 from service.storage.remote_address import (
     HUB_SCHEME,
@@ -23,6 +23,9 @@ from service.storage.remote_address import (
 )
 from service.storage.remote_files import PARTS_AT_ONCE, Entry, RemoteFiles, usable_files
 from service.storage.store_options import StoreOptions
+
+if TYPE_CHECKING:
+    from service.storage.hub import HubRepository
 
 Cancelled = Callable[[], bool]
 #: At most so long a request is looked at before it is accepted.
@@ -74,7 +77,7 @@ class Stores:
         if address.scheme != HUB_SCHEME:
             return address
         with closing(self.calls(cancelled)) as calls:
-            repository = calls.run(partial(HubRepository, address, self._options))
+            repository = calls.run(partial(_repository, address, self._options))
         repository.close()
         return address.at(repository.commit)
 
@@ -133,20 +136,27 @@ def _one_object(address: RemoteAddress, options: StoreOptions, calls: Calls) -> 
 
 def _of_hub(address: RemoteAddress, revision: str, options: StoreOptions, calls: Calls) -> RemoteFiles:
     pinned = address.at(revision)
-    repository = HubRepository(pinned, options)
+    repository = _repository(pinned, options)
     files, warnings = usable_files(repository.entries())
     if files or not address.path:
         return _files_of_hub(repository, address.name, None, files, warnings, calls)
     repository.close()
     if is_a_root(address, options.roots):
         raise ModelNotFound("there is no model at this address")  # what lies beside it is not under the root
-    repository = HubRepository(RemoteAddress(address.scheme, pinned.parts[:-1]), options)
+    repository = _repository(RemoteAddress(address.scheme, pinned.parts[:-1]), options)
     entry = PurePosixPath(address.name)
     found = repository.stat(entry)
     if found is None:
         repository.close()
         raise ModelNotFound("there is no model at this address")
     return _files_of_hub(repository, address.name, entry, {entry: found}, [], calls)
+
+
+def _repository(address: RemoteAddress, options: StoreOptions) -> HubRepository:
+    # It loads an HTTP client, and few servers are ever asked for a model of the hub.
+    from service.storage.hub import HubRepository
+
+    return HubRepository(address, options)
 
 
 def _files_of_hub(

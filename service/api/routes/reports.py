@@ -7,7 +7,6 @@ import json
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 
@@ -62,6 +61,8 @@ def _encode(report: RunReport, media_type: str, output: str | None) -> tuple[byt
 
 
 def _parquet(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq  # half of Arrow's libraries: few who start the server ask for this form
+
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-
-import httpx
+from typing import TYPE_CHECKING
 
 from service.errors import WebhookRefused
+
+if TYPE_CHECKING:
+    import httpx
 
 Network = IPv4Network | IPv6Network
 
@@ -83,6 +85,8 @@ class Endpoint:
 
 def parse(url: str, reach: Reach) -> Endpoint:
     """What a webhook's address says; raises WebhookRefused when no webhook may have it, wherever it leads."""
+    import httpx  # here, because most processes never see an address
+
     if not _CHARACTERS.fullmatch(url):
         raise WebhookRefused("the address holds characters that an address cannot hold: percent-encode them")
     try:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -21,11 +22,13 @@ from service.errors import ArrowQuantError, LookupsBusy
 from service.jobs.database import Database
 from service.jobs.standing import StandingTask
 from service.jobs.webhooks import delivery_table, secret_table
-from service.jobs.webhooks.delivery import Due, judge
+from service.jobs.webhooks.delivery import Answer, Due, judge
 from service.jobs.webhooks.metrics import WebhookMetrics
-from service.jobs.webhooks.sender import Answer, Sender
 from service.jobs.webhooks.signing import signed_headers
 from service.logs import Bound
+
+if TYPE_CHECKING:
+    from service.jobs.webhooks.sender import Sender
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from service.jobs.events import Event
 from service.jobs.webhooks.retries import delay_s
-from service.jobs.webhooks.sender import Answer
 
 #: Answered by a receiver that wants no more.
 GONE = 410
@@ -52,6 +51,15 @@ class Due:
     url: str
     body: bytes
     attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of an attempt. `error` is None for a 2xx, and never holds words of the receiver's."""
+
+    status_code: int | None
+    error: str | None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

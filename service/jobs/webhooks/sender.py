@@ -6,7 +6,6 @@ import asyncio
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import httpx
 from service import __version__
 from service.errors import InvalidConfig, WebhookRefused
 from service.jobs.webhooks.addresses import Reach, parse
+from service.jobs.webhooks.delivery import Answer
 from service.jobs.webhooks.resolver import Resolver
 
 #: An answer's body means nothing; so much of it is read, for so long, that the receiver need not see a reset.
@@ -24,15 +24,6 @@ READ_BYTES = 64 << 10
 READ_S = 1.0
 #: Of a host that has many.
 ADDRESSES_TRIED = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of an attempt. `error` is None for a 2xx, and never holds words of the receiver's."""
-
-    status_code: int | None
-    error: str | None
-    retry_after_s: float | None = None
 
 
 class Sender:

@@ -21,7 +21,6 @@ from service.jobs.webhooks.deliverer import Deliverer
 from service.jobs.webhooks.delivery import Delivery
 from service.jobs.webhooks.resolver import Resolver
 from service.jobs.webhooks.retries import DELAYS_S
-from service.jobs.webhooks.sender import Sender
 
 #: Shown of a job; it has more only when the server was restarted often under it.
 SHOWN = 20
@@ -44,6 +43,9 @@ class Webhooks:
 
     def __init__(self, database: Database, options: WebhookOptions, registry: CollectorRegistry) -> None:
         """Counts on `registry`; raises InvalidConfig when the certificates cannot be read."""
+        # It loads an HTTP client, which takes as long as a tenth of everything else.
+        from service.jobs.webhooks.sender import Sender
+
         self._database = database
         self._reach = options.reach
         # Two, so that names which are looked up without end when jobs are made do not hold up what is delivered.

@@ -72,3 +72,11 @@ def test_importing_the_service_loads_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith(" []\n"), done.stdout
     assert "'cpu'" in done.stdout
+
+
+def test_importing_the_application_loads_nothing_that_only_some_calls_need() -> None:
+    # Each of them costs a tenth of a second that every start of the server would wait for.
+    heavy = {"numba", "cupy", "torch", "httpx", "rich", "obstore", "huggingface_hub", "uvicorn", "pyarrow.parquet"}
+    code = f"import sys, service.api.app; print(sorted(sys.modules.keys() & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
