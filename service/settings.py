@@ -58,6 +58,11 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="As `max_running_jobs`, of other devices, as JSON; by default one a GPU.",
     )
+    device_memory_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Of each GPU's memory, and as much of this machine's beside it; by default as jobs take.",
+    )
     memory_limit_bytes: int | None = Field(
         default=None, ge=1, description="Of all running jobs, as predicted; by default four fifths of what there is."
     )

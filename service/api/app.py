@@ -123,6 +123,7 @@ def _manager(settings: Settings, watch: Watch) -> JobManager:
         threads=settings.threads,
         max_running_jobs=settings.max_running_jobs,
         device_lanes=settings.device_lanes,
+        device_memory_bytes=settings.device_memory_bytes,
         memory_limit_bytes=settings.memory_limit_bytes,
         max_queued_jobs=settings.max_queued_jobs,
         kept_places=settings.kept_places,

@@ -281,7 +281,7 @@ def _means(threads: int | None, block_bytes: int | None) -> Means:
     from service.cli.local import Means
 
     settings = _settings(threads=threads, block_bytes=block_bytes)
-    return Means(settings.threads, settings.block_bytes, settings.config_defaults)
+    return Means(settings.threads, settings.device_memory_bytes or 0, settings.block_bytes, settings.config_defaults)
 
 
 def _settings(**given: Any) -> Settings:

@@ -36,12 +36,13 @@ class Means:
     """What a run in this process may use, and the environment's share of the configuration."""
 
     threads: int
+    device_memory_bytes: int
     block_bytes: int
     defaults: QuantizationConfig | None
 
     def backend(self, config: ResolvedConfig) -> Backend:
         """The backend that the configuration names."""
-        return backends()[choose_backend(config.backend or "auto")](threads=self.threads)
+        return backends()[choose_backend(config.backend or "auto")](self.threads, self.device_memory_bytes)
 
 
 def warm_up() -> Iterator[tuple[str, float]]:

@@ -31,8 +31,9 @@ def _no_lanes(device: str, known: Sequence[str]) -> str:
 class BackendPool:
     """Makes backends when they are first asked for. Thread-safe."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, device_memory_bytes: int | None = None) -> None:
+        """Of each device other than the CPU they may take `device_memory_bytes`; by default all that there are."""
+        self._threads, self._device_memory_bytes = threads, device_memory_bytes or 0
         self._lock = threading.Lock()
         self._made: dict[str, Backend] = {}
 
@@ -41,7 +42,7 @@ class BackendPool:
         chosen = choose_backend(id_)
         with self._lock:
             if chosen not in self._made:
-                self._made[chosen] = backends()[chosen](threads=self._threads)
+                self._made[chosen] = backends()[chosen](self._threads, self._device_memory_bytes)
             return self._made[chosen]
 
     def lost_devices(self) -> dict[str, str]:

@@ -90,6 +90,7 @@ class JobManager:
         threads: int = 1,
         max_running_jobs: int = 2,
         device_lanes: Mapping[str, int] | None = None,
+        device_memory_bytes: int | None = None,
         max_queued_jobs: int = 1000,
         kept_places: int = 0,
         memory_limit_bytes: int | None = None,
@@ -106,6 +107,7 @@ class JobManager:
 
         `max_running_jobs` are the lanes of the CPU, `device_lanes` those of other devices, one each by default.
         `memory_limit_bytes` is for all running jobs together; by default what this machine lets a service have.
+        `device_memory_bytes` is for each device other than the CPU; by default all that it has.
         `kept_places` of the queue are for tenants that have no job waiting.
         Without `stores` no address in one may be named.
         `tenant_limits` hold for a tenant that has none of its own in the store; `retention` is what sweeps go by.
@@ -133,7 +135,7 @@ class JobManager:
         self._publisher = Publisher(self._folders, self._roots, stores)
         #: What jobs wrote, for downloads.
         self.contents = Contents(stores)
-        self._backends = BackendPool(threads)
+        self._backends = BackendPool(threads, device_memory_bytes)
         self._default_backend = (config_defaults and config_defaults.backend) or "auto"
         self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes, memory)
         self._store: Store | None = None

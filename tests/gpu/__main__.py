@@ -87,7 +87,7 @@ def check_memory(_: Backend) -> Iterator[str]:
     """Too little memory costs time and a notice, nothing else."""
     x = np.random.default_rng(3).standard_normal((4096, 2048)).astype(np.float32)
     scheme = build_scheme("int4", symmetric=False)
-    small = CudaBackend(2, memory_limit_bytes=4 << 20)
+    small = CudaBackend(2, 4 << 20)
     if not np.array_equal(small.quantize(x, scheme, MinMax()).packed, REFERENCE.quantize(x, scheme, MinMax()).packed):
         yield "with 4 MiB of memory the codes differ"
     if not small.take_notices():

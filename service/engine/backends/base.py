@@ -39,8 +39,9 @@ class Backend(ABC):
     #: Source bytes of small tensors that are worth one call; 0 where it costs as much as a call for each.
     batch_bytes: ClassVar[int] = 0
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, device_memory_bytes: int = 0) -> None:
+        """Of each device other than the CPU it may take so many bytes of memory; 0 is for as many as there are."""
+        self.threads, self.device_memory_bytes = threads, device_memory_bytes
 
     @classmethod
     def unavailable(cls) -> str | None:

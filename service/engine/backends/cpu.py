@@ -103,8 +103,8 @@ class CpuBackend(ReferenceBackend):
     id: ClassVar[str] = "cpu"
     description: ClassVar[str] = "Numba on all cores, with the codes packed and the errors measured in one pass"
 
-    def __init__(self, threads: int = 1) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int = 1, device_memory_bytes: int = 0) -> None:
+        super().__init__(threads, device_memory_bytes)
         # Imported here, not with the module: a listing of the backends need not pay for Numba.
         from service.engine.backends.cpu_kernels import histogram, rows, search
 

@@ -27,8 +27,8 @@ from service.engine.tensors import Array, FloatArray, QuantizedRows
 
 #: Source bytes of a piece: enough to be worth a launch, few enough that several are under way.
 PIECE_BYTES = 8 << 20
-#: A row is one piece at least; longer ones are left to the CPU.
-LONGEST_ROW = 1 << 28
+#: Elements. A row is one piece at least, and pieces are pinned; longer ones are left to the CPU.
+LONGEST_ROW = 1 << 26
 
 
 class CudaBackend(Backend):
@@ -39,11 +39,13 @@ class CudaBackend(Backend):
     device: ClassVar[str] = "cuda"
     batch_bytes: ClassVar[int] = 2 * PIECE_BYTES
 
-    def __init__(self, threads: int = 1, devices: Sequence[Device] | None = None, memory_limit_bytes: int = 0) -> None:
-        """`devices` are those that there are; of each one's memory `memory_limit_bytes` at most, if not 0."""
-        super().__init__(threads)
+    def __init__(
+        self, threads: int = 1, device_memory_bytes: int = 0, *, devices: Sequence[Device] | None = None
+    ) -> None:
+        """`devices` are by default all that there are."""
+        super().__init__(threads, device_memory_bytes)
         if devices is None:
-            devices = [CupyDevice(number, memory_limit_bytes, threads) for number in range(device_count())]
+            devices = [CupyDevice(number, device_memory_bytes, threads) for number in range(device_count())]
         self._devices = DevicePool(devices)
         self._buffers = Buffers()
         self._host_lock = threading.Lock()
@@ -72,6 +74,7 @@ class CudaBackend(Backend):
         x = np.linspace(-1.0, 1.0, 64, dtype=np.float32).reshape(2, 32)
         for method in (MinMax(), Mse()):
             self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
+            self.quantize_many([x], IntegerScheme(group_size=16), method)
         self.observe(x)
 
     def slice_bytes(self, method: Method) -> int:

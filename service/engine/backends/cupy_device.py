@@ -43,7 +43,13 @@ def why_not() -> str | None:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CUDA finds no device: {error}"
-    return None if count else "CUDA finds no device"
+    if not count:
+        return "CUDA finds no device"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except RuntimeError as error:
+        return f"CuPy finds no NVRTC to compile kernels with ({error}); install the extra `cuda`"
+    return None
 
 
 def device_count() -> int:
@@ -65,7 +71,8 @@ def compile_source(source: str, arch: str) -> bytes:
     program = nvrtc.createProgram((KERNELS / f"{source}.cu").read_text(), f"{source}.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*OPTIONS, f"-arch={arch}"))
-        cubin: bytes = nvrtc.getCUBIN(program)
+        # CuPy takes the last byte for the end of a text and leaves it out; the ELF file ends on a zero indeed.
+        cubin: bytes = nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError:
         raise DeviceFailed(f"{source}.cu does not compile for {arch}: {nvrtc.getProgramLog(program)}") from None
     finally:
@@ -74,7 +81,10 @@ def compile_source(source: str, arch: str) -> bytes:
 
 
 class CupyDevice(Device):
-    """One CUDA device; `limit_bytes` of its memory at most, 0 for as much as there is."""
+    """One CUDA device.
+
+    Takes `limit_bytes` of its memory at most, 0 for as much as there is, and as much of this machine's, pinned.
+    """
 
     def __init__(self, number: int, limit_bytes: int, threads: int) -> None:
         import cupy
@@ -162,12 +172,12 @@ class CupyDevice(Device):
             yield
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             if error.status == _OUT_OF_MEMORY:
-                raise MemoryError(str(error)) from None
+                raise MemoryError(str(error)) from error
             raise DeviceFailed(str(error)) from error
 
 
 class _Slot:
-    """The buffers of one piece; they grow with the pieces."""
+    """The buffers of one piece, as large on this side as on the device; they grow with the pieces."""
 
     def __init__(self, cupy: Any, memory: Any) -> None:
         self._cupy, self._memory = cupy, memory
@@ -175,7 +185,7 @@ class _Slot:
         self.drop()
 
     def drop(self) -> None:
-        """Give the memory back to its pools."""
+        """Give the memory back: to the device's pool, and that of this machine at once."""
         self.input: Any = None
         self.output: Any = None
         self.sent: Bytes = np.empty(0, np.uint8)
@@ -184,14 +194,17 @@ class _Slot:
     def reserve(self, input_bytes: int, output_bytes: int) -> None:
         """Have buffers of at least this size."""
         if self.sent.size < input_bytes:
-            self.input = None
+            self.input, self.sent = None, np.empty(0, np.uint8)
             self.input, self.sent = self._memory.malloc(input_bytes), self._pinned(input_bytes)
         if self.received.size < output_bytes:
-            self.output = None
+            self.output, self.received = None, np.empty(0, np.uint8)
             self.output, self.received = self._memory.malloc(output_bytes), self._pinned(output_bytes)
 
     def _pinned(self, nbytes: int) -> Bytes:
-        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        """Of no pool: CuPy's rounds up to a power of two, and keeps what nobody uses for ever."""
+        cuda = self._cupy.cuda
+        memory = cuda.PinnedMemory(nbytes, cuda.runtime.hostAllocPortable)
+        return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
 
 @cache

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from service.engine.backends.work import Work
@@ -37,7 +38,7 @@ class Device(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of all memory, and forget what is under way."""
+        """Let go of all memory, and forget what is under way; raises DeviceFailed."""
 
 
 class Pieces(Protocol):
@@ -73,11 +74,6 @@ class DevicePool:
         """The devices that are out of service, each with the reason."""
         return dict(self._lost)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no device is left in service."""
-        return not self._serving
-
     def take_notices(self) -> list[str]:
         """What went otherwise than planned in calls of this thread, since it was last asked."""
         told, self._told.notices = getattr(self._told, "notices", []), []
@@ -95,29 +91,27 @@ class DevicePool:
             if device is None:
                 course.on_host()
                 return
-            try:
-                course.go_on(device)
-            except MemoryError:
-                device.release()
-                if course.step > 1:
-                    course.step = (course.step + 1) // 2
-                    continue
-                self._tell(f"{device.name} has not enough memory: the rest is computed on the CPU")
+            if not self._serve(course, device):
+                continue
+            lacking = f"{device.name} has not enough memory"
+            if not course.step:
+                self._tell(f"{lacking}: the rest is computed on the CPU")
                 course.on_host()
-                return
-            except DeviceFailed as error:
-                self._retire(device, str(error))
-                device = None
-            except BaseException:
-                device.release()  # what is under way must not meet what comes next
-                raise
-            finally:
-                if device is not None:
-                    self._free.put(device)
-            if course.is_over and course.step < step and device is not None:
-                self._tell(
-                    f"{device.name} has not enough memory for {step} {pieces.unit} at once: {course.step} were taken"
-                )
+            elif course.is_over and course.step < step:
+                self._tell(f"{lacking} for {step} {pieces.unit} at once: {course.step} were taken")
+
+    def _serve(self, course: _Course, device: Device) -> bool:
+        """Go on with a device, and put it back; or False, when it has failed."""
+        try:
+            course.go_on_or_shorten(device)
+        except DeviceFailed as error:
+            self._retire(device, str(error))
+            return False
+        except BaseException:
+            self._free.put(device)
+            raise
+        self._free.put(device)
+        return True
 
     def _take(self) -> Device | None:
         while self._serving:
@@ -138,7 +132,7 @@ class DevicePool:
 
 
 class _Course:
-    """How far a call has come."""
+    """How far a call has come; `step` is 0 when a device has not enough memory for a single item."""
 
     def __init__(self, pieces: Pieces, step: int) -> None:
         self.pieces, self.step = pieces, step
@@ -153,8 +147,22 @@ class _Course:
         first, self._next = self._next, self.pieces.total
         self.pieces.on_host(first, self.pieces.total)
 
-    def go_on(self, device: Device) -> None:
-        """Do what is left, as many pieces at a time as the device takes."""
+    def go_on_or_shorten(self, device: Device) -> None:
+        """Do what is left, or as much of it as the device has memory for, and have shorter pieces from then on."""
+        try:
+            self._go_on(device)
+        except MemoryError:
+            device.release()
+            self.step = (self.step + 1) // 2 if self.step > 1 else 0
+        except DeviceFailed:
+            raise
+        except BaseException:
+            with suppress(DeviceFailed):
+                device.release()  # what is under way must not meet what comes next
+            raise
+
+    def _go_on(self, device: Device) -> None:
+        """As many pieces at a time as the device takes."""
         under_way: deque[tuple[int, int, Work, Any]] = deque()
         first = self._next
         while not self.is_over:

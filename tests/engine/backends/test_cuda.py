@@ -28,7 +28,7 @@ from tests.engine.backends.fiber_device import FiberDevice
 from tests.engine.backends.test_cpu import DTYPES, KINDS, assert_close, assert_same, schemes, values
 from tests.engine.formats.outputs import label
 
-CUDA, REFERENCE = CudaBackend(1, [FiberDevice()]), ReferenceBackend()
+CUDA, REFERENCE = CudaBackend(1, devices=[FiberDevice()]), ReferenceBackend()
 #: Few columns, rows of whole vectors, and rows that end anywhere.
 COLUMNS = st.one_of(st.integers(1, 300), st.integers(1, 20).map(lambda n: 32 * n), st.just(2085))
 SHAPED = settings(max_examples=60, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -172,7 +172,7 @@ from service.engine.schemes.integer import IntegerScheme
 from tests.engine.backends.fiber_device import FiberDevice, SANITIZE
 from tests.engine.backends.test_cpu import DTYPES
 
-cuda, rng = CudaBackend(1, [FiberDevice(options=tuple(SANITIZE))]), np.random.default_rng(0)
+cuda, rng = CudaBackend(1, devices=[FiberDevice(options=tuple(SANITIZE))]), np.random.default_rng(0)
 for dtype in DTYPES[:3]:
     x = rng.standard_normal((3, 203)).astype(dtype)
     for bits in (2, 3, 4, 5, 6, 8):

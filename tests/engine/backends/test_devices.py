@@ -79,7 +79,7 @@ def child() -> Iterator[ChildDevice]:
 
 def test_a_device_that_lacks_memory_gets_fewer_rows_at_a_time_until_they_fit(rng) -> None:
     x = rng.standard_normal((400, 256)).astype(np.float32)
-    cuda = CudaBackend(1, [FiberDevice(memory_bytes=x.nbytes // 4)])
+    cuda = CudaBackend(1, devices=[FiberDevice(memory_bytes=x.nbytes // 4)])
     assert_same(cuda.quantize(x, SCHEME, MinMax()), REFERENCE.quantize(x, SCHEME, MinMax()))
     (notice,) = cuda.take_notices()
     assert notice.startswith("fibers has not enough memory")
@@ -91,7 +91,7 @@ def test_a_device_that_lacks_memory_gets_fewer_rows_at_a_time_until_they_fit(rng
 
 def test_what_does_not_fit_a_row_at_a_time_the_cpu_computes(rng) -> None:
     x = rng.standard_normal((6, 4096)).astype(np.float32)
-    cuda = CudaBackend(1, [FiberDevice(memory_bytes=4096)])
+    cuda = CudaBackend(1, devices=[FiberDevice(memory_bytes=4096)])
     q = cuda.quantize(x, SCHEME, MinMax())
     assert_same(q, REFERENCE.quantize(x, SCHEME, MinMax()))
     assert np.array_equal(cuda.dequantize(q), REFERENCE.dequantize(q))
@@ -102,7 +102,7 @@ def test_what_does_not_fit_a_row_at_a_time_the_cpu_computes(rng) -> None:
 
 def test_a_device_that_fails_is_out_of_service_and_another_one_goes_on(child: ChildDevice, rng) -> None:
     x = rng.standard_normal((3000, 800)).astype(np.float32)  # several pieces
-    cuda = CudaBackend(1, [FiberDevice(name="other"), child])
+    cuda = CudaBackend(1, devices=[FiberDevice(name="other"), child])
     os.kill(child.pid, signal.SIGKILL)
     assert_same(cuda.quantize(x, SCHEME, MinMax()), REFERENCE.quantize(x, SCHEME, MinMax()))
     assert list(cuda.lost_devices()) == ["child"]
@@ -115,7 +115,7 @@ def test_a_job_comes_to_its_end_on_the_cpu_when_the_last_device_fails_and_says_s
 ) -> None:
     tensors = {f"layer{i}.weight": normal(64, 256, seed=i) for i in range(3)}
     source = save(tmp_path / "m.safetensors", tensors)
-    cuda = CudaBackend(1, [child])
+    cuda = CudaBackend(1, devices=[child])
 
     class Listener(list[Happening]):
         """Hears of every step, and kills the device when a tensor is done."""
