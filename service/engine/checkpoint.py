@@ -1,6 +1,6 @@
-"""The journal of a run: a line per finished tensor, from which another process can go on.
+"""The journal of a run: a line for each tensor, or some small ones, from which another process can go on.
 
-It lives beside the files it speaks of. A line is written after its tensor's bytes, and the kernel
+It lives beside the files it speaks of. A line is written after its tensors' bytes, and the kernel
 keeps both when the process is killed. When the machine itself went down, bytes may be missing
 behind a line that survived; the id of the boot tells, and the journal is then not believed.
 """
@@ -28,9 +28,9 @@ TAIL_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished tensor: its report in each output, what was told of it, and the writers' states."""
+    """Finished tensors: of each its report in each output, what was told of them, and the writers' states."""
 
-    reports: tuple[TensorReport, ...]
+    reports: tuple[tuple[TensorReport, ...], ...]
     warnings: tuple[str, ...]
     states: tuple[dict[str, Any], ...]
     seconds: float  # of the whole run, up to here
@@ -39,7 +39,7 @@ class Entry:
     def to_line(self) -> str:
         """As a line of JSON."""
         fields = {
-            "reports": [tensor_to_json(r) for r in self.reports],
+            "reports": [[tensor_to_json(r) for r in reports] for reports in self.reports],
             "warnings": self.warnings,
             "states": self.states,
             "seconds": self.seconds,
@@ -50,7 +50,7 @@ class Entry:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """The inverse of `to_line`; raises LookupError, TypeError or ValueError when it is of nothing such."""
-        reports = tuple(tensor_from_json(r) for r in data["reports"])
+        reports = tuple(tuple(tensor_from_json(r) for r in each) for each in data["reports"])
         times = Times(**data.get("times", {}))
         return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"], times)
 
@@ -77,7 +77,7 @@ class Journal:
         return entries
 
     def append(self, entry: Entry) -> None:
-        """Note a finished tensor; its bytes must be written already."""
+        """Note finished tensors; their bytes must be written already."""
         assert self._file is not None, "resume() comes first"
         self._file.write(entry.to_line())
         self._file.flush()

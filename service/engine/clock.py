@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 #: `plan` opens the sources and reads their headers. `read` waits for weights: what is read ahead while the run
-#: computes costs it nothing, and does not count. `quantize` and `compare` compute. `write` lays out and stores, `hash`
-#: hashes and waits for the disk, `publish` puts everything in its place, or away, `wait` gives way to other jobs.
+#: computes costs it nothing, and does not count. `quantize` and `compare` compute. `write` waits for what is laid out
+#: and stored, and completes files, likewise. `hash` hashes what is not yet and waits for the disk, `publish` puts
+#: everything in its place, or away, `wait` gives way to other jobs.
 Part = Literal["plan", "read", "quantize", "compare", "write", "hash", "publish", "wait"]
 
 N = TypeVar("N", int, float)

@@ -1,7 +1,8 @@
 """What a run will hold in memory at most, from headers and configuration: the model that admission goes by.
 
 It is meant to be a little high: a test holds it against the measured peaks of real runs. What follows the block is
-the block that is worked on, the one that is read ahead, and what comes of it; formats add what they hold themselves.
+the block that is worked on, the one that is read ahead, what comes of it, and what waits to be written; formats add
+what they hold themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from service.engine.plan import OutputPlan, Plan, TensorPlan
 from service.engine.schemes.base import Scheme
 from service.engine.tensor_run import row_blocks
 from service.engine.tensors import FLOAT_DTYPES, TensorInfo
+from service.engine.write_behind import WAITING_BYTES
 from service.errors import ExceedsMemory
 
 #: What allocators keep, and all that is small.
@@ -51,7 +53,7 @@ def need_to_quantize(plan: Plan, block_bytes: int) -> Need:
     writing = _largest(peaks)
     closing = max(o.format.closing_bytes(list(_stored(plan, i))) for i, o in enumerate(plan.outputs))
     records = len(plan.tensors) * (TENSOR_BYTES + len(plan.outputs) * OUTPUT_TENSOR_BYTES)
-    return _need(writing, closing, records, block_bytes)
+    return _need(writing, closing, records + min(WAITING_BYTES, plan.source_bytes), block_bytes)
 
 
 def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes: int) -> Need:
@@ -94,20 +96,26 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
     info, rows = tensor.info, _rows(tensor.info, block_bytes)
     block = _block_bytes(info, block_bytes)
     reading = block + source.reading_bytes(info, block)
-    ways = zip(plan.outputs, tensor.decisions, strict=True)
-    # One way after the other.
+    ways = list(zip(plan.outputs, tensor.decisions, strict=True))
+    # One way after the other, while what came of the one before is written.
     coding = max((_coding(o, info, d.scheme, rows) for o, d in ways if d.scheme is not None), default=0)
-    return reading + coding
+    writing = max(block if d.scheme is None else _codes(o, info, d.scheme, rows) for o, d in ways)
+    return reading + coding + writing
+
+
+def _codes(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:
+    """Codes and scales of a block."""
+    bits = max(scheme.bits, FALLBACK_BITS) if output.config.on_failure == "fallback" else scheme.bits
+    scales = 1 if scheme.granularity == "tensor" else rows * scheme.groups(info.cols)
+    return rows * info.cols * bits // 8 + scales * SCALE_BYTES
 
 
 def _coding(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:
     bits = max(scheme.bits, FALLBACK_BITS) if output.config.on_failure == "fallback" else scheme.bits
     elements = rows * info.cols
-    codes = elements * bits // 8
-    scales = (1 if scheme.granularity == "tensor" else rows * scheme.groups(info.cols)) * SCALE_BYTES
     histograms = (elements // OBSERVED_ELEMENTS + 2) * HISTOGRAM_BYTES if scheme.granularity == "tensor" else 0
     tiles = min(elements, max(TILE_ELEMENTS, info.cols)) * TILE_ELEMENT_BYTES
-    return codes + scales + histograms + tiles + output.format.writing_bytes(rows, info.cols, bits)
+    return _codes(output, info, scheme, rows) + histograms + tiles + output.format.writing_bytes(rows, info.cols, bits)
 
 
 def _stored(plan: Plan, output: int) -> Iterator[tuple[int, int]]:

@@ -37,9 +37,9 @@ class Meter:
         """`done` bytes of the current tensor are through; doing it again does not take them back."""
         self._tell(done)
 
-    def tensor_done(self, nbytes: int) -> None:
-        """The current tensor is finished."""
-        self._tensors_done += 1
+    def tensors_done(self, count: int, nbytes: int) -> None:
+        """The current tensor is finished, or as many small ones together."""
+        self._tensors_done += count
         self._bytes_done += nbytes
         self._tell()
 

@@ -1,5 +1,6 @@
-"""Runs a plan: row block by row block, one read for all outputs, a journal line after each tensor.
+"""Runs a plan: row block by row block, one read for all outputs, a journal line behind what is written.
 
+What is read next, what is computed and what is written go on at once, each in threads of its own.
 Memory is bounded by the block. `cancelled` is asked between blocks; what a stopped or killed run
 has written stays in its work folder, and a run with the same plan goes on from there.
 """
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import service
 from service.engine.backends.base import Backend
-from service.engine.checkpoint import JOURNAL, Entry, Journal
+from service.engine.checkpoint import JOURNAL, Journal
 from service.engine.clock import Clock, Part, Times
+from service.engine.completion import GROUP_BYTES, Completion
+from service.engine.copy_run import CopyRun, runs
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
@@ -25,7 +28,8 @@ from service.engine.progress import Cancelled, Notice, Report, Stage
 from service.engine.publish import Advance, copy_companions, seal, stop_when
 from service.engine.read_ahead import ReadAhead
 from service.engine.report import OutputReport, RunReport, TensorReport
-from service.engine.tensor_run import TensorRun, Tools
+from service.engine.tensor_run import Stations, TensorRun, Tools
+from service.engine.write_behind import WriteBehind
 from service.storage.durable import remove
 from service.storage.faults import storage_faults
 
@@ -65,11 +69,10 @@ class _Run:
         self._reader = ReadAhead(reader, plan, tools.block_bytes)
         self._journal = Journal(work / JOURNAL, _fingerprint(plan, reader, tools))
         self._meter = Meter(tools.report, len(plan.tensors), plan.source_bytes)
-        self._reports: list[tuple[TensorReport, ...]] = []
+        self._behind = WriteBehind(self._clock)
         self._warnings: list[str] = []
-        self._seconds_before = 0.0
-        self._started = time.monotonic()
         self._writers: list[ModelWriter] = []
+        self._completion = Completion(plan.outputs, self._writers, self._journal, tools.report, self._clock)
 
     def execute(self) -> RunReport:
         """Tensors, then the files as wholes."""
@@ -83,19 +86,11 @@ class _Run:
                 self._warn(Notice("source", text))
             for notice in self._plan.warnings:
                 self._warn(notice)
-        for tensor in self._plan.tensors[done:]:
+        for run in runs(self._plan.tensors[done:], self._stations(), self._tools):
             stop_when(self._tools.cancelled)
-            begun = len(self._warnings)
-            finished = TensorRun(tensor, self._plan.outputs, self._reader, self._writers, self._tools, self._meter)
-            reports = finished.execute(self._warn)
-            self._reports.append(reports)
-            states = tuple(writer.state() for writer in self._writers)
-            # The first line also keeps what was told before any tensor.
-            told = self._warnings[begun if self._reports[1:] else 0 :]
-            with self._clock.during("write"):
-                self._journal.append(Entry(reports, tuple(told), states, self._seconds, self._clock.times))
-            self._meter.tensor_done(tensor.info.nbytes)
-            self._tell(reports)
+            self._run(run)
+        self._behind.put(self._completion.note)
+        self._behind.settle()
         outputs = tuple(self._finish(index, output) for index, output in enumerate(self._plan.outputs))
         return RunReport(
             kind="quantize",
@@ -103,36 +98,47 @@ class _Run:
             backend=self._tools.backend.id,
             outputs=outputs,
             warnings=tuple(self._warnings),
-            seconds=self._seconds,
+            seconds=self._completion.seconds,
             stages=self._clock.times.seconds,
             stage_bytes=self._clock.times.nbytes,
         )
 
+    def _run(self, run: TensorRun | CopyRun) -> None:
+        nbytes = sum(plan.info.nbytes for plan in run.plans)
+        if nbytes >= GROUP_BYTES:
+            # It may take long: those before it are told now.
+            self._behind.put(self._completion.note)
+            self._behind.go()
+        run.execute()
+        self._meter.tensors_done(len(run.plans), nbytes)
+
+    def _stations(self) -> Stations:
+        return Stations(
+            self._plan.outputs, self._reader, self._writers, self._behind, self._completion, self._meter, self._warn
+        )
+
     def close(self) -> None:
-        """Let go of the files; harmless after `execute`."""
+        """Let go of the files, when all that is finished is noted; harmless after `execute`."""
         self._reader.close()
+        self._behind.close(self._completion.note)
         self._journal.close()
         for writer in self._writers:
             writer.discard()
-
-    @property
-    def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
 
     def _resume(self) -> int:
         entries = self._journal.resume()
         if not entries:
             for output in self._plan.outputs:  # what lies there is of no run that can be gone on from
                 remove(self._work / output.name)
-        self._writers = [self._writer(output) for output in self._plan.outputs]
+        self._writers += [self._writer(output) for output in self._plan.outputs]
         for index, writer in enumerate(self._writers):
             writer.restore([entry.states[index] for entry in entries])
         for entry in entries:
-            self._reports.append(entry.reports)
+            self._completion.reports.extend(entry.reports)
             self._warnings.extend(entry.warnings)
-            self._seconds_before = entry.seconds
+            self._completion.seconds_before = entry.seconds
         self._clock.go_on(entries[-1].times if entries else Times())
-        done = len(entries)
+        done = len(self._completion.reports)
         self._meter.start("quantizing", done, sum(t.info.nbytes for t in self._plan.tensors[:done]))
         return done
 
@@ -149,11 +155,7 @@ class _Run:
 
     def _warn(self, notice: Notice) -> None:
         self._warnings.append(notice.sentence)
-        self._tools.report(notice)
-
-    def _tell(self, reports: Iterable[TensorReport]) -> None:
-        for output, report in zip(self._plan.outputs, reports, strict=True):
-            self._tools.report(report.completed(output.name))
+        self._behind.put(partial(self._completion.warned, notice))
 
     def _finish(self, index: int, output: OutputPlan) -> OutputReport:
         cancelled = self._tools.cancelled
@@ -166,7 +168,7 @@ class _Run:
         total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         with self._clock.during("hash"):
             entries = seal(folder, self._about(output), self._advancing("hashing", total))
-        tensors = tuple(reports[index] for reports in self._reports)
+        tensors = tuple(reports[index] for reports in self._completion.reports)
         return OutputReport(
             name=output.name,
             format=output.format.id,

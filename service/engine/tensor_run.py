@@ -1,15 +1,21 @@
-"""One tensor through all outputs: read once, quantize each way that is asked for, check, fall back."""
+"""One tensor through all outputs: read once, quantize each way that is asked for, check, fall back.
+
+Writers are called in another thread, which writes what is quantized while the next rows are; so nothing is asked of
+them here, and each call is put behind the others.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
 from service.engine.clock import Clock
+from service.engine.completion import Completion
 from service.engine.config import ResolvedConfig
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
@@ -22,6 +28,7 @@ from service.engine.report import TensorReport
 from service.engine.schemes.base import SCALE_RANGES, Scheme
 from service.engine.schemes.registry import build_scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
+from service.engine.write_behind import WriteBehind
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
 #: Widths that `on_failure: fallback` climbs.
@@ -30,6 +37,19 @@ FALLBACK_BITS = (2, 3, 4, 6, 8)
 ROW_MULTIPLE = SMALLEST_BLOCK_ROWS
 
 Warn = Callable[[Notice], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stations:
+    """What every tensor of a run goes through. Writers and `completion` belong to the thread of `behind`."""
+
+    outputs: Sequence[OutputPlan]
+    reader: ModelReader
+    writers: Sequence[ModelWriter]
+    behind: WriteBehind
+    completion: Completion
+    meter: Meter
+    warn: Warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,46 +77,36 @@ class _Attempt:
 class TensorRun:
     """Runs one tensor; `execute` once."""
 
-    def __init__(
-        self,
-        plan: TensorPlan,
-        outputs: Sequence[OutputPlan],
-        reader: ModelReader,
-        writers: Sequence[ModelWriter],
-        tools: Tools,
-        meter: Meter,
-    ) -> None:
+    def __init__(self, plan: TensorPlan, stations: Stations, tools: Tools) -> None:
+        self.plans = (plan,)
         self._info = plan.info
         self._decisions = plan.decisions
-        self._outputs, self._reader, self._writers = outputs, reader, writers
-        self._tools, self._meter = tools, meter
+        self._stations, self._tools = stations, tools
+        self._outputs, self._behind = stations.outputs, stations.behind
         self._started = time.monotonic()
-        self._reports: dict[int, TensorReport] = {}
+        self._reports: dict[int, TensorReport] = {}  # filled by the thread that writes
 
-    def execute(self, warn: Warn) -> tuple[TensorReport, ...]:
-        """Store the tensor in every output; the reports in their order.
+    def execute(self) -> None:
+        """Have the tensor stored in every output.
 
         Raises NonFiniteWeights or AccuracyTooLow where the configuration says `fail`.
         """
-        self._warn_of_notable(warn)
+        warn_of_notable(self._info, self._decisions, self._stations)
         attempts = _grouped(dict(enumerate(self._decisions)))
         while attempts:
             self._find_grids(attempts)
-            with self._tools.clock.during("write"):
-                for attempt in attempts:
-                    for output in attempt.outputs:
-                        self._writers[output].begin(self._info, attempt.decision.scheme)
+            for attempt in attempts:
+                for output in attempt.outputs:
+                    writer = self._stations.writers[output]
+                    self._behind.put(partial(writer.begin, self._info, attempt.decision.scheme))
             self._write(attempts)
             for text in self._tools.backend.take_notices():
-                warn(Notice("device_lacking", text, self._info.name))
-            attempts = _grouped(self._settle(attempts, warn))
-        return tuple(self._reports[index] for index in range(len(self._outputs)))
+                self._stations.warn(Notice("device_lacking", text, self._info.name))
+            attempts = _grouped(self._settle(attempts))
+        self._behind.put(self._finish)
 
-    def _warn_of_notable(self, warn: Warn) -> None:
-        for output, decision in zip(self._outputs, self._decisions, strict=True):
-            if decision.notable:
-                code = "group_size_changed" if decision.scheme else "tensor_copied"
-                warn(Notice(code, decision.rule, self._info.name, output.name))
+    def _finish(self) -> None:
+        self._stations.completion.finished(tuple(self._reports[index] for index in range(len(self._outputs))))
 
     def _find_grids(self, attempts: list[_Attempt]) -> None:
         """The extra pass that one grid for a whole tensor takes."""
@@ -122,15 +132,14 @@ class TensorRun:
             x = self._rows(start, stop)
             for attempt in attempts:
                 self._write_rows(attempt, x)
-            self._meter.within_tensor(self._info.nbytes * stop // self._info.rows)
+            del x  # not held while the next ones are read
+            self._stations.meter.within_tensor(self._info.nbytes * stop // self._info.rows)
 
     def _write_rows(self, attempt: _Attempt, x: Array) -> None:
         scheme, method = attempt.decision.scheme, attempt.decision.method
         if scheme is None or method is None:
-            with self._tools.clock.during("write"):
-                raw = np.ascontiguousarray(x).view(np.uint8).reshape(-1).data
-                for output in attempt.outputs:
-                    self._writers[output].write_raw(raw)
+            raw = np.ascontiguousarray(x).view(np.uint8).reshape(-1).data
+            self._behind.put(partial(self._write_raw, attempt.outputs, raw), raw.nbytes)
             return
         # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
         for start, stop in _row_spans(x.shape[0], x.nbytes, self._tools.backend.slice_bytes(method)):
@@ -141,16 +150,23 @@ class TensorRun:
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors
-        attempt.largest_scale = max(attempt.largest_scale, float(rows.scale.max()))
+        if attempt.decision.auto_scale:
+            attempt.largest_scale = max(attempt.largest_scale, _largest(rows.scale))
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
                 f"tensor {self._info.name} {non_finite(self._info)}; mend it, name it in `skip`,"
                 " or set `on_non_finite` to `copy`",
                 tensor=self._info.name,
             )
-        with self._tools.clock.during("write"):
-            for output in attempt.outputs:
-                self._writers[output].write_rows(rows)
+        self._behind.put(partial(self._write_quantized, attempt.outputs, rows), rows.nbytes)
+
+    def _write_quantized(self, outputs: Sequence[int], rows: QuantizedRows) -> None:
+        for output in outputs:
+            self._stations.writers[output].write_rows(rows)
+
+    def _write_raw(self, outputs: Sequence[int], raw: memoryview) -> None:
+        for output in outputs:
+            self._stations.writers[output].write_raw(raw)
 
     def _copy(self, attempts: list[_Attempt]) -> None:
         step = self._tools.block_bytes
@@ -158,24 +174,22 @@ class TensorRun:
             stop_when(self._tools.cancelled)
             stop = min(start + step, self._info.nbytes)
             with self._tools.clock.during("read", stop - start):
-                raw = self._reader.raw(self._info, start, stop)
-            with self._tools.clock.during("write"):
-                for attempt in attempts:
-                    for output in attempt.outputs:
-                        self._writers[output].write_raw(raw)
-            self._meter.within_tensor(stop)
+                raw = self._stations.reader.raw(self._info, start, stop)
+            for attempt in attempts:
+                self._behind.put(partial(self._write_raw, attempt.outputs, raw), raw.nbytes)
+            del raw  # not held while the next ones are read
+            self._stations.meter.within_tensor(stop)
 
-    def _settle(self, attempts: list[_Attempt], warn: Warn) -> dict[int, Decision]:
+    def _settle(self, attempts: list[_Attempt]) -> dict[int, Decision]:
         """Commit what is good enough; what the other outputs are to try next."""
         again: dict[int, Decision] = {}
         for attempt in attempts:
             for output in attempt.outputs:
-                other = self._judge(attempt, output, warn)
+                other = self._judge(attempt, output, self._stations.warn)
                 if other is None:
-                    self._commit(attempt, output)
+                    self._behind.put(partial(self._commit, attempt, output))
                 else:
-                    with self._tools.clock.during("write"):
-                        self._writers[output].abandon()
+                    self._behind.put(self._stations.writers[output].abandon)
                     again[output] = other
         return again
 
@@ -216,8 +230,7 @@ class TensorRun:
         decision, info = attempt.decision, self._info
         scheme, method = decision.scheme, decision.method
         quality = Quality.of(attempt.sums, scheme.stored_bytes(info.rows, info.cols)) if scheme else None
-        with self._tools.clock.during("write"):
-            stored = self._writers[output].commit(quality)
+        stored = self._stations.writers[output].commit(quality)
         self._tools.clock.count("write", stored)
         report = TensorReport(
             name=info.name,
@@ -248,13 +261,21 @@ class TensorRun:
     def _rows(self, start: int, stop: int) -> Array:
         stop_when(self._tools.cancelled)
         with self._tools.clock.during("read", self._bytes_of(stop - start)):
-            return self._reader.rows(self._info, start, stop)
+            return self._stations.reader.rows(self._info, start, stop)
 
     def _bytes_of(self, rows: int) -> int:
         return self._info.nbytes * rows // max(1, self._info.rows)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         return row_blocks(self._info, self._tools.block_bytes)
+
+
+def warn_of_notable(info: TensorInfo, decisions: Sequence[Decision], stations: Stations) -> None:
+    """Tell what becomes of a tensor that its user may not expect."""
+    for output, decision in zip(stations.outputs, decisions, strict=True):
+        if decision.notable:
+            code = "group_size_changed" if decision.scheme else "tensor_copied"
+            stations.warn(Notice(code, decision.rule, info.name, output.name))
 
 
 def row_blocks(info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -285,6 +306,13 @@ def _missed(sums: ErrorSums, scheme: Scheme, floor: float) -> str | None:
     if not sums.keeps_magnitude:
         return f"{scheme.id} does not keep the magnitude of the weights (relative error {sums.relative_error:.3g})"
     return None
+
+
+def _largest(scale: Array) -> float:
+    """The largest of scales, none of which is negative: as whole numbers, where NumPy is slow with their dtype."""
+    if scale.dtype.itemsize != 2:
+        return float(scale.max())
+    return float(scale.reshape(-1)[int(scale.view(np.uint16).argmax())])
 
 
 def _fits_scale(scheme: Scheme, largest: float) -> bool:

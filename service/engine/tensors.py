@@ -99,6 +99,11 @@ class QuantizedRows:
         """Number of rows in this piece."""
         return int(self.packed.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.packed.nbytes + self.scale.nbytes + (self.zero_point.nbytes if self.zero_point is not None else 0)
+
 
 def codes_of(info: TensorInfo, nbytes: int) -> int:
     """Of a tensor that is stored quantized: the stored bytes behind so many of those that it reads back as."""

@@ -109,11 +109,11 @@ class _Comparison:
     def _resume(self) -> int:
         entries = self._journal.resume() if self._journal is not None else []
         for entry in entries:
-            self._reports.extend(entry.reports)
+            self._reports.extend(report for reports in entry.reports for report in reports)
             self._warnings.extend(entry.warnings)
             self._seconds_before = entry.seconds
         self._tools.clock.go_on(entries[-1].times if entries else Times())
-        done = len(entries)
+        done = len(self._reports)
         self._meter.start("validating", done, sum(info.nbytes for info, _ in self._pairs[:done]))
         return done
 
@@ -128,10 +128,10 @@ class _Comparison:
             warnings.append(Notice("copy_differs", text, info.name))
         told = [notice.sentence for notice in warnings]
         if self._journal is not None:
-            self._journal.append(Entry((measured,), tuple(told), (), self._seconds, tools.clock.times))
+            self._journal.append(Entry(((measured,),), tuple(told), (), self._seconds, tools.clock.times))
         self._reports.append(measured)
         self._warnings += told
-        self._meter.tensor_done(info.nbytes)
+        self._meter.tensors_done(1, info.nbytes)
         tools.report(measured.completed(quantized.format_id))
         for notice in warnings:
             tools.report(notice)

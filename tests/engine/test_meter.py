@@ -20,7 +20,7 @@ def test_the_fraction_never_falls_nor_leaves_the_open_interval(tensors: list[tup
         for _ in range(attempts):
             meter.within_tensor(nbytes // 2)
             meter.within_tensor(nbytes)
-        meter.tensor_done(nbytes)
+        meter.tensors_done(1, nbytes)
     for stage in ("writing", "hashing", "writing", "hashing"):
         advance = meter.finishing(stage, 10)
         advance(10)

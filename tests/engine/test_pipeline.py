@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from service.engine import completion
 from service.engine.backends.cpu import CpuBackend
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.formats.registry import open_model
@@ -115,21 +116,46 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(model: Path, tmp_pat
     run(model, tmp_path / "undisturbed", specs(*BOTH))
     seen: list[Happening] = []
 
-    def stop() -> bool:
-        return len({h.name for h in seen if isinstance(h, TensorCompleted)}) >= stop_after
-
+    outputs = specs(*BOTH)
     with pytest.raises(Cancelled):
-        run(model, tmp_path / "work", specs(*BOTH), happenings=seen, cancelled=stop)
+        run(model, tmp_path / "work", outputs, happenings=seen, cancelled=lambda: _tensors_done(seen) >= stop_after)
     for spooled in (tmp_path / "work").glob("*/*"):
         if spooled.is_file() and spooled.suffix not in (".json",):
             with spooled.open("ab") as file:
                 file.write(b"written after the last checkpoint")
     again: list[Happening] = []
     run(model, tmp_path / "work", specs(*BOTH), happenings=again)
-    assert len({h.name for h in again if isinstance(h, TensorCompleted)}) == 7 - stop_after
+    told = [{h.name for h in happenings if isinstance(h, TensorCompleted)} for happenings in (seen, again)]
+    assert len(told[0]) == _tensors_done(seen), "what is done is told, and in the journal, before the run ends"
+    assert len(told[1]) == 7 - _tensors_done(seen)
     for folder in ("undisturbed", "work"):
         (tmp_path / folder / "checkpoint.jsonl").unlink()
     assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "work")
+
+
+@pytest.mark.parametrize("lines", range(6))
+def test_a_run_goes_on_behind_whatever_line_a_crash_has_left(
+    model: Path, tmp_path: Path, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "GROUP_S", 0.0)  # a line for each tensor
+    run(model, tmp_path / "undisturbed", specs(*BOTH))
+    seen: list[Happening] = []
+    with pytest.raises(Cancelled):  # when all tensors are done
+        run(model, tmp_path / "work", specs(*BOTH), happenings=seen, cancelled=lambda: _tensors_done(seen) == 7)
+    journal = tmp_path / "work" / "checkpoint.jsonl"
+    header, *entries = journal.read_bytes().splitlines(keepends=True)
+    assert len(entries) == 7
+    journal.write_bytes(header + b"".join(entries[:lines]) + b'{"reports": [')
+    again: list[Happening] = []
+    run(model, tmp_path / "work", specs(*BOTH), happenings=again)
+    assert len({h.name for h in again if isinstance(h, TensorCompleted)}) == 7 - lines
+    for folder in ("undisturbed", "work"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "work")
+
+
+def _tensors_done(happenings: list[Happening]) -> int:
+    return max((h.tensors_done for h in happenings if isinstance(h, Progress)), default=0)
 
 
 def test_a_journal_of_another_configuration_is_not_gone_on_from(model: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from service.engine.backends.base import Grid
-from service.engine.backends.buffers import Buffers
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax

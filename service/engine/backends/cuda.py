@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
-from service.engine.backends.buffers import Buffers
 from service.engine.backends.cpu import CpuBackend, Form, has_kernel
 from service.engine.backends.cuda_many import QuantizeMany
 from service.engine.backends.cuda_pieces import Compare, Dequantize, Observe, Quantize
 from service.engine.backends.cupy_device import CupyDevice, device_count, why_not
 from service.engine.backends.device import Device, DevicePool, Pieces
+from service.engine.buffers import Buffers
 from service.engine.histogram import Histogram
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from service.engine.backends.base import Grid
-from service.engine.backends.buffers import Buffers
 from service.engine.backends.cpu import CpuBackend, Form, error_sums
 from service.engine.backends.work import THREADS, Launch, Work
+from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax

@@ -77,6 +77,10 @@ class ModelReader(ABC):
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """Stored bytes start to stop of a tensor that is not quantized."""
 
+    def raws(self, infos: Sequence[TensorInfo]) -> list[memoryview]:
+        """All stored bytes of some tensors, none of which is quantized, as `raw` gives them."""
+        return [self.raw(info, 0, info.nbytes) for info in infos]
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
@@ -104,9 +108,9 @@ class ModelWriter(ABC):
     """Writes one output folder, tensor by tensor, rows in order; one thread at a time.
 
     begin, then write_rows or write_raw until all is there, then commit, or abandon to do the
-    tensor again. After each commit `state` says all that `restore` needs to go on from there in
-    another process, on the files that this one left. The bytes written depend on the calls alone:
-    no times, no ids, no names of folders.
+    tensor again. After a commit `state` says all that `restore` needs to go on from there in
+    another process, on the files that this one left: bytes may be held back until it is asked.
+    The bytes written depend on the calls alone: no times, no ids, no names of folders.
     """
 
     def __init__(self, folder: Path, context: WriterContext) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import ClassVar
 
@@ -77,6 +77,21 @@ class WeightFiles:
             raise ValueError(f"bytes {start} to {stop} of {info.name!r}, which has {info.nbytes}")
         return self._files[info.file].read(info.offset + start, stop - start)
 
+    def read_all(self, infos: Sequence[TensorInfo]) -> list[memoryview]:
+        """All bytes of some stored tensors; those that lie behind each other are read together."""
+        found: list[memoryview] = []
+        while rest := infos[len(found) :]:
+            first, end = rest[0], rest[0].offset
+            together = 0
+            for info in rest:
+                if info.file != first.file or info.offset != end:
+                    break
+                end += info.nbytes
+                together += 1
+            data = self._files[first.file].read(first.offset, end - first.offset).data
+            found += [data[i.offset - first.offset :][: i.nbytes] for i in rest[:together]]
+        return found
+
     def close(self) -> None:
         """Close all files."""
         for file in self._files.values():
@@ -106,6 +121,10 @@ class SafetensorsReader(ModelReader):
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """See `ModelReader.raw`."""
         return self._weights.read(info, start, stop).data
+
+    def raws(self, infos: Sequence[TensorInfo]) -> list[memoryview]:
+        """See `ModelReader.raws`."""
+        return self._weights.read_all(infos)
 
     def close(self) -> None:
         """See `ModelReader.close`."""

@@ -29,6 +29,9 @@ ENTRY_BYTES = 160
 SPARE_BYTES = 4096
 MAX_RESERVE = MAX_HEADER_BYTES // 2
 COPY_BYTES = 8 << 20
+#: What is written in smaller pieces is put together first, where one lies behind the other.
+SMALL_BYTES = 64 << 10
+GATHERED_BYTES = 1 << 20
 #: The length, braces, and `__metadata__`.
 FIXED_BYTES = 512
 #: An entry without its name and shape.
@@ -79,6 +82,8 @@ class ShardWriter:
         self._reserve = min(reserve, MAX_RESERVE) // 8 * 8 + 8
         self._max = max_shard_bytes
         self._files: dict[tuple[int, int], int] = {}  # descriptors of what is being written, by shard and part
+        self._gathered = bytearray()
+        self._gathered_for: tuple[int, int] | None = None  # the file, and where in it they begin
         self._pending: list[Region] = []
         self._committed: list[dict[str, Any]] = []  # what `state` has not told yet
         self.shards = [Shard(1)]
@@ -92,6 +97,7 @@ class ShardWriter:
             raise UnsupportedModel(f"tensor {parts[0][0]!r:.200} has a name or shape too long for a header")
         full = shard.nbytes + size > self._max or shard.header_bytes + header > self._reserve - FIXED_BYTES
         if full and shard.regions:
+            self._flush()
             self._close_files()
             shard = Shard(shard.number + 1)
             self.shards.append(shard)
@@ -107,7 +113,11 @@ class ShardWriter:
         """Bytes of a region begun, `offset` from its start."""
         start = region.start + offset + (self._reserve if region.part == BODY else 0)
         with storage_faults("writing the weights"):
-            _pwrite(self._open(self.shards[-1], region.part), data, start)
+            file = self._open(self.shards[-1], region.part)
+            if data.nbytes >= SMALL_BYTES:
+                _pwrite(file, data, start)
+            else:
+                self._gather(file, data, start)
 
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
@@ -124,12 +134,14 @@ class ShardWriter:
     def abandon(self) -> None:
         """Forget what was begun; its bytes are overwritten by what comes next, or cut off."""
         self._pending = []
+        self._flush()
         if not self.shards[-1].regions and len(self.shards) > 1:
             self._close_files()
             self._remove(self.shards.pop())
 
     def state(self) -> dict[str, Any]:
-        """What was committed since the last call."""
+        """What was committed since the last call, all of which is then in the files."""
+        self._flush()
         told, self._committed = self._committed, []
         return {"tensors": told}
 
@@ -148,6 +160,7 @@ class ShardWriter:
 
     def finish(self, metadata: dict[str, str], cancelled: Cancelled) -> dict[str, list[str]]:
         """Complete all files; file names with the tensors they hold, or nothing when cancelled."""
+        self._flush()
         with storage_faults("completing the weights"):
             for shard in self.shards:
                 if cancelled():
@@ -162,7 +175,23 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Close the files as they are."""
+        self._gathered, self._gathered_for = bytearray(), None
         self._close_files()
+
+    def _gather(self, file: int, data: memoryview, start: int) -> None:
+        """Write with what comes before and behind it."""
+        expected = self._gathered_for and (self._gathered_for[0], self._gathered_for[1] + len(self._gathered))
+        if (file, start) != expected or len(self._gathered) >= GATHERED_BYTES:
+            self._flush()
+            self._gathered_for = file, start
+        self._gathered += data
+
+    def _flush(self) -> None:
+        """Write what was gathered."""
+        if self._gathered_for is not None:
+            with storage_faults("writing the weights"):
+                _pwrite(self._gathered_for[0], memoryview(self._gathered), self._gathered_for[1])
+            self._gathered, self._gathered_for = bytearray(), None
 
     def _complete(self, shard: Shard, metadata: dict[str, str]) -> None:
         """Append the tails and fill in the header; harmless when done twice."""

@@ -14,6 +14,7 @@ from stat import S_ISREG
 
 import numpy as np
 
+from service.engine.buffers import Buffers
 from service.engine.formats.walk import walk
 from service.engine.tensors import CodeArray
 from service.errors import ModelNotFound, SourceChanged
@@ -32,6 +33,7 @@ class LocalFiles(ModelFiles):
         self.root = path if is_folder else path.parent
         self.name = path.name
         self.entry = None if is_folder else PurePosixPath(path.name)
+        self._buffers = Buffers()
 
     def exists(self) -> bool:
         """See `ModelFiles.exists`."""
@@ -64,7 +66,7 @@ class LocalFiles(ModelFiles):
 
     def open(self, name: PurePosixPath, expected: Identity | None = None) -> SourceFile:
         """See `ModelFiles.open`."""
-        file = SourceFile(self.root, name, expected)
+        file = SourceFile(self.root, name, expected, self._buffers)
         if self._roots is not None:
             try:
                 check_opened(file.descriptor, name.name, self._roots)
@@ -81,9 +83,12 @@ def _identity(stat: os.stat_result) -> Identity:
 class SourceFile(OpenFile):
     """A file of this machine, open for reading."""
 
-    def __init__(self, root: Path, name: PurePosixPath, expected: Identity | None = None) -> None:
+    def __init__(
+        self, root: Path, name: PurePosixPath, expected: Identity | None = None, buffers: Buffers | None = None
+    ) -> None:
         """Raises SourceChanged when it is another file than `expected`, ModelNotFound or StorageFailure."""
         self.name = name
+        self._buffers = buffers or Buffers()
         self.path = root / name
         try:
             if not self.path.is_file():  # a pipe would block, a folder would fail later
@@ -118,7 +123,7 @@ class SourceFile(OpenFile):
 
     def read(self, offset: int, count: int) -> CodeArray:
         """`count` bytes from `offset` on; raises SourceChanged or StorageFailure."""
-        data = np.empty(count, np.uint8)
+        data: CodeArray = self._buffers.empty((count,), np.uint8)
         view = data.data
         done = 0
         try:

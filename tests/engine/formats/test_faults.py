@@ -30,8 +30,13 @@ def test_a_full_disk_is_told_as_such(output: Callable[..., Output], format_id: s
     # Where the first bytes go is the writer's own business: all names it may open lead to the full device.
     for name in ("model.part-00001", "model.spool-00000.data"):
         (made.folder / name).symlink_to(FULL)
-    with pytest.raises(DiskFull, match="no space left") as caught:
+
+    def write() -> None:
         made.add(writer, made.items[0])
+        writer.state()  # what it tells of has to be written
+
+    with pytest.raises(DiskFull, match="no space left") as caught:
+        write()
     assert str(made.folder) not in caught.value.detail
     writer.discard()
 

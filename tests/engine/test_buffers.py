@@ -7,8 +7,8 @@ import gc
 import numpy as np
 import pytest
 
-from service.engine.backends.buffers import SMALLEST_BYTES, Buffers
 from service.engine.backends.cpu import CpuBackend
+from service.engine.buffers import SMALLEST_BYTES, Buffers
 from service.engine.methods.minmax import MinMax
 from service.engine.schemes.integer import IntegerScheme
 
