@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from bench.charts import Bar, Chart
 from bench.common import MIB, Samples, note, seconds, table, write_result
 from bench.models import scratch
 from bench.resident import anonymous_bytes
@@ -190,7 +191,13 @@ def main(sizes: Sequence[int] = SIZES, repeats: int = REPEATS) -> None:
         "for a job again and again through the same thread, as calls to a server do:",
         table(sweep_head, sweeps),
         packages=("pydantic", "uuid-utils"),
+        charts=[_chart(size, column) for size, column in zip(sizes, columns, strict=True)],
     )
+
+
+def _chart(size: int, column: Mapping[str, Samples]) -> Chart:
+    bars = [Bar(question, samples.median * 1e3) for question, samples in column.items()]
+    return Chart(f"One call among {size:,} jobs, median", "ms", bars, logarithmic=True)
 
 
 def build(data_dir: Path, count: int) -> None:

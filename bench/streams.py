@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.charts import Bar, Chart
 from bench.common import MIB, Samples, note, table, write_result
 from bench.models import Model, equal, scratch, write_model
 from tests.server import Json, Server, body
@@ -107,7 +108,21 @@ def main(streams: int = STREAMS, jobs: int = JOBS) -> None:
         f"{waiting / 1024:.1f} KiB.\n\n*events* are deliveries, progress included. *stall* is by how much the event "
         "loop was late at worst, as it measures by itself; *CPU s* includes the jobs; the first row is they alone."
     )
-    write_result("streams", "Many readers of many jobs", about, rows, found, packages=PACKAGES)
+    charts = [
+        Chart(
+            f"{jobs} jobs, {one.case.name} streams: from an event to its reader",
+            "ms",
+            [
+                Bar("median", one.lags_ms.median),
+                Bar("99th percentile", one.lags_ms.percentile(99)),
+                Bar("worst", one.lags_ms.worst),
+            ],
+            logarithmic=True,
+        )
+        for one in measured
+        if one.case.streams
+    ]
+    write_result("streams", "Many readers of many jobs", about, rows, found, packages=PACKAGES, charts=charts)
 
 
 def allow_files(count: int) -> None:
