@@ -98,6 +98,9 @@ def soak(folder: Path, seconds: float, seed: int, customers: int = CUSTOMERS) ->
         check_empty(server)
         server.stop()
         assert "Traceback" not in server.log, server.log_end
+    except BaseException:
+        note(f"the server's log ends so:\n{server.log_end}")  # it is removed with all else
+        raise
     finally:
         if server.is_running:
             server.kill()
