@@ -15,5 +15,5 @@ class MinMax(Method):
 
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
         """An element of weight 0 does not count; all others count alike."""
-        counted = x if weights is None else xp.where(weights > 0, x, xp.float32(0.0))
-        return scheme.grid(xp, xp.minimum(counted.min(-1), 0), xp.maximum(counted.max(-1), 0))
+        counted = x if weights is None else xp.where(weights > 0, x, 0.0)
+        return scheme.grid(xp, xp.minimum(xp.min(counted, axis=-1), 0), xp.maximum(xp.max(counted, axis=-1), 0))

@@ -25,12 +25,12 @@ class Mse(Method):
 
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
         """The best of all starts, the unclipped range among them, so never worse than `minmax`."""
-        counted = x if weights is None else xp.where(weights > 0, x, xp.float32(0.0))
-        lo, hi = xp.minimum(counted.min(-1), 0), xp.maximum(counted.max(-1), 0)
+        counted = x if weights is None else xp.where(weights > 0, x, 0.0)
+        lo, hi = xp.minimum(xp.min(counted, axis=-1), 0), xp.maximum(xp.max(counted, axis=-1), 0)
         best_scale, best_zero = scheme.grid(xp, lo, hi)
         best_error = self._error(xp, x, scheme, best_scale, best_zero, weights)
         for low_clip, high_clip in self.starts(scheme):
-            scale, zero = scheme.grid(xp, lo * xp.float32(low_clip), hi * xp.float32(high_clip))
+            scale, zero = scheme.grid(xp, lo * low_clip, hi * high_clip)
             scale, zero, error = self._descend(xp, x, scheme, scale, zero, weights)
             better = error < best_error
             best_scale = xp.where(better, scale, best_scale)
@@ -53,7 +53,7 @@ class Mse(Method):
             next_scale, next_zero = scheme.refit(xp, x, codes, scale, zero, weights)
             next_error = self._error(xp, x, scheme, next_scale, next_zero, weights)
             better = next_error < error
-            if not better.any():
+            if not xp.any(better):
                 break
             scale, zero = xp.where(better, next_scale, scale), xp.where(better, next_zero, zero)
             error = xp.where(better, next_error, error)
@@ -64,4 +64,4 @@ class Mse(Method):
         xp: Any, x: AnyArray, scheme: Scheme, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
     ) -> AnyArray:
         d = x - scheme.decode(xp, scheme.encode(xp, x, scale, zero), scale, zero)
-        return (d * d if weights is None else weights * d * d).sum(-1)
+        return xp.sum(d * d if weights is None else weights * d * d, axis=-1)

@@ -1,8 +1,8 @@
 """What a scheme is: a number format, its granularity, and the arithmetic that defines both.
 
 A scheme sees groups: arrays (..., g) of float32 in which the last axis shares one scale. The
-arithmetic is written in the array API, so NumPy and CuPy run the same lines; kernels of a backend
-are held to it.
+arithmetic is written in the array API standard, so NumPy and CuPy run the same lines; kernels of a
+backend are held to it. Only scales of two bytes ask for a dtype that the standard does not have.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ class Scheme(BaseModel):
 
         Zero means an all-zero group and becomes 1; what the dtype cannot hold goes to its limits.
         """
-        smallest, largest = (xp.float32(v) for v in SCALE_LIMITS[self.scale_dtype])
-        clamped = xp.minimum(xp.maximum(scale, smallest), largest)
-        stored = clamped.astype(SCALE_DTYPES[self.scale_dtype]).astype(xp.float32)
-        return xp.where(scale == 0, xp.float32(1.0), stored)
+        smallest, largest = SCALE_LIMITS[self.scale_dtype]
+        stored = xp.minimum(xp.maximum(scale, smallest), largest)
+        if self.scale_dtype != "F32":
+            stored = xp.astype(xp.astype(stored, SCALE_DTYPES[self.scale_dtype]), xp.float32)
+        return xp.where(scale == 0, 1.0, stored)
 
     def groups(self, cols: int) -> int:
         """Scales per row of `cols` elements; the last group of a row may be short."""

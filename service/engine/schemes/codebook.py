@@ -62,8 +62,8 @@ class CodebookScheme(Scheme):
 
     def encode(self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:  # noqa: ARG002
         """The nearest level of x * (1/s); a tie goes to the lower one."""
-        t = x * (xp.float32(1.0) / scale)[..., None]
-        return xp.searchsorted(xp.asarray(NF4_MIDPOINTS), t, side="left").astype(xp.uint8)
+        t = x * (1.0 / scale)[..., None]
+        return xp.astype(xp.searchsorted(xp.asarray(NF4_MIDPOINTS), t, side="left"), xp.uint8)
 
     def decode(self, xp: Any, codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:  # noqa: ARG002
         """table[q] * s."""
@@ -73,9 +73,9 @@ class CodebookScheme(Scheme):
         self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
     ) -> tuple[AnyArray, AnyArray]:
         """The slope of x on the levels, through the origin."""
-        w = xp.float32(1.0) if weights is None else weights
+        w = 1.0 if weights is None else weights
         level = xp.asarray(NF4_TABLE)[codes]
-        numerator, denominator = (w * x * level).sum(-1), (w * level * level).sum(-1)
+        numerator, denominator = xp.sum(w * x * level, axis=-1), xp.sum(w * level * level, axis=-1)
         usable = (denominator > 0) & (numerator > 0)
-        slope = xp.where(usable, numerator, scale) / xp.where(usable, denominator, xp.float32(1.0))
+        slope = xp.where(usable, numerator, scale) / xp.where(usable, denominator, 1.0)
         return self.store_scale(xp, slope), zero

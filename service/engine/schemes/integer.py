@@ -54,43 +54,45 @@ class IntegerScheme(Scheme):
     def grid(self, xp: Any, lo: AnyArray, hi: AnyArray) -> tuple[AnyArray, AnyArray]:
         """See the module's formulas; all of it in float32."""
         if self.is_symmetric:
-            scale = self.store_scale(xp, xp.maximum(-lo, hi) / xp.float32(self.middle - 1))
+            scale = self.store_scale(xp, xp.maximum(-lo, hi) / (self.middle - 1))
             return scale, xp.full_like(scale, self.middle)
-        scale = self.store_scale(xp, (hi - lo) / xp.float32(self.top))
+        scale = self.store_scale(xp, (hi - lo) / self.top)
         return scale, self._zero_point(xp, -lo, scale)
 
     def encode(self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
-        """clamp(rint(x * (1/s)) + z): one reciprocal per group, `rint` half to even."""
-        inverse = (xp.float32(1.0) / scale)[..., None]
-        q = xp.rint(x * inverse) + zero[..., None]
-        return xp.clip(q, 0, self.top).astype(xp.uint8)
+        """clamp(round(x * (1/s)) + z): one reciprocal per group, half to even."""
+        inverse = (1.0 / scale)[..., None]
+        q = xp.round(x * inverse) + zero[..., None]
+        return xp.astype(xp.clip(q, 0, self.top), xp.uint8)
 
     def decode(self, xp: Any, codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:
         """(q - z) * s."""
-        return (codes.astype(xp.float32) - zero[..., None]) * scale[..., None]
+        return (xp.astype(codes, xp.float32) - zero[..., None]) * scale[..., None]
 
     def refit(
         self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
     ) -> tuple[AnyArray, AnyArray]:
         """Regression of x on the codes: slope s, intercept -z*s; through the origin when symmetric."""
-        w = xp.float32(1.0) if weights is None else weights
-        q = codes.astype(xp.float32)
+        w = 1.0 if weights is None else weights
+        q = xp.astype(codes, xp.float32)
         if self.is_symmetric:
-            level = q - xp.float32(self.middle)
-            return self._slope(xp, (w * x * level).sum(-1), (w * level * level).sum(-1), scale), zero
-        total = (w + xp.zeros_like(q)).sum(-1)
-        q_mean = (w * q).sum(-1) / total
-        x_mean = (w * x).sum(-1) / total
+            level = q - self.middle
+            numerator, denominator = xp.sum(w * x * level, axis=-1), xp.sum(w * level * level, axis=-1)
+            return self._slope(xp, numerator, denominator, scale), zero
+        total = xp.sum(w + xp.zeros_like(q), axis=-1)
+        q_mean = xp.sum(w * q, axis=-1) / total
+        x_mean = xp.sum(w * x, axis=-1) / total
         dq = q - q_mean[..., None]
-        slope = self._slope(xp, (w * dq * (x - x_mean[..., None])).sum(-1), (w * dq * dq).sum(-1), scale)
+        numerator, denominator = xp.sum(w * dq * (x - x_mean[..., None]), axis=-1), xp.sum(w * dq * dq, axis=-1)
+        slope = self._slope(xp, numerator, denominator, scale)
         return slope, self._zero_point(xp, q_mean * slope - x_mean, slope)
 
     def _slope(self, xp: Any, numerator: AnyArray, denominator: AnyArray, fallback: AnyArray) -> AnyArray:
         usable = (denominator > 0) & (numerator > 0)
-        slope = xp.where(usable, numerator, fallback) / xp.where(usable, denominator, xp.float32(1.0))
+        slope = xp.where(usable, numerator, fallback) / xp.where(usable, denominator, 1.0)
         return self.store_scale(xp, slope)
 
     def _zero_point(self, xp: Any, offset: AnyArray, scale: AnyArray) -> AnyArray:
-        zero = xp.rint(offset * (xp.float32(1.0) / scale))
+        zero = xp.round(offset * (1.0 / scale))
         # Sums over weights near the end of float32 overflow, and an infinity less an infinity is no number.
-        return xp.clip(xp.where(xp.isnan(zero), xp.float32(0.0), zero), 0, self.top)
+        return xp.clip(xp.where(xp.isnan(zero), 0.0, zero), 0, self.top)
