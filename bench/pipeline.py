@@ -41,9 +41,9 @@ so `cp` with a sync of the copy stands beside it.
 
 Where the time goes, in seconds of the median run: *read* is waiting for the source, as far as it was not read ahead by
 one core; *compute* scales, codes, packing and errors, by all cores; *write* everything else done tensor by tensor:
-laying out codes for the format, writing, the journal, and for Parquet a hash of each row; *finish* completing the files
-(Parquet is assembled from what was spooled), hashing them while they are synced, each by one core. SHA-256 runs at
-{{hash_rate:.2f}} GB/s here: no output can be finished faster.
+laying out codes for the format, writing, the journal, and for Parquet a hash of each row; *finish* completing the
+files, hashing them while they are synced, each by one core. SHA-256 runs at {{hash_rate:.2f}} GB/s here: no output can
+be finished faster.
 """
 ABOUT_SMALL = """
 What a tensor costs beside its bytes: names, checks, kernel calls, reports and a line of the journal for each. F32, both

@@ -7,7 +7,7 @@ what they hold themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.engine.backends.reference import TILE_ELEMENTS
@@ -50,10 +50,8 @@ def need_to_quantize(plan: Plan, block_bytes: int) -> Need:
     """What a run of this plan will hold."""
     source = find_format(plan.source_format)
     peaks = {tensor.info.name: _quantizing(tensor, plan, source, block_bytes) for tensor in plan.tensors}
-    writing = _largest(peaks)
-    closing = max(o.format.closing_bytes(list(_stored(plan, i))) for i, o in enumerate(plan.outputs))
     records = len(plan.tensors) * (TENSOR_BYTES + len(plan.outputs) * OUTPUT_TENSOR_BYTES)
-    return _need(writing, closing, records + min(WAITING_BYTES, plan.source_bytes), block_bytes)
+    return _need(_largest(peaks), records + min(WAITING_BYTES, plan.source_bytes), block_bytes)
 
 
 def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes: int) -> Need:
@@ -67,7 +65,7 @@ def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes:
         if info.name in others
     }
     records = len(original.tensors) * (2 * TENSOR_BYTES + OUTPUT_TENSOR_BYTES)
-    return _need(_largest(peaks), 0, records, block_bytes)
+    return _need(_largest(peaks), records, block_bytes)
 
 
 def check_need(need: Need, limit_bytes: int) -> None:
@@ -81,10 +79,9 @@ def check_need(need: Need, limit_bytes: int) -> None:
         )
 
 
-def _need(working: tuple[int, str | None], closing: int, records: int, block_bytes: int) -> Need:
+def _need(working: tuple[int, str | None], records: int, block_bytes: int) -> Need:
     kept = min(block_bytes, KEPT_BLOCK_BYTES, working[0])
-    nbytes = max(working[0], closing) + records + kept + OVERHEAD_BYTES
-    return Need(nbytes, working[1] if working[0] >= closing else None, block_bytes)
+    return Need(working[0] + records + kept + OVERHEAD_BYTES, working[1], block_bytes)
 
 
 def _largest(peaks: Mapping[str, int]) -> tuple[int, str | None]:
@@ -116,16 +113,6 @@ def _coding(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> 
     histograms = (elements // OBSERVED_ELEMENTS + 2) * HISTOGRAM_BYTES if scheme.granularity == "tensor" else 0
     tiles = min(elements, max(TILE_ELEMENTS, info.cols)) * TILE_ELEMENT_BYTES
     return _codes(output, info, scheme, rows) + histograms + tiles + output.format.writing_bytes(rows, info.cols, bits)
-
-
-def _stored(plan: Plan, output: int) -> Iterator[tuple[int, int]]:
-    """Of each tensor: bytes of its codes, or of its copy, and of all that is stored of it."""
-    for tensor in plan.tensors:
-        info, scheme = tensor.info, tensor.decisions[output].scheme
-        if scheme is None:
-            yield info.nbytes, info.nbytes
-        else:
-            yield info.size * scheme.bits // 8, scheme.stored_bytes(info.rows, info.cols)
 
 
 def _rows(info: TensorInfo, block_bytes: int) -> int:

@@ -11,7 +11,6 @@ import pytest
 
 from bench.engine import Comparison, Job, run_watched
 from bench.models import equal, scratch, write_model
-from service.engine.formats.parquet_spool import CHUNK_BYTES
 from service.engine.formats.registry import open_model
 from service.engine.memory_need import need_to_quantize, need_to_validate
 from service.engine.plan import make_plan
@@ -20,8 +19,6 @@ BLOCK_BYTES = 16 << 20
 TENSOR_BYTES = 512 << 20
 #: The block at work and the next one, one of them as float32, what comes of it, and what allocators keep.
 BLOCK_BOUND = 6 * BLOCK_BYTES
-#: A row of the Parquet file as read from the spool, as Arrow collects it (in a buffer that doubles) and as a page.
-ROW_BOUND = 5 * CHUNK_BYTES
 SMALL_GROUPS = {"group_size": 16, "scale_dtype": "F32"}
 
 
@@ -37,7 +34,7 @@ def model() -> Iterator[Path]:
     [
         pytest.param("compressed-tensors", {}, BLOCK_BOUND, id="compressed-tensors"),
         pytest.param("compressed-tensors", {"granularity": "tensor"}, BLOCK_BOUND, id="compressed-tensors, two passes"),
-        pytest.param("parquet", {}, BLOCK_BOUND + ROW_BOUND, id="parquet"),
+        pytest.param("parquet", {}, BLOCK_BOUND, id="parquet"),
     ],
 )
 def test_memory_follows_the_block_and_not_the_tensor(

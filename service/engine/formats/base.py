@@ -209,12 +209,6 @@ class Format(ABC):
         return 0
 
     @classmethod
-    def closing_bytes(cls, stored: Sequence[tuple[int, int]]) -> int:
-        """What a writer holds while it closes; of each tensor the bytes of its codes, and all that is stored of it."""
-        del stored
-        return 0
-
-    @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:
         """A writer into an existing, empty folder (or one to `restore`)."""
         del folder, context

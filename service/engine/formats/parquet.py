@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,16 +11,12 @@ from service.engine.formats.base import Format, FormatOptions, ModelReader, Mode
 from service.engine.formats.layout import find_placement, weights_folder
 from service.engine.formats.parquet_reader import ParquetReader
 from service.engine.formats.parquet_schema import SUFFIX
-from service.engine.formats.parquet_spool import CHUNK_BYTES
-from service.engine.formats.parquet_writer import ROW_GROUP_BYTES, ParquetWriter
+from service.engine.formats.parquet_writer import CHUNK_BYTES, REPACKED_CODES, ParquetWriter
 from service.engine.formats.weights import WEIGHTS_SUFFIX
 from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
-
-#: How often a row group is in memory while it is written, as measured; Arrow's buffer doubles.
-ROW_GROUP_COPIES = 3.5
 
 
 class ParquetOptions(FormatOptions):
@@ -70,15 +65,8 @@ class ParquetFormat(Format):
         """Rows that do not end on whole words are unpacked and packed again: see `Format.writing_bytes`."""
         if cols * bits % WORD_BITS == 0:
             return 0
-        elements = min(rows * cols, CHUNK_BYTES * 8 // bits)
+        elements = min(rows * cols, max(REPACKED_CODES, 8 * cols))
         return elements + elements * bits // 8
-
-    @classmethod
-    def closing_bytes(cls, stored: Sequence[tuple[int, int]]) -> int:
-        """A row group as it is spooled, as Arrow collects it and as pages: see `Format.closing_bytes`."""
-        together = sum(nbytes for _, nbytes in stored)
-        widest = max((nbytes / max(1, codes) for codes, nbytes in stored), default=1.0)
-        return int(ROW_GROUP_COPIES * min(together, ROW_GROUP_BYTES * widest))
 
     @classmethod
     def writer(cls, folder: Path, context: WriterContext) -> ModelWriter:

@@ -52,8 +52,8 @@ SCHEMA = pa.schema(
 )
 
 
-def tensor_cells(info: TensorInfo, scheme: Scheme | None, quality: Quality | None) -> dict[str, Any]:
-    """The cells that all rows of a tensor share, as JSON; what does not apply is left out."""
+def tensor_cells(info: TensorInfo, scheme: Scheme | None) -> dict[str, Any]:
+    """The cells that all rows of a tensor share, as JSON, but for what it lost; what does not apply is left out."""
     cells: dict[str, Any] = {
         "layer_name": info.name,
         "shape": list(info.shape),
@@ -71,10 +71,12 @@ def tensor_cells(info: TensorInfo, scheme: Scheme | None, quality: Quality | Non
             "quant_axis": None if scheme.granularity == "tensor" else 0,
             "group_size": scheme.group_size if scheme.granularity == "group" else None,
         }
-    if quality is not None:
-        # Its fields are columns by the same names.
-        cells |= {name: getattr(quality, name) for name in Quality.__dataclass_fields__}
     return cells
+
+
+def quality_cells(quality: Quality | None) -> dict[str, Any]:
+    """What a tensor lost: the fields are columns by the same names."""
+    return {} if quality is None else {name: getattr(quality, name) for name in Quality.__dataclass_fields__}
 
 
 def model_cells(layout: ModelLayout) -> dict[str, Any]:

@@ -9,8 +9,8 @@ MAX_DEPTH = 16
 #: Of all structures that are read from one buffer together.
 MAX_VALUES = 1_000_000
 
-_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
-_INTEGERS = frozenset({_I16, _I32, _I64})
+_TRUE, _FALSE, _BYTE, _I16, I32, I64, _DOUBLE, BINARY, LIST, _SET, _MAP, STRUCT = range(1, 13)
+_INTEGERS = frozenset({_I16, I32, I64})
 
 #: A structure: values by the numbers of their fields.
 Struct = dict[int, Any]
@@ -36,6 +36,17 @@ class CompactReader:
         except IndexError as error:
             raise Malformed("it ends too early") from error
 
+    def raw_fields(self) -> dict[int, tuple[int, bytes]]:
+        """The next structure as (kind, bytes) by the numbers of its fields; no truths among them. For own bytes."""
+        fields = {}
+        number = 0
+        while header := self._byte():
+            number += header >> 4
+            start = self.position
+            self._value(header & 15, 0)
+            fields[number] = header & 15, self._data[start : self.position]
+        return fields
+
     def _struct(self, depth: int) -> Struct:
         if depth > MAX_DEPTH:
             raise Malformed(f"structures are nested more than {MAX_DEPTH} deep")
@@ -55,11 +66,11 @@ class CompactReader:
             raise Malformed(f"there are more than {MAX_VALUES} values")
         if kind in _INTEGERS:
             return self._zigzag()
-        if kind == _BINARY:
+        if kind == BINARY:
             return self._bytes(self._varint())
-        if kind == _STRUCT:
+        if kind == STRUCT:
             return self._struct(depth + 1)
-        if kind in (_LIST, _SET):
+        if kind in (LIST, _SET):
             return self._list(depth + 1)
         if kind in (_TRUE, _FALSE, _BYTE):
             return self._byte()

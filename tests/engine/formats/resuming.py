@@ -11,14 +11,17 @@ from service.engine.formats.base import ModelWriter
 from service.engine.schemes.base import Scheme
 from tests.engine.formats.outputs import Output, contents
 
+#: What happens to an output of which so many tensors are known by these states.
+Kill = Callable[[Output, int, list[dict[str, Any]]], None]
 
-def check_every_interruption(make: Callable[[str], Output]) -> None:
-    """`make` gives the same output in another folder."""
+
+def check_every_interruption(make: Callable[[str], Output], *also: Kill) -> None:
+    """`make` gives the same output in another folder; `also` are more ways to be killed."""
     whole = make("whole")
     whole.run()
     expected = contents(whole.folder)
     for done in range(len(whole.items) + 1):
-        for kill in (_between, _within_a_tensor, _with_a_torn_write, _in_close):
+        for kill in (_between, _within_a_tensor, _with_a_torn_write, _in_close, *also):
             torn = make("torn")
             states = _start(torn, done)
             kill(torn, done, states)
@@ -110,3 +113,8 @@ def _in_close(output: Output, done: int, states: list[dict[str, Any]]) -> None:
             writer.discard()
             continue
         break
+
+
+def at_the_end(output: Output, done: int, states: list[dict[str, Any]]) -> None:
+    """Killed when all was complete, and the last lines of the journal cannot be read."""
+    _go_on(output, done, states)

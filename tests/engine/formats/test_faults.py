@@ -28,7 +28,7 @@ def test_a_full_disk_is_told_as_such(output: Callable[..., Output], format_id: s
     made = output(format_id, [Item("a.weight", normal(64, 64), INT4 if quantized else None)])
     writer = made.writer()
     # Where the first bytes go is the writer's own business: all names it may open lead to the full device.
-    for name in ("model.part-00001", "model.spool-00000.data"):
+    for name in ("model.part-00001", "model.part-00000", "model.spool-data"):
         (made.folder / name).symlink_to(FULL)
 
     def write() -> None:

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.engine.formats import parquet_spool
+from service.engine.formats import parquet_groups, parquet_writer
 from service.engine.formats.registry import open_model
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
 from tests.engine.formats.outputs import Item, Output, all_integer_schemes, contents, label, normal
-from tests.engine.formats.resuming import check_abandoned, check_every_interruption
+from tests.engine.formats.resuming import at_the_end, check_abandoned, check_every_interruption
 from tests.engine.formats.test_compressed_tensors import check, mixed_items
 
 FORMAT = "parquet"
@@ -33,6 +33,8 @@ NF4 = [
     build_scheme("nf4", symmetric=True, granularity="channel", group_size=None),
     build_scheme("nf4", symmetric=True, granularity="tensor", group_size=None),
 ]
+#: Of chunks, of cells that do not wait for others, of pages and of row groups.
+SMALL = {"CHUNK_BYTES": 720, "DIRECT_BYTES": 500, "PAGE_BYTES": 600, "ROW_GROUP_BYTES": 2900, "ROW_GROUP_ROWS": 5}
 MakeOutput = Callable[..., Output]
 
 
@@ -56,8 +58,7 @@ def test_files_are_rolled_and_read_as_one_model(output: MakeOutput, max_file_byt
 def test_large_tensors_are_cut_into_chunks_of_whole_rows(
     output: MakeOutput, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(parquet_spool, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr("service.engine.formats.parquet_writer.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(parquet_writer, "CHUNK_BYTES", chunk_bytes)
     made = output(
         FORMAT, [*mixed_items(), Item("long", normal(1000, dtype=np.float64))], options={"max_file_bytes": 2000}
     )
@@ -70,15 +71,47 @@ def test_large_tensors_are_cut_into_chunks_of_whole_rows(
     assert max(row["chunk_index"] for row in rows) > 0
 
 
-@pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
+@pytest.mark.parametrize(
+    ("sizes", "max_file_bytes"),
+    [
+        pytest.param({}, 3000, id="several files"),
+        pytest.param({}, 10**9, id="one file"),
+        pytest.param(SMALL, 5000, id="tensors that span row groups and files"),
+    ],
+)
 def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_bytes(
-    output: MakeOutput, max_file_bytes: int
+    output: MakeOutput, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], max_file_bytes: int
 ) -> None:
+    for name, value in sizes.items():
+        monkeypatch.setattr(parquet_writer if name == "CHUNK_BYTES" else parquet_groups, name, value)
+
     def make(folder: str) -> Output:
         return output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
 
-    check_every_interruption(make)
+    check_every_interruption(make, at_the_end)
     check_abandoned(make, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
+
+
+def test_a_large_cell_is_written_where_it_stays_and_a_small_one_with_others(
+    output: MakeOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_groups, "DIRECT_BYTES", 1000)
+    items = [Item(f"small{i}", normal(16, seed=i), None) for i in range(3)]
+    items += [Item("large.weight", normal(64, 96), INT4), Item("last", normal(3))]
+    made = output(FORMAT, items)
+    writer = made.writer()
+    for item in items[:4]:
+        made.add(writer, item)
+    writer.state()
+    (part,) = made.folder.glob("*.part-*")
+    before = part.read_bytes()
+    made.add(writer, items[4])
+    writer.close(lambda: False)
+    assert (made.folder / "model-00000.parquet").read_bytes().startswith(before)
+    cells = {row["layer_name"]: row["data"] for row in pq.read_table(made.folder / "model-00000.parquet").to_pylist()}
+    at = [before.index(cells[item.name]) for item in items[:4]]
+    assert at == sorted(at)
+    assert at[1] - at[0] == at[2] - at[1] == 64 + 4, "cells of a page follow each other"
 
 
 def test_the_columns_say_what_a_reader_has_to_know(output: MakeOutput) -> None:

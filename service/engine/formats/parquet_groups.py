@@ -1,0 +1,367 @@
+"""Lays rows into Parquet files as they come; what cannot go to its place at once waits in a spool.
+
+In a row group the cells of a column follow each other. So a large cell of `data` goes into the file as it comes, as a
+page of its own. Small ones wait until they fill a page, `scales` and `zero_points` until their row group is full, all
+other columns until the tensor is committed, whose errors are among them. A file only grows: to forget a tensor, or what
+a killed process wrote behind its last journal line, is to cut the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from service.engine.formats.append_file import AppendFile
+from service.engine.formats.base import Cancelled
+from service.engine.formats.parquet_guard import MAGIC
+from service.engine.formats.parquet_pages import (
+    PREFIX_BYTES,
+    Column,
+    encode_columns,
+    encode_footer,
+    encode_group,
+    moved,
+    page_head,
+    prefix,
+)
+from service.engine.formats.parquet_rows import Row, batch_of, read_cells
+from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA, SUFFIX
+from service.engine.tensors import CodeArray
+from service.storage.faults import storage_faults
+
+ROW_GROUP_BYTES = 64 << 20
+ROW_GROUP_ROWS = 1000
+#: A cell of `data` of this size does not wait for others.
+DIRECT_BYTES = 64 << 10
+#: Of the cells in one page, when there are several.
+PAGE_BYTES = 1 << 20
+
+_DATA = BYTE_COLUMNS.index("data")
+
+
+@dataclass(slots=True)
+class _Group:
+    """The row group in the making."""
+
+    start: int  # where its pages begin in the file
+    spooled: list[int]  # where its cells begin in the spool; of `data`, those that are in no page yet
+    rows: list[Row]
+    data_bytes: int = 0
+    paged: int = 0  # rows whose `data` are in the file
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A row group whose bytes are in the file; its other columns are not."""
+
+    file: int
+    start: int
+    rows: list[Row]
+    columns: list[Column]
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A row group as the footer has it, and where it ends in the file."""
+
+    file: int
+    end: int
+    rows: int
+    encoded: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How far all is as of the last commit."""
+
+    file: int
+    size: int
+    filled: int
+    spool: list[int]
+    group: _Group
+    rows: int  # of the group
+    done: int
+
+
+class RowGroups:
+    """Files `<stem>-00000.parquet`, …; a new one begins when the last has `max_file_bytes` of `data`."""
+
+    def __init__(self, folder: Path, stem: str, max_file_bytes: int, shared: dict[str, Any]) -> None:
+        """`shared` are cells that all rows have."""
+        self._folder, self._stem, self._max, self._shared = folder, stem, max_file_bytes, shared
+        self._spool = [AppendFile(self._spooled(column)) for column in range(len(BYTE_COLUMNS))]
+        self._files = [self._file(0)]
+        self._filled = 0  # bytes of `data` in the last file
+        self._group = self._next_group()
+        self._sealed: list[_Sealed] = []
+        self._done: list[_Done] = []
+        self._told = 0  # of those
+        self._fresh: list[Row] = []  # since the last commit
+        self._digest = hashlib.sha256()
+        self._data: AppendFile = self._spool[_DATA]  # where `data` of the open row go
+        self._mark = self._here()
+
+    def open_row(self, row: Row, data_bytes: int) -> None:
+        """The next row, whose `data` will take so many bytes."""
+        self._close_row()
+        full = len(self._group.rows) == ROW_GROUP_ROWS or self._group.data_bytes + data_bytes > ROW_GROUP_BYTES
+        with storage_faults("writing the weights"):
+            if full or self._filled >= self._max:
+                self._seal()
+            if self._filled >= self._max:
+                self._files.append(self._file(len(self._files)))
+                self._filled, self._group = 0, self._next_group()
+            self._place(row, data_bytes)
+        self._group.data_bytes += data_bytes
+        self._filled += data_bytes
+        self._fresh.append(row)
+        self._digest = hashlib.sha256()
+
+    def add(self, data: memoryview, scales: CodeArray, zeros: CodeArray) -> None:
+        """Bytes of the row opened last."""
+        sizes = self._fresh[-1].sizes
+        with storage_faults("writing the weights"):
+            self._data.write(data)
+            self._digest.update(data)
+            sizes[_DATA] += data.nbytes
+            for column, piece in ((1, scales), (2, zeros)):
+                if piece.nbytes:
+                    self._spool[column].write(piece.data)
+                    sizes[column] += piece.nbytes
+
+    def commit(self) -> list[Row]:
+        """The rows since the last commit, which are whole now and all of whose cells are known."""
+        self._close_row()
+        rows, self._fresh = self._fresh, []
+        with storage_faults("writing the weights"):
+            if self._sealed:
+                self._seal()  # else the columns of those before would stand amid its own
+            for file in self._files[self._mark.file : -1]:
+                file.close()
+        self._mark = self._here()
+        return rows
+
+    def abandon(self) -> None:
+        """Forget the rows since the last commit."""
+        mark = self._mark
+        with storage_faults("writing the weights"):
+            for file in self._files[mark.file + 1 :]:
+                file.remove()
+            del self._files[mark.file + 1 :]
+            self._files[-1].cut(mark.size)
+            for file, size in zip(self._spool, mark.spool, strict=True):
+                file.cut(size)
+        del self._done[mark.done :]
+        del mark.group.rows[mark.rows :]
+        self._sealed, self._fresh, self._filled = [], [], mark.filled
+        self._group = replace(mark.group, spooled=list(mark.group.spooled))
+
+    def state(self) -> dict[str, Any]:
+        """Beside the rows, all that `restore` needs, as of the last commit: row groups since the last call."""
+        with storage_faults("writing the weights"):
+            for file in (self._files[-1], *self._spool):
+                file.flush()
+        mark = self._mark
+        told, self._told = self._done[self._told : mark.done], mark.done
+        return {
+            "groups": [[g.file, g.end, g.rows, b64encode(g.encoded).decode()] for g in told],
+            "at": [mark.file, mark.size, mark.filled, mark.spool],
+            "group": [mark.group.start, mark.group.spooled, mark.group.data_bytes, mark.group.paged],
+        }
+
+    def restore(self, states: Sequence[dict[str, Any]], rows: list[Row]) -> None:
+        """Take up the files of an earlier process, as of the last of these states, and all its rows."""
+        last = 0
+        if states:
+            found = (g for state in states for g in state["groups"])
+            self._done = [_Done(file, end, count, b64decode(data)) for file, end, count, data in found]
+            self._told = len(self._done)
+            last, size, self._filled, spool = states[-1]["at"]
+            start, spooled, data_bytes, paged = states[-1]["group"]
+            open_rows = rows[sum(group.rows for group in self._done) :]
+            self._group = _Group(start, list(spooled), open_rows, data_bytes, paged)
+            self._files = [self._file(number) for number in range(last + 1)]
+            sizes = {group.file: group.end for group in self._done} | {last: size}
+        else:
+            sizes, spool = {0: 0}, [0] * len(self._spool)
+        with storage_faults("taking up the work of an earlier run"):
+            self._drop_behind(last)
+            if self._final(last).exists():  # killed behind `finish`, or in it
+                self._spool_again(spool)
+            for number, file in enumerate(self._files):
+                if not self._part(number).exists() and self._final(number).exists():
+                    self._final(number).rename(self._part(number))
+                file.take_up(sizes[number])
+            for file, nbytes in zip(self._spool, spool, strict=True):
+                file.take_up(nbytes)
+        self._mark = self._here()
+
+    def finish(self, schema: pa.Schema, cancelled: Cancelled) -> bool:
+        """Complete all files and give them their names; False when cancelled."""
+        self._seal()
+        for number, file in enumerate(self._files):
+            if cancelled():
+                return False
+            groups = [group for group in self._done if group.file == number]
+            self._begun(file).write(
+                encode_footer(schema, [g.encoded for g in groups], sum(group.rows for group in groups))
+            )
+            file.close()
+        for number, file in enumerate(self._files):
+            # Synced with all files of the output: until then a journal vouches for it, which a fallen machine voids.
+            file.rename(self._final(number))
+        for file in self._spool:
+            file.remove()
+        return True
+
+    def discard(self) -> None:
+        """Close the files as they are."""
+        for file in (*self._files, *self._spool):
+            file.discard()
+
+    def _place(self, row: Row, data_bytes: int) -> None:
+        group = self._group
+        waiting = self._spool[_DATA].size - group.spooled[_DATA]
+        direct = data_bytes >= DIRECT_BYTES
+        if direct or waiting + data_bytes > PAGE_BYTES:
+            self._page_waiting()
+        group.rows.append(row)
+        self._data = self._spool[_DATA]
+        if direct:
+            self._data = self._begun(self._files[-1])
+            self._data.write(page_head([True], PREFIX_BYTES + data_bytes) + prefix(data_bytes))
+            group.paged = len(group.rows)
+
+    def _close_row(self) -> None:
+        if self._fresh:
+            self._fresh[-1].sha256 = self._digest.hexdigest()
+
+    def _page_waiting(self) -> None:
+        """Put the small cells of `data` that were spooled into the file."""
+        group = self._group
+        rows = group.rows[group.paged :]
+        if rows:
+            self._write_page(_DATA, rows, group.spooled[_DATA])
+        group.spooled[_DATA], group.paged = self._spool[_DATA].size, len(group.rows)
+
+    def _seal(self) -> None:
+        """End the row group, if there is something in it; complete those whose rows are all committed."""
+        group, file = self._group, self._begun(self._files[-1])
+        if group.rows:
+            self._page_waiting()
+            columns = [_column(_DATA, group.start, file.size, len(group.rows))]
+            for column in range(len(BYTE_COLUMNS)):
+                if column != _DATA:
+                    start, at = file.size, group.spooled[column]
+                    for rows in _pages(group.rows, column):
+                        at = self._write_page(column, rows, at)
+                    columns.append(_column(column, start, file.size, len(group.rows)))
+            self._sealed.append(_Sealed(len(self._files) - 1, group.start, group.rows, columns))
+        if not self._fresh:
+            for sealed in self._sealed:
+                self._done.append(self._completed(sealed))
+            self._sealed = []
+        self._group = self._next_group()
+
+    def _completed(self, sealed: _Sealed) -> _Done:
+        """Append the other columns, and describe them all."""
+        file = self._files[sealed.file]
+        pages, cells = encode_columns(batch_of(sealed.rows, self._shared))
+        columns = {column.path[0]: column for column in (*sealed.columns, *moved(cells, file.size))}
+        file.write(pages)
+        ordered = [columns[name.encode()] for name in SCHEMA.names]
+        return _Done(sealed.file, file.size, len(sealed.rows), encode_group(ordered, len(sealed.rows), sealed.start))
+
+    def _write_page(self, column: int, rows: Sequence[Row], at: int) -> int:
+        """A page of cells that lie in the spool from `at` on; where they end there."""
+        sink, spool = self._files[-1], self._spool[column]
+        present = [row.has(column) for row in rows]
+        sizes = [row.sizes[column] for row in rows]
+        ends = list(accumulate(sizes, initial=at))
+        self._begun(sink).write(page_head(present, sum(sizes) + PREFIX_BYTES * sum(present)))
+        if len(rows) == 1 and present[0]:
+            sink.write(prefix(sizes[0]))
+            for start in range(at, ends[-1], PAGE_BYTES):
+                sink.write(spool.read(start, min(start + PAGE_BYTES, ends[-1])))
+        else:
+            cells = memoryview(spool.read(at, ends[-1]))
+            for start, size, there in zip(ends, sizes, present, strict=False):
+                if there:
+                    sink.write(prefix(size))
+                    sink.write(cells[start - at : start - at + size])
+        return ends[-1]
+
+    def _spool_again(self, sizes: Sequence[int]) -> None:
+        """Take the cells that waited in the spool from the finished file: the spool may be gone."""
+        number, group = len(self._files) - 1, self._group
+        index = sum(done.file == number for done in self._done)
+        cells = read_cells(self._final(number), index) if group.rows else {}
+        for column, name in enumerate(BYTE_COLUMNS):
+            spool = AppendFile(self._spooled(column))
+            spool.pad(group.spooled[column])
+            for row in range(group.paged if column == _DATA else 0, len(group.rows)):
+                spool.write(memoryview(cells[name][row].as_buffer()) if group.rows[row].has(column) else b"")
+            spool.close()
+            if spool.size != sizes[column]:
+                raise OSError(errno.EIO, "a finished file is not what was written to it")
+
+    def _begun(self, file: AppendFile) -> AppendFile:
+        if not file.size:
+            file.write(MAGIC)
+        return file
+
+    def _next_group(self) -> _Group:
+        start = max(self._files[-1].size, len(MAGIC))
+        return _Group(start, [file.size for file in self._spool], [])
+
+    def _here(self) -> _Mark:
+        file, group = self._files[-1], self._group
+        spool = [file.size for file in self._spool]
+        copy = replace(group, spooled=list(group.spooled))
+        return _Mark(len(self._files) - 1, file.size, self._filled, spool, copy, len(group.rows), len(self._done))
+
+    def _drop_behind(self, last: int) -> None:
+        ours = re.compile(rf"{re.escape(self._stem)}(?:\.part-(\d+)|-(\d+){re.escape(SUFFIX)})")
+        for path in list(self._folder.iterdir()):
+            found = ours.fullmatch(path.name)
+            if found and int(found[1] or found[2]) > last:
+                path.unlink()
+
+    def _file(self, number: int) -> AppendFile:
+        return AppendFile(self._part(number))
+
+    def _spooled(self, column: int) -> Path:
+        return self._folder / f"{self._stem}.spool-{BYTE_COLUMNS[column]}"
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"{self._stem}.part-{number:05d}"
+
+    def _final(self, number: int) -> Path:
+        return self._folder / f"{self._stem}-{number:05d}{SUFFIX}"
+
+
+def _column(column: int, start: int, end: int, values: int) -> Column:
+    return Column((BYTE_COLUMNS[column].encode(),), start, end - start, values)
+
+
+def _pages(rows: Sequence[Row], column: int) -> Iterator[list[Row]]:
+    """Rows whose cells make up a page: one large cell alone, or several of up to PAGE_BYTES."""
+    page: list[Row] = []
+    size = 0
+    for row in rows:
+        if page and size + row.sizes[column] > PAGE_BYTES:
+            yield page
+            page, size = [], 0
+        page.append(row)
+        size += row.sizes[column]
+    if page:
+        yield page
