@@ -86,7 +86,10 @@ class _Run:
                 self._warn(Notice("source", text))
             for notice in self._plan.warnings:
                 self._warn(notice)
-        for run in runs(self._plan.tensors[done:], self._stations(), self._tools):
+        rest = self._plan.tensors[done:]
+        for index, writer in enumerate(self._writers):
+            writer.expect([(tensor.info, tensor.decisions[index].scheme) for tensor in rest])
+        for run in runs(rest, self._stations(), self._tools):
             stop_when(self._tools.cancelled)
             self._run(run)
         self._behind.put(self._completion.note)
@@ -167,7 +170,7 @@ class _Run:
             copy_companions(layout, folder, self._advancing("writing", companions))
         total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         with self._clock.during("hash"):
-            entries = seal(folder, self._about(output), self._advancing("hashing", total))
+            entries = seal(folder, self._about(output), self._advancing("hashing", total), self._writers[index].digest)
         tensors = tuple(reports[index] for reports in self._completion.reports)
         return OutputReport(
             name=output.name,

@@ -54,15 +54,19 @@ def _copy(layout: ModelLayout, relative: PurePosixPath, target: Path, advance: A
             advance(chunk.nbytes)
 
 
-def seal(folder: Path, about: dict[str, Any], advance: Advance) -> tuple[FileEntry, ...]:
+#: The SHA-256 of a file, if it is known already.
+Known = Callable[[Path, Advance], str | None]
+
+
+def seal(folder: Path, about: dict[str, Any], advance: Advance, known: Known) -> tuple[FileEntry, ...]:
     """Sync and hash every file, and write the manifest: `about` and the list of files."""
     manifest = folder / MANIFEST
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != manifest)
     with _syncing(paths):
-        entries = [_entry(folder, path, advance) for path in paths]
+        entries = [_entry(folder, path, known(path, advance) or _hashed(path, advance)) for path in paths]
     listed = [asdict(e) | {"path": str(e.path)} for e in entries]
     manifest.write_text(json.dumps(about | {"files": listed}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    entries.append(_entry(folder, manifest, advance))
+    entries.append(_entry(folder, manifest, _hashed(manifest, advance)))
     sync(manifest)
     for directory in {folder, *(p.parent for p in paths)}:
         sync(directory)
@@ -110,15 +114,19 @@ def _syncing(paths: Iterable[Path]) -> Iterator[None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _entry(folder: Path, path: Path, advance: Advance) -> FileEntry:
+def _hashed(path: Path, advance: Advance) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in _chunks(file.read):
             digest.update(chunk)
             advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _entry(folder: Path, path: Path, digest: str) -> FileEntry:
     relative = PurePosixPath(path.relative_to(folder).as_posix())
     media_type = MEDIA_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return FileEntry(relative, path.stat().st_size, digest.hexdigest(), media_type)
+    return FileEntry(relative, path.stat().st_size, digest, media_type)
 
 
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:

@@ -13,7 +13,9 @@ import pytest
 from service.engine import completion
 from service.engine.backends.cpu import CpuBackend
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.formats import compressed_tensors_writer
 from service.engine.formats.registry import open_model
+from service.engine.formats.trailing_hash import TrailingHash
 from service.engine.plan import OutputSpec
 from service.engine.progress import Happening, Notice, Progress, TensorCompleted
 from service.engine.validation import validate
@@ -79,6 +81,30 @@ def test_the_manifest_lists_every_file_with_its_hash(model: Path, tmp_path: Path
         listed = json.loads(files.pop("manifest.json"))["files"]
         assert {f["path"]: f["sha256"] for f in listed} == {p: hashlib.sha256(b).hexdigest() for p, b in files.items()}
         assert {str(f.path) for f in output.files} == {*files, "manifest.json"}
+
+
+@pytest.mark.parametrize("case", ["plain", "several files", "stopped", "fallen back"])
+def test_hashes_made_while_the_files_are_written_are_those_of_the_files(
+    model: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressed_tensors_writer, "FORESEEN_BYTES", 0)  # as with large tensors
+    made: list[str] = []
+    finish = TrailingHash.finish
+    monkeypatch.setattr(TrailingHash, "finish", lambda *args: made.append(finish(*args)) or made[-1])
+    fallback = {"bit_width": 2, "min_accuracy": 0.97, "method": "minmax"} if case == "fallen back" else {}
+    options = {"max_shard_bytes": 20_000} if case == "several files" else {}
+    outputs = specs("compressed-tensors", options=options, **fallback)
+    if case == "stopped":
+        seen: list[Happening] = []
+        with pytest.raises(Cancelled):
+            run(model, tmp_path / "work", outputs, happenings=seen, cancelled=lambda: _tensors_done(seen) >= 4)
+    report = run(model, tmp_path / "work", outputs)
+    listed = {str(file.path): file.sha256 for file in report.outputs[0].files}
+    files = files_of(tmp_path / "work" / "compressed-tensors")
+    assert listed == {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    weights = {sha256 for path, sha256 in listed.items() if path.endswith(".safetensors")}
+    assert set(made) == (set() if case == "fallen back" else weights), "foreseen unless it came otherwise"
+    assert len(weights) == 1 or case == "several files"
 
 
 def test_two_runs_write_the_same_bytes_whatever_the_threads_of_time(model: Path, tmp_path: Path) -> None:

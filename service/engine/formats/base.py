@@ -145,6 +145,17 @@ class ModelWriter(ABC):
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on behind the last of `states`, all that `state` returned in order; cut off what came after."""
 
+    def expect(self, tensors: Sequence[tuple[TensorInfo, Scheme | None]]) -> None:  # noqa: B027 - most need not know
+        """What will be begun from here on, unless one is abandoned; nothing that is written depends on it."""
+
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
+        """The SHA-256 in hexadecimal of a file that `close` has completed, if it was made on the way, or None.
+
+        `advance` is called with bytes just hashed; what it raises comes through.
+        """
+        del path, advance
+        return None
+
     @abstractmethod
     def close(self, cancelled: Cancelled) -> None:
         """Write headers, indexes and metadata, and drop auxiliary files. Returns early when `cancelled`.

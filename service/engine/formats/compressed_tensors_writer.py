@@ -11,7 +11,8 @@ import numpy as np
 
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
 from service.engine.formats.compressed_tensors_config import Group, Packing, parts_of, quantization_config
-from service.engine.formats.shards import Region, ShardWriter, header_reserve
+from service.engine.formats.shard_layout import Parts, Region, header_reserve
+from service.engine.formats.shards import ShardWriter
 from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_rows, unpack_rows
 from service.engine.schemes.base import Scheme
@@ -21,6 +22,9 @@ from service.storage.faults import storage_faults
 
 WEIGHT = ".weight"
 MAX_PARTS = 4
+METADATA = {"format": "pt"}
+#: Of tensors smaller than this on the average, headers take longer to foresee than files to hash.
+FORESEEN_BYTES = 256 << 10
 
 
 class CompressedTensorsWriter(ModelWriter):
@@ -45,15 +49,18 @@ class CompressedTensorsWriter(ModelWriter):
         self._new_untouched: list[str] = []
         self._tensor: _Copy | _Weight | None = None
 
+    def expect(self, tensors: Sequence[tuple[TensorInfo, Scheme | None]]) -> None:
+        """See `ModelWriter.expect`."""
+        if sum(info.nbytes for info, _ in tensors) >= len(tensors) * FORESEEN_BYTES:
+            self._shards.expect((self._parts(*tensor) for tensor in tensors), METADATA)
+
     def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
         """See `ModelWriter.begin`."""
+        regions = self._shards.begin(self._parts(info, scheme))
         if scheme is None:
-            regions = self._shards.begin([(info.name, info.dtype, info.shape, info.nbytes)])
             self._tensor = _Copy(info, self._shards, regions[0])
         else:
-            packing = self._packing_of(scheme)
-            parts = parts_of(info.name.removesuffix(WEIGHT), scheme, packing, info.rows, info.cols)
-            self._tensor = _Weight(info, scheme, packing, self._shards, self._shards.begin(parts))
+            self._tensor = _Weight(info, scheme, self._packing_of(scheme), self._shards, regions)
         if twice := self._names.intersection(self._tensor.names):
             raise UnsupportedModel(f"two tensors would be named {twice.pop()!r} in the output", tensor=info.name)
 
@@ -106,7 +113,7 @@ class CompressedTensorsWriter(ModelWriter):
 
     def close(self, cancelled: Cancelled) -> None:
         """See `ModelWriter.close`."""
-        files = self._shards.finish({"format": "pt"}, cancelled)
+        files = self._shards.finish(METADATA, cancelled)
         if not files:
             return
         with storage_faults("writing the index and the configuration"):
@@ -116,9 +123,20 @@ class CompressedTensorsWriter(ModelWriter):
                 described = {"quantization_config": quantization_config(self._modules, self._untouched)}
                 self._write_json("config.json", self.context.layout.config | described)
 
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
+        """See `ModelWriter.digest`."""
+        return self._shards.digest(path, advance)
+
     def discard(self) -> None:
         """See `ModelWriter.discard`."""
         self._shards.discard()
+
+    def _parts(self, info: TensorInfo, scheme: Scheme | None) -> Parts:
+        """The tensors that stand for this one."""
+        if scheme is None:
+            return [(info.name, info.dtype, info.shape, info.nbytes)]
+        packing = self._packing_of(scheme)
+        return parts_of(info.name.removesuffix(WEIGHT), scheme, packing, info.rows, info.cols)
 
     def _index(self, files: dict[str, list[str]]) -> dict[str, Any]:
         total = sum(shard.nbytes for shard in self._shards.shards)

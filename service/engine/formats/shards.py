@@ -1,76 +1,27 @@
 """Writes safetensors files of unknown length piece by piece, so that a killed process can go on.
 
-The header comes first in such a file but is known last: room for it is reserved and later filled
-up with spaces. Tensors have to follow each other without holes, and each has to lie at a multiple
-of its item size. So a tensor whose size is a multiple of 8 goes to the body at once, and the few
-others to one of three tails, by what divides their size; tails are appended in the end.
+Their SHA-256 is made on the way when what will come is known: the header, which comes first in the
+file and is written last, is then known as well.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from json.encoder import encode_basestring
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from service.engine.formats.base import Cancelled
-from service.engine.formats.safetensors_header import MAX_HEADER_BYTES, build_header
-from service.errors import UnsupportedModel
+from service.engine.formats.shard_layout import BODY, TAIL_DIVISORS, Parts, Region, Shard, ShardLayout
+from service.engine.formats.trailing_hash import TrailingHash
 from service.storage.faults import storage_faults
 
-#: Sizes divisible by 8 go to the body; the rest by the largest of these that divides them.
-TAIL_DIVISORS = (4, 2, 1)
-BODY = 0
-#: What an entry of a matrix needs beside the tensor's name, at most, and room for a few odd ones.
-ENTRY_BYTES = 160
-SPARE_BYTES = 4096
-MAX_RESERVE = MAX_HEADER_BYTES // 2
 COPY_BYTES = 8 << 20
 #: What is written in smaller pieces is put together first, where one lies behind the other.
 SMALL_BYTES = 64 << 10
 GATHERED_BYTES = 1 << 20
-#: The length, braces, and `__metadata__`.
-FIXED_BYTES = 512
-#: An entry without its name and shape.
-LONGEST_ENTRY_BYTES = len(', : {"dtype": "F8_E4M3FNUZ", "shape": , "data_offsets": [, ]}') + 2 * len(str(1 << 62))
-
-
-@dataclass(slots=True)
-class Region:
-    """A tensor's place: `part` is BODY or a tail's divisor, `start` counts from that part's beginning."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    part: int
-    start: int
-    nbytes: int
-
-
-@dataclass(slots=True)
-class Shard:
-    """One file in the making."""
-
-    number: int
-    sizes: dict[int, int] = field(default_factory=lambda: {BODY: 0} | dict.fromkeys(TAIL_DIVISORS, 0))
-    regions: list[Region] = field(default_factory=list)
-    header_bytes: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.sizes.values())
-
-    def starts(self) -> dict[int, int]:
-        """Where each part begins in the finished file, counted from the end of the header."""
-        found, position = {}, 0
-        for part in (BODY, *TAIL_DIVISORS):
-            found[part] = position
-            position += self.sizes[part]
-        return found
 
 
 class ShardWriter:
@@ -79,35 +30,35 @@ class ShardWriter:
     def __init__(self, folder: Path, stem: str, reserve: int, max_shard_bytes: int) -> None:
         self._folder = folder
         self._stem = stem
-        self._reserve = min(reserve, MAX_RESERVE) // 8 * 8 + 8
-        self._max = max_shard_bytes
+        self._layout = ShardLayout(reserve, max_shard_bytes)
+        self._reserve = self._layout.reserve
         self._files: dict[tuple[int, int], int] = {}  # descriptors of what is being written, by shard and part
         self._gathered = bytearray()
         self._gathered_for: tuple[int, int] | None = None  # the file, and where in it they begin
-        self._pending: list[Region] = []
         self._committed: list[dict[str, Any]] = []  # what `state` has not told yet
-        self.shards = [Shard(1)]
+        self._foreseen: dict[int, bytes] = {}  # headers, by shard
+        self._hashes: dict[int, TrailingHash] = {}  # by shard
+        self._followed = 0  # of shards before this one all is told
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
-    def begin(self, parts: Sequence[tuple[str, str, tuple[int, ...], int]]) -> list[Region]:
-        """Room for tensors (name, dtype, shape, nbytes) that have to lie in one file."""
-        shard = self.shards[-1]
-        size = sum(nbytes for *_, nbytes in parts)
-        header = sum(_entry_bytes(name, shape) for name, _, shape, _ in parts)
-        if header > self._reserve - FIXED_BYTES:
-            raise UnsupportedModel(f"tensor {parts[0][0]!r:.200} has a name or shape too long for a header")
-        full = shard.nbytes + size > self._max or shard.header_bytes + header > self._reserve - FIXED_BYTES
-        if full and shard.regions:
+    @property
+    def shards(self) -> list[Shard]:
+        """All of them; the last one grows."""
+        return self._layout.shards
+
+    def expect(self, tensors: Iterable[Parts], metadata: Mapping[str, str]) -> None:
+        """What will be begun from here on, and nothing else, unless one of them is abandoned."""
+        self._foreseen = self._layout.foresee(tensors, metadata)
+        self._follow()
+
+    def begin(self, parts: Parts) -> list[Region]:
+        """Room for tensors that have to lie in one file."""
+        last = self.shards[-1]
+        regions = self._layout.begin(parts)
+        if self.shards[-1] is not last:
             self._flush()
             self._close_files()
-            shard = Shard(shard.number + 1)
-            self.shards.append(shard)
-        ends = dict(shard.sizes)
-        self._pending = []
-        for name, dtype, shape, nbytes in parts:
-            part = _part(nbytes)
-            self._pending.append(Region(name, dtype, shape, part, ends[part], nbytes))
-            ends[part] += nbytes
-        return self._pending
+        return regions
 
     def write(self, region: Region, offset: int, data: memoryview) -> None:
         """Bytes of a region begun, `offset` from its start."""
@@ -121,38 +72,31 @@ class ShardWriter:
 
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
-        shard = self.shards[-1]
-        for region in self._pending:
-            shard.sizes[region.part] = region.start + region.nbytes
-            shard.header_bytes += _entry_bytes(region.name, region.shape)
-        shard.regions += self._pending
-        size = sum(r.nbytes for r in self._pending)
-        self._committed.append({"shard": shard.number, "regions": [_region_json(r) for r in self._pending]})
-        self._pending = []
-        return size
+        regions = self._layout.commit()
+        self._committed.append({"shard": self.shards[-1].number, "regions": [_region_json(r) for r in regions]})
+        return sum(r.nbytes for r in regions)
 
     def abandon(self) -> None:
         """Forget what was begun; its bytes are overwritten by what comes next, or cut off."""
-        self._pending = []
         self._flush()
-        if not self.shards[-1].regions and len(self.shards) > 1:
+        self._forget_hashes()
+        shard = self._layout.abandon()
+        if shard is not None:
             self._close_files()
-            self._remove(self.shards.pop())
+            self._remove(shard)
 
     def state(self) -> dict[str, Any]:
         """What was committed since the last call, all of which is then in the files."""
         self._flush()
+        self._follow()
         told, self._committed = self._committed, []
         return {"tensors": told}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """Take up the files of an earlier process; raises StorageFailure when they are not there."""
         for entry in (e for state in states for e in state["tensors"]):
-            if entry["shard"] != self.shards[-1].number:
-                self.shards.append(Shard(entry["shard"]))
-            self._pending = [Region(n, d, tuple(s), p, a, b) for n, d, s, p, a, b in entry["regions"]]
-            self.commit()
-        self._committed = []
+            regions = [Region(n, d, tuple(s), p, a, b) for n, d, s, p, a, b in entry["regions"]]
+            self._layout.restore(entry["shard"], regions)
         with storage_faults("taking up the work of an earlier run"):
             self._drop_unknown()
             for shard in self.shards:
@@ -173,8 +117,18 @@ class ShardWriter:
                 self._remove(shard)
         return {self._final_path(s).name: [r.name for r in s.regions] for s in self.shards}
 
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
+        """The SHA-256 of a finished file, if it was made on the way; see `ModelWriter.digest`."""
+        for shard in self.shards:
+            if path == self._final_path(shard) and shard.number in self._hashes:
+                with storage_faults("hashing the weights"):
+                    return self._hashes[shard.number].finish(self._reserve + shard.nbytes, advance)
+        return None
+
     def discard(self) -> None:
         """Close the files as they are."""
+        self._forget_hashes()
+        self._hashing.shutdown()
         self._gathered, self._gathered_for = bytearray(), None
         self._close_files()
 
@@ -193,6 +147,23 @@ class ShardWriter:
                 _pwrite(self._gathered_for[0], memoryview(self._gathered), self._gathered_for[1])
             self._gathered, self._gathered_for = bytearray(), None
 
+    def _follow(self) -> None:
+        """Hash what is in the last files for good."""
+        for shard in self.shards[self._followed :]:
+            header = self._foreseen.get(shard.number)
+            if header is not None and shard.sizes[BODY]:
+                if shard.number not in self._hashes:
+                    with storage_faults("hashing the weights"):
+                        self._hashes[shard.number] = TrailingHash(self._part_path(shard, BODY), header, self._hashing)
+                self._hashes[shard.number].follow(self._reserve + shard.sizes[BODY])
+        self._followed = len(self.shards) - 1
+
+    def _forget_hashes(self) -> None:
+        """Something else comes than was expected: files are hashed when they are whole."""
+        self._foreseen = {}
+        while self._hashes:
+            self._hashes.popitem()[1].close()
+
     def _complete(self, shard: Shard, metadata: dict[str, str]) -> None:
         """Append the tails and fill in the header; harmless when done twice."""
         body = self._open(shard, BODY)
@@ -202,10 +173,10 @@ class ShardWriter:
             if shard.sizes[part]:
                 tail = self._open(shard, part)
                 _copy(tail, 0, body, self._reserve + starts[part], shard.sizes[part])
-        ordered = sorted(shard.regions, key=lambda r: (starts[r.part] + r.start, r.nbytes))
-        entries = ((r.name, r.dtype, r.shape, starts[r.part] + r.start, starts[r.part] + r.start + r.nbytes)
-                   for r in ordered)  # fmt: skip
-        _pwrite(body, memoryview(build_header(entries, metadata, self._reserve)), 0)
+        header = self._layout.header(shard, metadata)
+        if header != self._foreseen.get(shard.number):
+            self._forget_hashes()
+        _pwrite(body, memoryview(header), 0)
 
     def _restore_files(self, shard: Shard) -> None:
         """Cut each part to what was committed, out of a completed file if need be."""
@@ -265,21 +236,6 @@ class ShardWriter:
     def _close_files(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def header_reserve(tensor_count: int, name_bytes: int, parts_per_tensor: int) -> int:
-    """Bytes that a header of so many tensors, each in several parts, hardly exceeds; a new shard begins if it does."""
-    return SPARE_BYTES + parts_per_tensor * (name_bytes + tensor_count * ENTRY_BYTES)
-
-
-def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an entry, its offsets taken to be as long as can be."""
-    # Put together here: a writer asks this several times a tensor, and the encoder takes longer than the tensor may.
-    return LONGEST_ENTRY_BYTES + len(encode_basestring(name).encode()) + len(str(list(shape)))
-
-
-def _part(nbytes: int) -> int:
-    return BODY if nbytes % 8 == 0 else next(d for d in TAIL_DIVISORS if nbytes % d == 0)
 
 
 def _region_json(region: Region) -> list[Any]:
