@@ -236,7 +236,8 @@ class CpuBackend(ReferenceBackend):
                 search.search_grids(
                     address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
                     clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
-                    np.empty(turns * size * search.LANES, np.float32), np.empty(rows.SPAN_BUFFER, np.float32),
+                    np.empty(turns * search.LANES * rows.whole_vectors(size), np.float32),
+                    np.empty(rows.SPAN_BUFFER, np.float32),
                     np.empty(turns * search.LANE_STATE, np.float32),
                 )  # fmt: skip
 

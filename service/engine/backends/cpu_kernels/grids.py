@@ -53,13 +53,16 @@ class Form:
         divisor, top, implied = (Vec(builder, v).splat() for v in values[:3])
         return cls(divisor, top, implied, values[3], values[4])
 
+    def span(self, low: Vec, high: Vec) -> Vec:
+        """What the divisor divides."""
+        zero = low.const(0.0)
+        return self.either((zero - low).max(high), high - low)
+
     def grid(self, low: Vec, high: Vec) -> tuple[Vec, Vec, Vec]:
         """`Scheme.grid`, and the reciprocal of its scale."""
-        zero = low.const(0.0)
-        magnitude = (zero - low).max(high)
-        scale = self.store_scale(self.either(magnitude, high - low) / self.divisor)
+        scale = self.store_scale(self.span(low, high) / self.divisor)
         inverse = scale.const(1.0) / scale
-        return scale, self.zero_point(zero - low, inverse), inverse
+        return scale, self.zero_point(scale.const(0.0) - low, inverse), inverse
 
     def zero_point(self, offset: Vec, inverse: Vec) -> Vec:
         """clip(rint(offset * (1/s)), 0, top), or the implied one."""

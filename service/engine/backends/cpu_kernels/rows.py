@@ -36,7 +36,7 @@ from service.engine.backends.cpu_kernels.pairs import (
     settle,
     store_range,
 )
-from service.engine.backends.cpu_kernels.spans import KIND_F32, SPAN, address_of, as_f32, item_bytes
+from service.engine.backends.cpu_kernels.spans import KIND_F32, SPAN, address_of, as_f32, item_bytes, whole_vectors
 from service.engine.backends.cpu_kernels.vector import LANES
 
 _ONE = np.float32(1.0)
@@ -44,12 +44,6 @@ _ONE = np.float32(1.0)
 SPAN_BUFFER, RANGE_BUFFER = SPAN + LANES, 4 * (SPAN // LANES + LANES)
 #: Bytes that `code_buffer` holds; and the float64 sums of a tile, with the float32 parts of a span behind them.
 CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, (SUMS + PARTS) * LANES
-
-
-@njit(nogil=True)
-def whole_vectors(count):
-    """`count` rounded up to a multiple of LANES."""
-    return (count + LANES - 1) // LANES * LANES
 
 
 @njit(nogil=True)

@@ -17,22 +17,36 @@ from numba.core import types
 
 from service.engine.backends.cpu_kernels.caching import kernel
 from service.engine.backends.cpu_kernels.codes import ROUNDER, nf4_index
+from service.engine.backends.cpu_kernels.fixed import add_to_total, fix_group, measure, widen_range
 from service.engine.backends.cpu_kernels.grids import FORM, Form
-from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32
-from service.engine.backends.cpu_kernels.vector import F32, I32, I64, LANES, Memory, State, Vec, emitted, loop, zeros
+from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32, whole_vectors
+from service.engine.backends.cpu_kernels.vector import (
+    F32,
+    F64,
+    I32,
+    I64,
+    LANES,
+    Memory,
+    State,
+    Vec,
+    emitted,
+    loop,
+    zeros,
+)
 from service.engine.schemes.codebook import NF4_TABLE
 
-#: Vectors that describe a descent: the grid reached, its error and sums; the grid to try; start and step; and the best
-#: grid so far. Levels are counted from CENTER, so that little cancels in the fit, and in steps of the scale like all
-#: sums: Σ level, Σ level², Σ level·remainder.
-SCALE, ZERO, INVERSE, CENTER, ERROR, LEVELS, SQUARES, PRODUCTS = range(8)
-NEXT_SCALE, NEXT_ZERO, NEXT_INVERSE, START, STEP = range(8, 13)
-BEST_SCALE, BEST_ZERO, BEST_ERROR, LOW, HIGH, MEAN = range(13, 19)
-LANE_STATE = 19 * LANES
+#: Vectors of float32 that describe a lane: its group's range, unit and mean, the grid to try, start and step, and the
+#: best grid so far. Then those of float64: the sum of the group in its units, the error of the grid before this, and of
+#: the best; errors may be without Σ x², which is the same for all grids.
+LOW, HIGH, UNIT, MEAN, SCALE, ZERO, INVERSE, START, STEP, BEST_SCALE, BEST_ZERO = range(11)
+TOTAL, ERROR, BEST_ERROR = range(12, 18, 2)
+LANE_STATE = 18 * LANES
 #: Lots that take turns, if their groups are so short that all fit the cache.
 TURNS, LONGEST_IN_TURNS = 2, 256
 #: Starts that lanes are given together: as many as one permutation chooses from.
 STARTS = LANES
+#: Highest code up to which 16 bits tell elements apart well enough, so that descents go as they would in float32.
+LARGEST_IN_FIXED_POINT = 15
 
 _P, _F = types.intp, types.float32
 
@@ -59,40 +73,36 @@ class Lanes:
     """The vectors of a descent, in memory."""
 
     def __init__(self, builder: ir.IRBuilder, address: ir.Value) -> None:
-        self.memory = Memory(builder, address, F32)
+        self.narrow, self.wide = Memory(builder, address, F32), Memory(builder, address, F64)
 
     def __getitem__(self, name: int) -> Vec:
-        return self.memory.load(ir.Constant(I64, name * LANES))
+        if name < TOTAL:
+            return self.narrow.load(ir.Constant(I64, name * LANES))
+        return self.wide.load(ir.Constant(I64, name * LANES // 2))
 
     def __setitem__(self, name: int, value: Vec) -> None:
-        self.memory.store(ir.Constant(I64, name * LANES), value)
-
-    def replace(self, where: Vec, values: dict[int, Vec]) -> None:
-        """Store the values in the lanes named."""
-        for name, value in values.items():
-            self[name] = where.select(value, self[name])
+        if name < TOTAL:
+            self.narrow.store(ir.Constant(I64, name * LANES), value)
+        else:
+            self.wide.store(ir.Constant(I64, name * LANES // 2), value)
 
 
-def _measure(
-    x: Memory,
-    count: ir.Value,
-    inverse: Vec,
-    zero: Vec,
-    center: Vec,
-    form: Form,
-    codebook: ir.Value,
-) -> State:
-    """Σ remainder², Σ level, Σ level², Σ level·remainder of each lane's group on its grid, seen from its center."""
-    builder = x.builder
-    rounder, none = zero.const(ROUNDER), zero.const(0.0)
-    lowest, highest = none - zero - center + rounder, form.top - zero - center + rounder
-    table, origin = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist())), none - center
+#: What a pass finds of a grid: its error (of a group, always with or always without Σ x²); denominator and numerator of
+#: the slope that fits the codes; their mean level.
+Found = tuple[Vec, Vec, Vec, Vec]
 
-    def on_table(value: Vec) -> Vec:
-        return nf4_index(value).look_up(table)
 
-    def on_grid(value: Vec) -> Vec:
-        return (value + rounder).max(lowest).min(highest) - rounder
+def _in_floats(state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form: Form, codebook: ir.Value) -> Found:
+    """Of elements that are float32: on a table, or on an integer grid of many levels.
+
+    Levels are counted from a center, so that little cancels in the fit, and in steps of the scale like all sums.
+    """
+    builder, scale, zero, inverse = size.builder, state[SCALE], state[ZERO], state[INVERSE]
+    x, table = Memory(builder, source, F32), Vec(builder, ir.Constant(size.type, NF4_TABLE.tolist()))
+    none, rounder = zero.const(0.0), zero.const(ROUNDER)
+    mean = state[MEAN]
+    center = form.either(none, (mean * inverse).rint().max(none - zero).min(form.top - zero))
+    origin, lowest, highest = none - center, none - zero - center + rounder, form.top - zero - center + rounder
 
     def sums(level_of: Callable[[Vec], Vec]) -> tuple[State, ir.Block]:
         def step(i: ir.Value, state: State) -> State:
@@ -110,32 +120,41 @@ def _measure(
 
     with builder.if_else(codebook) as (then, otherwise):
         with then:
-            a, a_block = sums(on_table)
+            found, last = sums(lambda value: nf4_index(value).look_up(table))
         with otherwise:
-            b, b_block = sums(on_grid)
-    merged = []
-    for one, other in zip(a, b, strict=True):
-        phi = builder.phi(one.type)
-        phi.add_incoming(one.value, a_block)
-        phi.add_incoming(other.value, b_block)
-        merged.append(Vec(builder, phi))
-    return merged
+            other, other_last = sums(lambda value: (value + rounder).max(lowest).min(highest) - rounder)
+    rest, levels, squares, products = _merged(found, last, other, other_last)
+    mean_level = form.either(none, levels / size)
+    rests = size * (mean * inverse - center) - levels
+    spread = squares - mean_level * levels
+    fitted = (spread + (products - mean_level * rests)) * scale
+    return (rest * scale * scale).widen(F64), spread, fitted, mean_level + center
 
 
-@emitted(types.none, _P, _P, _P, _F, *FORM)
-def begin(builder, source, count, lanes, size, divisor, top, implied, symmetric, scale_kind):
-    """LOW, HIGH and MEAN of the groups; the grid of the whole range is the best as long as none has an error."""
-    x, state = Memory(builder, source, F32), Lanes(builder, lanes)
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+def _in_fixed_point(
+    state: Lanes, source: ir.Value, count: ir.Value, size: Vec, per: Vec, form: Form
+) -> Found:  # fmt: skip
+    """Of elements in fixed point, on an integer grid."""
+    unit, zero = state[UNIT], state[ZERO]
+    pairs = unit.builder.lshr(count, ir.Constant(I64, 1))
+    lowest, highest = zero.const(0.0) - zero, form.top - zero
+    levels, squares, products = measure(source, pairs, state[INVERSE] * unit, lowest, highest)
+    scale, wide_size, two = state[SCALE].widen(F64), size.widen(F64), levels.const(2.0)
+    error = scale * (scale * squares - two * unit.widen(F64) * products)
+    # Through the origin, or about the means: whole numbers, so exactly 0 where all codes are the same.
+    counted = form.either(levels.const(0.0), levels)
+    spread = wide_size * squares - counted * counted
+    fitted = wide_size * products - counted * state[TOTAL]
+    return error, spread.to_single(), fitted.to_single() * unit, levels.to_single() * per
 
-    def step(i: ir.Value, s: State) -> State:
-        value = x.load(builder.mul(i, ir.Constant(I64, LANES)))
-        return [value.min(s[0]), value.max(s[1]), s[2] + value]
 
-    state[LOW], state[HIGH], total = loop(builder, count, 1, [zeros(builder) for _ in range(3)], step)
-    state[MEAN] = total / Vec(builder, size).splat()
+@emitted(types.none, _P, _F, *FORM)
+def begin(builder, lanes, size, divisor, top, implied, symmetric, scale_kind):
+    """The means; and the grid of the whole range is the best as long as none has an error."""
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
     state[BEST_SCALE], state[BEST_ZERO], _ = form.grid(state[LOW], state[HIGH])
-    state[BEST_ERROR] = zeros(builder).const(float("inf"))
+    state[MEAN] = state[TOTAL].to_single() * state[UNIT] / Vec(builder, size).splat()
+    state[BEST_ERROR] = zeros(builder, F64).const(float("inf"))
 
 
 @emitted(types.none, _P, _P, *FORM)
@@ -143,73 +162,63 @@ def take_first(builder, lanes, clips, divisor, top, implied, symmetric, scale_ki
     """Send every lane to the first of STARTS starts: their low clips at `clips`, the high ones behind."""
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
     state[START] = state[STEP] = zeros(builder)
-    state[NEXT_SCALE], state[NEXT_ZERO], state[NEXT_INVERSE] = _start(
-        state, Memory(builder, clips, F32), state[START], form
-    )
+    low, high = _clipped(state, Memory(builder, clips, F32), state[START])
+    state[SCALE], state[ZERO], state[INVERSE] = form.grid(low, high)
 
 
-@emitted(types.boolean, _P, _P, _P, _P, _F, _F, _F, types.boolean, *FORM)
+@emitted(types.boolean, _P, _P, _P, _P, _F, _F, _F, types.boolean, types.boolean, *FORM)
 def advance(
-    builder, source, count, lanes, clips, starts, steps, size, codebook, divisor, top, implied, symmetric, scale_kind
-):
-    """Try every lane's next grid, keep it where the error falls, and find the one after; whether any is left.
+    builder, source, count, lanes, clips, starts, steps, size, fixed, codebook,
+    divisor, top, implied, symmetric, scale_kind,
+):  # fmt: skip
+    """Try every lane's grid, and find the one to try after it; whether any is left.
 
-    A start is always kept. A descent ends where the error does not fall, the fit stays where it is, or
-    after `steps`; then the lane goes on with the next of `starts` starts.
+    A start is always kept. A descent ends where the error does not fall, as it does not where the fit stays where it
+    is, or after `steps`; then the lane goes on with the next of `starts` starts.
     """
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
-    begun, limit, number = state[STEP], *(Vec(builder, value).splat() for value in (steps, starts))
-    sizes = Vec(builder, size).splat()
-    one, following = begun.const(1.0), (state[START] + begun.const(1.0)).min(number)
-    first = _start(state, Memory(builder, clips, F32), following.min(number - one), form)
-    found = _visit(state, Memory(builder, source, F32), count, form, codebook)
-    kept = begun.equals(begun.const(0.0)) | (found[ERROR] < state[ERROR])
-    state.replace(kept, found)
-    best = kept & (state[ERROR] < state[BEST_ERROR])
-    state.replace(best, {BEST_SCALE: state[SCALE], BEST_ZERO: state[ZERO], BEST_ERROR: state[ERROR]})
-    fit = _refit(state, form, sizes)
-    goes_on = kept & (begun < limit) & (fit[0].differs(state[SCALE]) | fit[1].differs(state[ZERO]))
-    start = goes_on.select(state[START], following)
-    state[START], state[STEP] = start, goes_on.select(begun + one, begun.const(0.0))
-    for name, further, other in zip((NEXT_SCALE, NEXT_ZERO, NEXT_INVERSE), fit, first, strict=True):
-        state[name] = goes_on.select(further, other)
+    step, limit, number, sizes = state[STEP], *(Vec(builder, value).splat() for value in (steps, starts, size))
+    none, one = step.const(0.0), step.const(1.0)
+    with builder.if_else(fixed) as (then, otherwise):
+        with then:
+            found, last = _in_fixed_point(state, source, count, sizes, one / sizes, form), builder.block
+        with otherwise:
+            other, other_last = _in_floats(state, source, count, sizes, form, codebook), builder.block
+    error, spread, fitted, mean_level = _merged(found, last, other, other_last)
+    best = error < state[BEST_ERROR]
+    for name, value in ((BEST_SCALE, state[SCALE]), (BEST_ZERO, state[ZERO]), (BEST_ERROR, error)):
+        state[name] = best.select(value, state[name])
+    goes_on = (step.equals(none) | (error < state[ERROR])) & (step < limit)
+    state[ERROR] = error
+
+    start = goes_on.select(state[START], (state[START] + one).min(number))
+    low, high = _clipped(state, Memory(builder, clips, F32), start.min(number - one))
+    usable = (spread > none) & (fitted > none)
+    numerator = goes_on.select(usable.select(fitted, state[SCALE]), form.span(low, high))
+    denominator = goes_on.select(usable.select(spread, one), form.divisor)
+    scale = form.store_scale(numerator / denominator)
+    inverse = one / scale
+    offset = goes_on.select((mean_level + state[ZERO]) * scale - state[MEAN], none - low)
+    state[START], state[STEP] = start, goes_on.select(step + one, none)
+    state[SCALE], state[ZERO], state[INVERSE] = scale, form.zero_point(offset, inverse), inverse
     return (start < number).any()
 
 
-def _start(state: Lanes, clips: Memory, start: Vec, form: Form) -> tuple[Vec, Vec, Vec]:
-    """The grid of the range as this start clips it."""
-
-    def clip(at: int) -> Vec:
-        table = clips.load(ir.Constant(I64, at))
-        return start.to_int(I32).look_up(table)
-
-    low, high = clip(0), clip(STARTS)
-    return form.grid(state[LOW] * low, state[HIGH] * high)
-
-
-def _visit(state: Lanes, x: Memory, count: ir.Value, form: Form, codebook: ir.Value) -> dict[int, Vec]:
-    """The grid to try, with its error and sums."""
-    scale, zero, inverse = state[NEXT_SCALE], state[NEXT_ZERO], state[NEXT_INVERSE]
-    none = scale.const(0.0)
-    mean_level = (state[MEAN] * inverse).rint()
-    center = form.either(none, mean_level.max(none - zero).min(form.top - zero))
-    rest, *sums = _measure(x, count, inverse, zero, center, form, codebook)
-    names = (SCALE, ZERO, INVERSE, CENTER, ERROR, LEVELS, SQUARES, PRODUCTS)
-    return dict(zip(names, [scale, zero, inverse, center, rest * scale * scale, *sums], strict=True))
+def _merged(values: Sequence[Vec], block: ir.Block, others: Sequence[Vec], other_block: ir.Block) -> list[Vec]:
+    """Those of the block that the code came from."""
+    merged = []
+    for value, other in zip(values, others, strict=True):
+        phi = value.builder.phi(value.type)
+        phi.add_incoming(value.value, block)
+        phi.add_incoming(other.value, other_block)
+        merged.append(Vec(value.builder, phi))
+    return merged
 
 
-def _refit(state: Lanes, form: Form, size: Vec) -> tuple[Vec, Vec, Vec]:
-    """`Scheme.refit`, from the sums of the codes held."""
-    none, one, held = size.const(0.0), size.const(1.0), state[SCALE]
-    mean_level = form.either(none, state[LEVELS] * (one / size))
-    rests = size * (state[MEAN] * state[INVERSE] - state[CENTER]) - state[LEVELS]
-    spread = state[SQUARES] - mean_level * state[LEVELS]
-    fitted = spread + (state[PRODUCTS] - mean_level * rests)
-    usable = (spread > none) & (fitted > none)
-    scale = form.store_scale(usable.select(held * fitted, held) / usable.select(spread, one))
-    inverse = one / scale
-    offset = (mean_level + state[CENTER] + state[ZERO]) * scale - state[MEAN]
-    return scale, form.zero_point(offset, inverse), inverse
+def _clipped(state: Lanes, clips: Memory, start: Vec) -> tuple[Vec, Vec]:
+    """The range as these starts clip it."""
+    low, high = (start.to_int(I32).look_up(clips.load(ir.Constant(I64, at))) for at in (0, STARTS))
+    return state[LOW] * low, state[HIGH] * high
 
 
 @emitted(types.none, _P, _P, _P)
@@ -225,20 +234,37 @@ def spread(builder, source, count, target):
 
 
 @njit(nogil=True)
-def load_lane(x: int, kind: int, first: int, count: int, target: int, scratch: int) -> None:
-    """Elements [first, first + count) into the lane at `target`."""
+def _load_floats(x, kind, first, count, target, low, high, unit, total, scratch):
+    """What `fix_group` does, with the elements as they are."""
     for start in range(0, count, SPAN):
         n = min(SPAN, count - start)
-        spread(as_f32(x, kind, first + start, n, scratch), n, target + 4 * LANES * start)
+        span = as_f32(x, kind, first + start, n, scratch)
+        spread(span, n, target + 4 * LANES * start)
+        widen_range(span, whole_vectors(n), low, high)
+        add_to_total(span, whole_vectors(n), unit, total)
 
 
 @njit(nogil=True)
-def _search(source, count, lanes, turns, clips, iterations, codebook, form):
+def _load(x, kind, first, count, fixed, target, lane, state, scratch):
+    """A group into a lane of the lot at `target`, of which the vectors are at `state`."""
+    low, high, unit = (
+        state + 4 * (LANES * LOW + lane),
+        state + 4 * (LANES * HIGH + lane),
+        state + 4 * (LANES * UNIT + lane),
+    )
+    total = state + 4 * LANES * TOTAL + 8 * lane
+    if fixed:
+        fix_group(x, kind, first, count, target + 4 * lane, low, high, unit, total, scratch)
+    else:
+        _load_floats(x, kind, first, count, target + 4 * lane, low, high, unit, total, scratch)
+
+
+@njit(nogil=True)
+def _search(source, lot_bytes, count, size, lanes, turns, clips, iterations, fixed, codebook, form):
     """The best grids of `turns` lots of LANES groups at `source`, into BEST_SCALE and BEST_ZERO of each."""
-    size = np.float32(count)
-    lot_bytes, state_bytes = 4 * LANES * count, 4 * LANE_STATE
+    state_bytes = 4 * LANE_STATE
     for turn in range(turns):
-        begin(source + turn * lot_bytes, count, lanes + turn * state_bytes, size, *form)
+        begin(lanes + turn * state_bytes, size, *form)
     for table in range(clips.shape[0]):
         starts, steps = clips[table, 2 * STARTS], min(clips[table, 2 * STARTS + 1], np.float32(iterations))
         address = address_of(clips[table])
@@ -249,7 +275,7 @@ def _search(source, count, lanes, turns, clips, iterations, codebook, form):
             for turn in range(turns):
                 place, state = source + turn * lot_bytes, lanes + turn * state_bytes
                 if (going >> turn) & 1 and not advance(
-                    place, count, state, address, starts, steps, size, codebook, *form
+                    place, count, state, address, starts, steps, size, fixed, codebook, *form
                 ):
                     going &= ~(1 << turn)
 
@@ -262,20 +288,25 @@ def search_grids(
     """Find the grids of the groups [first_group, last_group) of rows [first_row, last_row).
 
     A row has `row_groups` groups, each `group` columns after the one before; these have `size`
-    elements. `clips` is from `lots_of_starts`; `transposed` holds size * LANES float32 for each lot
+    elements. `clips` is from `lots_of_starts`; `transposed` holds whole vectors of size * LANES float32 for each lot
     that takes turns, `lane_state` LANE_STATE.
     """
     source, scratch, lanes = address_of(transposed), address_of(span_buffer), address_of(lane_state)
     turns = lane_state.size // LANE_STATE
     in_row = last_group - first_group
     total = (last_row - first_row) * in_row
+    fixed = not codebook and form[1] <= LARGEST_IN_FIXED_POINT
+    # Zeros at the end of a group lose nothing on an integer grid.
+    count = whole_vectors(size) if fixed else size
+    lot_bytes = (2 if fixed else 4) * LANES * count
     for lot in range(0, total, turns * LANES):
-        for lane in range(turns * LANES):
-            index = min(lot + lane, total - 1)
+        lane_state[:] = 0.0
+        for at in range(turns * LANES):
+            index = min(lot + at, total - 1)
             first = (first_row + index // in_row) * cols + (first_group + index % in_row) * group
-            target = source + 4 * (lane // LANES * LANES * size + lane % LANES)
-            load_lane(x, kind, first, size, target, scratch)
-        _search(source, size, lanes, turns, clips, iterations, codebook, form)
+            turn, lane = at // LANES, at % LANES
+            _load(x, kind, first, size, fixed, source + turn * lot_bytes, lane, lanes + turn * 4 * LANE_STATE, scratch)
+        _search(source, lot_bytes, count, np.float32(size), lanes, turns, clips, iterations, fixed, codebook, form)
         for lane in range(min(turns * LANES, total - lot)):
             index = lot + lane
             g = (first_row + index // in_row) * row_groups + first_group + index % in_row

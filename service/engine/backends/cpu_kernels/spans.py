@@ -76,6 +76,12 @@ def address_of(array: Any) -> Any:
 
 
 @njit(nogil=True)
+def whole_vectors(count: int) -> int:
+    """`count` rounded up to a multiple of LANES."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@njit(nogil=True)
 def item_bytes(kind: int) -> int:
     """Bytes of an element."""
     return 4 if kind == KIND_F32 else 2

@@ -91,6 +91,22 @@ class Vec:
         """The sum of integers."""
         return self._new(self.builder.add(self.value, other.value))
 
+    def minus(self, other: Vec) -> Vec:
+        """The difference of integers."""
+        return self._new(self.builder.sub(self.value, other.value))
+
+    def times(self, other: Vec) -> Vec:
+        """The product of integers."""
+        return self._new(self.builder.mul(self.value, other.value))
+
+    def shift_by(self, bits: Vec) -> Vec:
+        """Integers shifted to the left, every lane by its own number of bits."""
+        return self._new(self.builder.shl(self.value, bits.value))
+
+    def shift_signed(self, bits: int) -> Vec:
+        """Signed integers shifted to the right."""
+        return self._new(self.builder.ashr(self.value, self.const(bits).value))
+
     def select(self, yes: Vec, no: Vec) -> Vec:
         """`yes` where this lane is true, else `no`."""
         return self._new(self.builder.select(self.value, yes.value, no.value))
@@ -107,6 +123,10 @@ class Vec:
         """The larger integer of two."""
         compare = self.builder.icmp_signed if signed else self.builder.icmp_unsigned
         return self._new(compare(">", self.value, other.value)).select(self, other)
+
+    def smallest(self, other: Vec) -> Vec:
+        """The smaller signed integer of two."""
+        return self._new(self.builder.icmp_signed("<", self.value, other.value)).select(self, other)
 
     def reduce_largest(self, *, signed: bool) -> Vec:
         """The largest integer of all lanes."""
@@ -147,9 +167,17 @@ class Vec:
         emit = self.builder.zext if isinstance(element, ir.IntType) else self.builder.fpext
         return self._new(emit(self.value, target))
 
+    def widen_signed(self, element: ir.IntType) -> Vec:
+        """Every lane as a wider signed integer."""
+        return self._new(self.builder.sext(self.value, ir.VectorType(element, self.type.count)))
+
     def narrow(self, element: ir.IntType) -> Vec:
         """The low bits of every integer lane."""
         return self._new(self.builder.trunc(self.value, ir.VectorType(element, self.type.count)))
+
+    def to_single(self) -> Vec:
+        """Every float64 lane as the float32 next to it."""
+        return self._new(self.builder.fptrunc(self.value, ir.VectorType(F32, self.type.count)))
 
     def to_int(self, element: ir.IntType) -> Vec:
         """Every float lane as a signed integer; what does not fit becomes anything."""
@@ -158,6 +186,14 @@ class Vec:
     def to_float(self, element: ir.Type) -> Vec:
         """Every unsigned integer lane as a float."""
         return self._new(self.builder.uitofp(self.value, ir.VectorType(element, self.type.count)))
+
+    def signed_to_float(self, element: ir.Type) -> Vec:
+        """Every signed integer lane as a float."""
+        return self._new(self.builder.sitofp(self.value, ir.VectorType(element, self.type.count)))
+
+    def lane(self, index: int) -> Vec:
+        """One lane, a scalar."""
+        return self._new(self.builder.extract_element(self.value, ir.Constant(I32, index)))
 
     def _bits(self, comparison: str, bound: int) -> Vec:
         kind = ir.IntType(self.type.count)
