@@ -37,7 +37,7 @@ class AppendFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append."""
-        self.size += self._opened().write(data)
+        self.size += (self._file or self._opened()).write(data)
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes that were written."""

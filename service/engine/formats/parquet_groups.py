@@ -13,10 +13,10 @@ import hashlib
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -35,8 +35,6 @@ from service.engine.formats.parquet_pages import (
 )
 from service.engine.formats.parquet_rows import Row, batch_of, read_cells
 from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA, SUFFIX
-from service.engine.tensors import CodeArray
-from service.storage.faults import storage_faults
 
 ROW_GROUP_BYTES = 64 << 20
 ROW_GROUP_ROWS = 1000
@@ -53,7 +51,8 @@ class _Group:
     """The row group in the making."""
 
     start: int  # where its pages begin in the file
-    spooled: list[int]  # where its cells begin in the spool; of `data`, those that are in no page yet
+    spooled: list[int]  # where its cells begin in the spool
+    waiting: int  # where those of `data` begin there that are in no page yet
     rows: list[Row]
     data_bytes: int = 0
     paged: int = 0  # rows whose `data` are in the file
@@ -79,21 +78,27 @@ class _Done:
     encoded: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """How far all is as of the last commit."""
+class _Mark(NamedTuple):
+    """How far all is as of the last commit; made for every tensor."""
 
     file: int
     size: int
     filled: int
     spool: list[int]
-    group: _Group
-    rows: int  # of the group
     done: int
+    group: _Group
+    # Of the group, which goes on changing:
+    waiting: int
+    rows: int
+    data_bytes: int
+    paged: int
 
 
 class RowGroups:
-    """Files `<stem>-00000.parquet`, …; a new one begins when the last has `max_file_bytes` of `data`."""
+    """Files `<stem>-00000.parquet`, …; a new one begins when the last has `max_file_bytes` of `data`.
+
+    Everything raises OSError.
+    """
 
     def __init__(self, folder: Path, stem: str, max_file_bytes: int, shared: dict[str, Any]) -> None:
         """`shared` are cells that all rows have."""
@@ -106,76 +111,72 @@ class RowGroups:
         self._done: list[_Done] = []
         self._told = 0  # of those
         self._fresh: list[Row] = []  # since the last commit
-        self._digest = hashlib.sha256()
-        self._data: AppendFile = self._spool[_DATA]  # where `data` of the open row go
+        self._digest = hashlib.sha256()  # of `data` of the open row
+        self._data: AppendFile = self._spool[_DATA]  # where they go
         self._mark = self._here()
 
     def open_row(self, row: Row, data_bytes: int) -> None:
         """The next row, whose `data` will take so many bytes."""
         self._close_row()
         full = len(self._group.rows) == ROW_GROUP_ROWS or self._group.data_bytes + data_bytes > ROW_GROUP_BYTES
-        with storage_faults("writing the weights"):
-            if full or self._filled >= self._max:
-                self._seal()
-            if self._filled >= self._max:
-                self._files.append(self._file(len(self._files)))
-                self._filled, self._group = 0, self._next_group()
-            self._place(row, data_bytes)
+        if full or self._filled >= self._max:
+            self._seal()
+        if self._filled >= self._max:
+            self._files.append(self._file(len(self._files)))
+            self._filled, self._group = 0, self._next_group()
+        self._place(row, data_bytes)
         self._group.data_bytes += data_bytes
         self._filled += data_bytes
         self._fresh.append(row)
         self._digest = hashlib.sha256()
 
-    def add(self, data: memoryview, scales: CodeArray, zeros: CodeArray) -> None:
-        """Bytes of the row opened last."""
+    def add(self, *pieces: memoryview | None) -> None:
+        """Bytes of the row opened last, for each of BYTE_COLUMNS."""
         sizes = self._fresh[-1].sizes
-        with storage_faults("writing the weights"):
-            self._data.write(data)
-            self._digest.update(data)
-            sizes[_DATA] += data.nbytes
-            for column, piece in ((1, scales), (2, zeros)):
-                if piece.nbytes:
-                    self._spool[column].write(piece.data)
-                    sizes[column] += piece.nbytes
+        for column, piece in enumerate(pieces):
+            if piece is not None:
+                sizes[column] += piece.nbytes
+                if column == _DATA:
+                    self._data.write(piece)
+                    self._digest.update(piece)
+                else:
+                    self._spool[column].write(piece)
 
     def commit(self) -> list[Row]:
         """The rows since the last commit, which are whole now and all of whose cells are known."""
         self._close_row()
         rows, self._fresh = self._fresh, []
-        with storage_faults("writing the weights"):
-            if self._sealed:
-                self._seal()  # else the columns of those before would stand amid its own
-            for file in self._files[self._mark.file : -1]:
-                file.close()
+        if self._sealed:
+            self._seal()  # else the columns of those before would stand amid its own
+        for file in self._files[self._mark.file : -1]:
+            file.close()
         self._mark = self._here()
         return rows
 
     def abandon(self) -> None:
         """Forget the rows since the last commit."""
-        mark = self._mark
-        with storage_faults("writing the weights"):
-            for file in self._files[mark.file + 1 :]:
-                file.remove()
-            del self._files[mark.file + 1 :]
-            self._files[-1].cut(mark.size)
-            for file, size in zip(self._spool, mark.spool, strict=True):
-                file.cut(size)
+        mark, group = self._mark, self._mark.group
+        for file in self._files[mark.file + 1 :]:
+            file.remove()
+        del self._files[mark.file + 1 :]
+        self._files[-1].cut(mark.size)
+        for file, size in zip(self._spool, mark.spool, strict=True):
+            file.cut(size)
         del self._done[mark.done :]
-        del mark.group.rows[mark.rows :]
-        self._sealed, self._fresh, self._filled = [], [], mark.filled
-        self._group = replace(mark.group, spooled=list(mark.group.spooled))
+        del group.rows[mark.rows :]
+        group.waiting, group.data_bytes, group.paged = mark.waiting, mark.data_bytes, mark.paged
+        self._sealed, self._fresh, self._filled, self._group = [], [], mark.filled, group
 
     def state(self) -> dict[str, Any]:
         """Beside the rows, all that `restore` needs, as of the last commit: row groups since the last call."""
-        with storage_faults("writing the weights"):
-            for file in (self._files[-1], *self._spool):
-                file.flush()
-        mark = self._mark
+        for file in (self._files[-1], *self._spool):
+            file.flush()
+        mark, group = self._mark, self._mark.group
         told, self._told = self._done[self._told : mark.done], mark.done
         return {
             "groups": [[g.file, g.end, g.rows, b64encode(g.encoded).decode()] for g in told],
             "at": [mark.file, mark.size, mark.filled, mark.spool],
-            "group": [mark.group.start, mark.group.spooled, mark.group.data_bytes, mark.group.paged],
+            "group": [group.start, group.spooled, mark.waiting, mark.data_bytes, mark.paged],
         }
 
     def restore(self, states: Sequence[dict[str, Any]], rows: list[Row]) -> None:
@@ -186,23 +187,22 @@ class RowGroups:
             self._done = [_Done(file, end, count, b64decode(data)) for file, end, count, data in found]
             self._told = len(self._done)
             last, size, self._filled, spool = states[-1]["at"]
-            start, spooled, data_bytes, paged = states[-1]["group"]
+            start, spooled, waiting, data_bytes, paged = states[-1]["group"]
             open_rows = rows[sum(group.rows for group in self._done) :]
-            self._group = _Group(start, list(spooled), open_rows, data_bytes, paged)
+            self._group = _Group(start, spooled, waiting, open_rows, data_bytes, paged)
             self._files = [self._file(number) for number in range(last + 1)]
             sizes = {group.file: group.end for group in self._done} | {last: size}
         else:
             sizes, spool = {0: 0}, [0] * len(self._spool)
-        with storage_faults("taking up the work of an earlier run"):
-            self._drop_behind(last)
-            if self._final(last).exists():  # killed behind `finish`, or in it
-                self._spool_again(spool)
-            for number, file in enumerate(self._files):
-                if not self._part(number).exists() and self._final(number).exists():
-                    self._final(number).rename(self._part(number))
-                file.take_up(sizes[number])
-            for file, nbytes in zip(self._spool, spool, strict=True):
-                file.take_up(nbytes)
+        self._drop_behind(last)
+        if self._final(last).exists():  # killed behind `finish`, or in it
+            self._spool_again(spool)
+        for number, file in enumerate(self._files):
+            if not self._part(number).exists() and self._final(number).exists():
+                self._final(number).rename(self._part(number))
+            file.take_up(sizes[number])
+        for file, nbytes in zip(self._spool, spool, strict=True):
+            file.take_up(nbytes)
         self._mark = self._here()
 
     def finish(self, schema: pa.Schema, cancelled: Cancelled) -> bool:
@@ -230,9 +230,8 @@ class RowGroups:
 
     def _place(self, row: Row, data_bytes: int) -> None:
         group = self._group
-        waiting = self._spool[_DATA].size - group.spooled[_DATA]
         direct = data_bytes >= DIRECT_BYTES
-        if direct or waiting + data_bytes > PAGE_BYTES:
+        if direct or self._spool[_DATA].size - group.waiting + data_bytes > PAGE_BYTES:
             self._page_waiting()
         group.rows.append(row)
         self._data = self._spool[_DATA]
@@ -250,8 +249,8 @@ class RowGroups:
         group = self._group
         rows = group.rows[group.paged :]
         if rows:
-            self._write_page(_DATA, rows, group.spooled[_DATA])
-        group.spooled[_DATA], group.paged = self._spool[_DATA].size, len(group.rows)
+            self._write_page(_DATA, rows, group.waiting)
+        group.waiting, group.paged = self._spool[_DATA].size, len(group.rows)
 
     def _seal(self) -> None:
         """End the row group, if there is something in it; complete those whose rows are all committed."""
@@ -294,10 +293,9 @@ class RowGroups:
                 sink.write(spool.read(start, min(start + PAGE_BYTES, ends[-1])))
         else:
             cells = memoryview(spool.read(at, ends[-1]))
-            for start, size, there in zip(ends, sizes, present, strict=False):
-                if there:
-                    sink.write(prefix(size))
-                    sink.write(cells[start - at : start - at + size])
+            named = zip(ends, sizes, present, strict=False)
+            parts = [(prefix(size), cells[start - at : start - at + size]) for start, size, there in named if there]
+            sink.write(b"".join(chain.from_iterable(parts)))
         return ends[-1]
 
     def _spool_again(self, sizes: Sequence[int]) -> None:
@@ -307,7 +305,7 @@ class RowGroups:
         cells = read_cells(self._final(number), index) if group.rows else {}
         for column, name in enumerate(BYTE_COLUMNS):
             spool = AppendFile(self._spooled(column))
-            spool.pad(group.spooled[column])
+            spool.pad(group.waiting if column == _DATA else group.spooled[column])
             for row in range(group.paged if column == _DATA else 0, len(group.rows)):
                 spool.write(memoryview(cells[name][row].as_buffer()) if group.rows[row].has(column) else b"")
             spool.close()
@@ -321,13 +319,13 @@ class RowGroups:
 
     def _next_group(self) -> _Group:
         start = max(self._files[-1].size, len(MAGIC))
-        return _Group(start, [file.size for file in self._spool], [])
+        return _Group(start, [file.size for file in self._spool], self._spool[_DATA].size, [])
 
     def _here(self) -> _Mark:
-        file, group = self._files[-1], self._group
+        group = self._group
         spool = [file.size for file in self._spool]
-        copy = replace(group, spooled=list(group.spooled))
-        return _Mark(len(self._files) - 1, file.size, self._filled, spool, copy, len(group.rows), len(self._done))
+        at = len(self._files) - 1, self._files[-1].size, self._filled, spool, len(self._done)
+        return _Mark(*at, group, group.waiting, len(group.rows), group.data_bytes, group.paged)
 
     def _drop_behind(self, last: int) -> None:
         ours = re.compile(rf"{re.escape(self._stem)}(?:\.part-(\d+)|-(\d+){re.escape(SUFFIX)})")

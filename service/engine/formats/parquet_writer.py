@@ -25,7 +25,7 @@ from service.engine.formats.parquet_schema import (
 from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_flat, unpack_rows
 from service.engine.schemes.base import Scheme
-from service.engine.tensors import DTYPE_BITS, CodeArray, QuantizedRows, TensorInfo
+from service.engine.tensors import DTYPE_BITS, Array, CodeArray, QuantizedRows, TensorInfo
 from service.errors import UnsupportedModel
 from service.storage.faults import storage_faults
 
@@ -33,7 +33,6 @@ from service.storage.faults import storage_faults
 CHUNK_BYTES = (64 << 20) // 24 * 24
 #: Codes that are unpacked and packed again at once, where rows of a tensor do not end on whole words.
 REPACKED_CODES = 1 << 20
-NOTHING = np.empty(0, np.uint8)
 
 
 class ParquetWriter(ModelWriter):
@@ -70,26 +69,28 @@ class ParquetWriter(ModelWriter):
         bits, per_tensor = rows.scheme.bits, rows.scheme.granularity == "tensor"
         most = rows.rows if _is_aligned(rows.cols, bits) else max(1, REPACKED_CODES // rows.cols // 8) * 8
         start = 0
-        while start < rows.rows:
-            fresh = self._open_chunk()
-            piece = slice(start, start + min(most, self._end - self._done, rows.rows - start))
-            scales, zeros = NOTHING, NOTHING
-            if fresh or not per_tensor:  # the whole tensor's go with each chunk once
-                which = slice(None) if per_tensor else piece
-                scales = np.ascontiguousarray(rows.scale[which]).reshape(-1).view(np.uint8)
-                zeros = zeros if rows.zero_point is None else np.ascontiguousarray(rows.zero_point[which]).reshape(-1)
-            self._groups.add(_bit_stream(rows.packed[piece], bits, rows.cols), scales, zeros)
-            self._done += piece.stop - start
-            start = piece.stop
+        with storage_faults("writing the weights"):
+            while start < rows.rows:
+                fresh = self._open_chunk()
+                piece = slice(start, start + min(most, self._end - self._done, rows.rows - start))
+                scales = zeros = None
+                if fresh or not per_tensor:  # the whole tensor's go with each chunk once
+                    which = slice(None) if per_tensor else piece
+                    scales = _bytes(rows.scale[which])
+                    zeros = None if rows.zero_point is None else _bytes(rows.zero_point[which])
+                self._groups.add(_bit_stream(rows.packed[piece], bits, rows.cols), scales, zeros)
+                self._done += piece.stop - start
+                start = piece.stop
 
     def write_raw(self, data: memoryview) -> None:
         """See `ModelWriter.write_raw`."""
-        while data:
-            self._open_chunk()
-            piece = data[: self._end - self._done]
-            self._groups.add(piece, NOTHING, NOTHING)
-            self._done += piece.nbytes
-            data = data[piece.nbytes :]
+        with storage_faults("writing the weights"):
+            while data:
+                self._open_chunk()
+                piece = data[: self._end - self._done]
+                self._groups.add(piece)
+                self._done += piece.nbytes
+                data = data[piece.nbytes :]
 
     def commit(self, quality: Quality | None) -> int:
         """See `ModelWriter.commit`."""
@@ -97,10 +98,11 @@ class ParquetWriter(ModelWriter):
         assert info is not None
         if self._done != self._total:
             raise ValueError(f"{self._done} of {self._total} rows or bytes of {info.name!r} were written")
-        if not self._count:  # a tensor without elements has its row as well
-            self._groups.open_row(Row(self._cells, 0, 0, [0, 0, 0]), 0)
         self._cells.update(quality_cells(quality))
-        rows = self._groups.commit()
+        with storage_faults("writing the weights"):
+            if not self._count:  # a tensor without elements has its row as well
+                self._groups.open_row(Row(self._cells, 0, 0, [0, 0, 0]), 0)
+            rows = self._groups.commit()
         self._told.append({"cells": self._cells, "rows": [row.as_json() for row in rows]})
         self._info = None
         return sum(sum(row.sizes) for row in rows)
@@ -108,17 +110,21 @@ class ParquetWriter(ModelWriter):
     def abandon(self) -> None:
         """See `ModelWriter.abandon`."""
         self._info = None
-        self._groups.abandon()
+        with storage_faults("writing the weights"):
+            self._groups.abandon()
 
     def state(self) -> dict[str, Any]:
         """See `ModelWriter.state`."""
         told, self._told = self._told, []
-        return {"tensors": told, **self._groups.state()}
+        with storage_faults("writing the weights"):
+            return {"tensors": told, **self._groups.state()}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """See `ModelWriter.restore`."""
         tensors = (tensor for state in states for tensor in state["tensors"])
-        self._groups.restore(states, [Row.of(t["cells"], row) for t in tensors for row in t["rows"]])
+        rows = [Row.of(t["cells"], row) for t in tensors for row in t["rows"]]
+        with storage_faults("taking up the work of an earlier run"):
+            self._groups.restore(states, rows)
 
     def close(self, cancelled: Cancelled) -> None:
         """See `ModelWriter.close`."""
@@ -176,6 +182,11 @@ def _rows_of_chunk(row_bits: int) -> int:
 def _is_aligned(cols: int, bits: int) -> bool:
     """Whether a packed row ends on a whole word, so that rows make a stream as they are."""
     return cols * bits % WORD_BITS == 0
+
+
+def _bytes(parameters: Array) -> memoryview:
+    """Scales or zero points as they are stored."""
+    return np.ascontiguousarray(parameters).reshape(-1).view(np.uint8).data
 
 
 def _bit_stream(packed: CodeArray, bits: int, cols: int) -> memoryview:
