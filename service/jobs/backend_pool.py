@@ -47,6 +47,6 @@ class BackendPool:
 
     def lost_devices(self) -> dict[str, str]:
         """What the backends that were asked for have lost, each with the reason."""
-        with self._lock:
-            made = list(self._made.values())
+        # Without the lock, which is held as long as a backend is made: the event loop asks.
+        made = list(self._made.values())
         return {name: reason for backend in made for name, reason in backend.lost_devices().items()}

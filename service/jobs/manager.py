@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
+from service.engine.formats.registry import formats
 from service.engine.plan import Plan, make_plan
 from service.errors import ArrowQuantError, Draining, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
@@ -47,6 +48,7 @@ from service.jobs.leases import Leases
 from service.jobs.live import LiveJob
 from service.jobs.log_completion import complete_log
 from service.jobs.machine_memory import default_limit_bytes
+from service.jobs.memory import set_aside
 from service.jobs.memory_ledger import MemoryLedger
 from service.jobs.orphans import tidy
 from service.jobs.overview import look_over
@@ -435,8 +437,13 @@ class JobManager:
         self._execution.enqueue(live, device_of(job_config(job)), None, leftover.seconds_run)
 
     async def _warm_up(self) -> None:
-        # A thread that no exit waits for: compiling may take long.
-        await run_in_thread(self._backends.get(self._default_backend).warm_up, name="warm-up")
+        # A thread that no exit waits for: compiling may take long, and loading the compiler does already.
+        await run_in_thread(self._load_all, name="warm-up")
+
+    def _load_all(self) -> None:
+        self._backends.get(self._default_backend).warm_up()
+        formats()
+        set_aside()
 
     def _blobs_in_use(self) -> set[BlobKey]:
         return {key for live in self._live.values() for key in blobs_used(live.job)}
