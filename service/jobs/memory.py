@@ -1,4 +1,4 @@
-"""What allocators and the garbage collector keep: gives back what a job has used, and sets aside what stays for good."""
+"""Memory that stays: gives back what a job has used, and sets aside what the garbage collector need not look at."""
 
 from __future__ import annotations
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -46,6 +49,33 @@ from tests.jobs.models import (
 )
 
 SLOW = {"config": {"method": "mse"}}
+
+#: Starts a manager and tells in which threads it loads the compiler.
+WARM_UP = """
+import asyncio, gc, json, sys, threading
+from pathlib import Path
+from service.engine.config import QuantizationConfig
+from service.jobs.manager import JobManager
+
+threads = set()
+def hear(event, args):
+    if event == "import" and args[0] == "numba":
+        threads.add(threading.current_thread().name)
+sys.addaudithook(hear)
+
+async def main():
+    defaults = QuantizationConfig(backend="cpu")
+    manager = JobManager(data_dir=Path(sys.argv[1]), model_roots=[], config_defaults=defaults)
+    await manager.start()
+    while not manager.is_warm:
+        await asyncio.sleep(0.05)
+    fault = manager.warm_up_fault
+    await manager.drain(10)
+    assert fault is None, fault
+
+asyncio.run(main())
+json.dump({"threads": sorted(threads), "spared": gc.get_freeze_count() > 100_000}, sys.stdout)
+"""
 
 
 async def all_events(manager: JobManager, job: Job) -> list[Event]:
@@ -558,3 +588,11 @@ async def test_a_backend_that_cannot_be_made_ready_is_told_with_its_reason(make_
             break
         await asyncio.sleep(0.01)
     assert "backend 'cuda' cannot run on this server" in (manager.warm_up_fault or "")
+
+
+async def test_the_compiler_is_loaded_off_the_event_loop_and_spared_by_the_garbage_collector(tmp_path: Path) -> None:
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", WARM_UP, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"threads": ["warm-up"], "spared": True}
