@@ -40,10 +40,17 @@ def read_table(data: bytes | memoryview) -> pa.Table:
 
 def write_table(table: pa.Table) -> memoryview:
     """The table as an Arrow IPC stream."""
-    sink = pa.BufferOutputStream()
+    # Measured first: a buffer that grows is copied again and again.
+    counted = pa.MockOutputStream()
+    _write(table, counted)
+    buffer = pa.allocate_buffer(counted.size())
+    _write(table, pa.FixedSizeBufferWriter(buffer))
+    return memoryview(buffer)
+
+
+def _write(table: pa.Table, sink: Any) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return memoryview(sink.getvalue())
 
 
 def check_columns(table: pa.Table, required: Collection[str], optional: Collection[str] = ()) -> None:

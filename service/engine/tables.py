@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from service.engine.config import TensorConfig, build
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.packing import pack_flat, pack_rows, unpack_flat, unpack_rows
+from service.engine.packing import WORD_BITS, pack_flat, pack_rows, row_bytes, unpack_flat, unpack_rows
 from service.engine.progress import Cancelled
 from service.engine.publish import stop_when
 from service.engine.schemes.base import Scheme
@@ -27,7 +28,7 @@ from service.engine.table_io import (
     shapes,
     text_column,
 )
-from service.engine.tensors import FLOAT_DTYPES, Array, QuantizedRows
+from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, FloatArray, QuantizedRows
 from service.errors import InvalidTable, NonFiniteWeights
 
 _FIGURES: list[tuple[str, Any]] = [
@@ -58,6 +59,8 @@ QUANTIZED = pa.schema(
         *_FIGURES,
     ]
 )
+_BINARY = ("data", "scales", "zero_points")
+_PLAIN = pa.schema([field for field in QUANTIZED if field.name not in _BINARY])
 WEIGHTS = pa.schema(
     [("layer_name", pa.string()), ("weights", pa.large_list(pa.float32())), ("shape", pa.list_(pa.int64()))]
 )
@@ -83,8 +86,10 @@ def quantize_table(table: pa.Table, config: TensorConfig, tools: Tools) -> pa.Ta
     """
     check_columns(table, ("layer_name", "weights"), ("shape",))
     method = methods()[config.method or "minmax"]()
-    rows = [_quantize(name, x, shape, config, method, tools) for name, x, shape in _tensors(table)]
-    return pa.Table.from_pylist(rows, schema=QUANTIZED)
+    coded = [_quantize(name, x, shape, config, method, tools) for name, x, shape in _tensors(table)]
+    columns = dict(zip(_PLAIN.names, pa.Table.from_pylist([c.row for c in coded], _PLAIN).columns, strict=True))
+    columns |= {name: _binaries([c.parts[name] for c in coded]) for name in _BINARY}
+    return pa.Table.from_arrays([columns[name] for name in QUANTIZED.names], schema=QUANTIZED)
 
 
 def dequantize_table(table: pa.Table, tools: Tools, max_bytes: int) -> pa.Table:
@@ -98,9 +103,10 @@ def dequantize_table(table: pa.Table, tools: Tools, max_bytes: int) -> pa.Table:
     size = sum(4 * t.count for t in stored)
     if size > max_bytes:
         raise InvalidTable(f"the weights would take {size} bytes, more than {max_bytes}: split the table")
-    weights = [_dequantize(t, tools) for t in stored]
-    offsets = np.cumsum([0, *(w.size for w in weights)], dtype=np.int64)
-    values = np.concatenate(weights) if weights else np.empty(0, np.float32)
+    offsets = np.cumsum([0, *(t.count for t in stored)], dtype=np.int64)
+    values = np.empty(offsets[-1], np.float32)
+    for t, start, stop in zip(stored, offsets[:-1], offsets[1:], strict=True):
+        _dequantize(t, tools, values[start:stop])
     columns = [
         pa.array([t.name for t in stored], pa.string()),
         pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.float32())),
@@ -132,32 +138,61 @@ def _tensors(table: pa.Table) -> Iterator[tuple[str, Array, tuple[int, ...]]]:
         yield name, x, shape
 
 
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A row of the answer: what is small, and of the binary columns the arrays as the backend made them, or None."""
+
+    row: dict[str, Any]
+    parts: dict[str, Sequence[Array] | None]
+
+
 def _quantize(
     name: str, x: Array, shape: tuple[int, ...], config: TensorConfig, method: Method, tools: Tools
-) -> dict[str, Any]:
+) -> _Coded:
     dtype = _DTYPE_NAMES[x.dtype]
     scheme = build(config, dtype)
     pieces = list(_quantized_blocks(name, x.reshape(matrix_shape(shape)), scheme, method, tools)) if x.size else []
-    codes = [unpack_rows(p.packed, scheme.bits, p.cols) for p in pieces]
     grids = pieces[:1] if scheme.granularity == "tensor" else pieces
-    data = pack_flat(np.concatenate(codes), scheme.bits) if codes else b""
-    scales = b"".join(p.scale.tobytes() for p in grids)
-    zeros = None if scheme.symmetric else b"".join(p.zero_point.tobytes() for p in grids if p.zero_point is not None)
-    quality = Quality.of(sum((p.errors for p in pieces), ErrorSums()), len(data) + len(scales) + len(zeros or b""))
-    return {
+    data, scales = _stream(pieces), [p.scale for p in grids]
+    zeros = None if scheme.symmetric else [p.zero_point for p in grids if p.zero_point is not None]
+    nbytes = sum(part.nbytes for part in (*data, *scales, *(zeros or ())))
+    quality = Quality.of(sum((p.errors for p in pieces), ErrorSums()), nbytes)
+    row = {
         "layer_name": name,
         "shape": list(shape),
         "quant_type": scheme.id,
         "granularity": scheme.granularity,
         "scale_dtype": scheme.scale_dtype,
-        "data": data,
-        "scales": scales,
-        "zero_points": zeros,
         "group_size": scheme.group_size if scheme.granularity == "group" else None,
         "bit_width": scheme.bits,
         "dtype": dtype,
         "bits_per_weight": quality.bits_per_weight,
     } | _figures(quality)
+    return _Coded(row, {"data": data, "scales": scales, "zero_points": zeros})
+
+
+def _stream(pieces: Sequence[QuantizedRows]) -> list[Array]:
+    """The codes of a tensor as one bit stream: of rows that fill their words, the packed rows as they are."""
+    if all(p.cols * p.scheme.bits % WORD_BITS == 0 for p in pieces):
+        return [p.packed for p in pieces]
+    bits = pieces[0].scheme.bits
+    codes = np.concatenate([unpack_rows(p.packed, bits, p.cols) for p in pieces])
+    return [np.frombuffer(pack_flat(codes, bits), np.uint8)]
+
+
+def _binaries(rows: Sequence[Sequence[Array] | None]) -> Any:
+    """A column of bytes, each value put together from arrays: copied once, to where Arrow wants them beside each other.
+
+    A value is None in all rows or in none.
+    """
+    given = [row for row in rows if row is not None]
+    if len(given) < len(rows):
+        return pa.nulls(len(rows), pa.large_binary())
+    offsets = np.fromiter(accumulate((sum(part.nbytes for part in row) for row in given), initial=0), np.int64)
+    parts = [part.reshape(-1).view(np.uint8) for part in chain.from_iterable(given)]
+    values = np.concatenate(parts) if parts else np.empty(0, np.uint8)
+    buffers = [None, pa.py_buffer(offsets.data), pa.py_buffer(values.data)]
+    return pa.Array.from_buffers(pa.large_binary(), len(rows), buffers, null_count=0)
 
 
 def _quantized_blocks(name: str, x: Array, scheme: Scheme, method: Method, tools: Tools) -> Iterator[QuantizedRows]:
@@ -186,30 +221,37 @@ def _compare(name: str, x: Array, y: Array, tools: Tools) -> ErrorSums:
 
 
 def _blocks(x: npt.NDArray[S], tools: Tools) -> Iterator[npt.NDArray[S]]:
-    rows, cols = x.shape
+    yield from (x[part] for part in _parts(len(x), x.shape[1], tools))
+
+
+def _parts(rows: int, cols: int, tools: Tools) -> Iterator[slice]:
+    """Rows to work on one after the other; raises Cancelled between them when that is asked."""
     # Counted as float64, so that two arrays of different dtypes are cut alike.
     step = max(1, tools.block_bytes // (8 * max(1, cols)))
     for start in range(0, rows, step):
         stop_when(tools.cancelled)
-        yield x[start : start + step]
+        yield slice(start, start + step)
 
 
-def _dequantize(stored: StoredTensor, tools: Tools) -> Array:
+def _dequantize(stored: StoredTensor, tools: Tools, out: FloatArray) -> None:
     rows, cols = matrix_shape(stored.shape)
-    out = np.empty(rows * cols, np.float32)
     if not out.size:
-        return out
+        return
     scheme, per_tensor = stored.scheme, stored.scheme.granularity == "tensor"
-    codes = unpack_flat(stored.data, scheme.bits, rows * cols).reshape(rows, cols)
-    start = 0
-    for block in _blocks(codes, tools):
-        part = slice(0, 1) if per_tensor else slice(start, start + len(block))
-        zeros = None if stored.zero_points is None else stored.zero_points[part]
-        packed = pack_rows(block, scheme.bits)
-        q = QuantizedRows(scheme, cols, packed, stored.scales[part], zeros, ErrorSums())
-        out[start * cols : (start + len(block)) * cols] = tools.backend.dequantize(q).reshape(-1)
-        start += len(block)
-    return out
+    packed, weights = _packed_rows(stored, rows, cols), out.reshape(rows, cols)
+    for part in _parts(rows, cols, tools):
+        grid = slice(0, 1) if per_tensor else part
+        zeros = None if stored.zero_points is None else stored.zero_points[grid]
+        q = QuantizedRows(scheme, cols, packed[part], stored.scales[grid], zeros, ErrorSums())
+        weights[part] = tools.backend.dequantize(q)
+
+
+def _packed_rows(stored: StoredTensor, rows: int, cols: int) -> CodeArray:
+    """The inverse of `_stream`."""
+    bits = stored.scheme.bits
+    if cols * bits % WORD_BITS == 0:
+        return np.frombuffer(stored.data, np.uint8).reshape(rows, row_bytes(cols, bits))
+    return pack_rows(unpack_flat(stored.data, bits, rows * cols).reshape(rows, cols), bits)
 
 
 def _figures(quality: Quality) -> dict[str, float | None]:

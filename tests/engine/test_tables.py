@@ -15,7 +15,7 @@ from service.engine.backends.reference import ReferenceBackend
 from service.engine.config import Profile, QuantizationConfig, ResolvedConfig, build, resolve
 from service.engine.methods.registry import methods
 from service.engine.packing import unpack_flat
-from service.engine.table_io import read_table, write_table
+from service.engine.table_io import float_lists, read_table, write_table
 from service.engine.tables import QUANTIZED, WEIGHTS, Tools, compare_table, dequantize_table, quantize_table
 from service.errors import Cancelled, InvalidTable, NonFiniteWeights
 
@@ -95,6 +95,14 @@ def test_every_kind_of_list_of_floats_is_taken(dtype: Any, kind: str) -> None:
     rows = quantize_table(over_the_wire(asked), config(), TOOLS).to_pylist()
     assert [r["dtype"] for r in rows] == [{2: "F16", 4: "F32", 8: "F64"}[x.itemsize]] * 2
     assert rows == quantize_table(over_the_wire(table(x[0], x[1])), config(), TOOLS).to_pylist()
+
+
+def test_weights_are_worked_on_where_they_arrived() -> None:
+    body = bytearray(write_table(table(*np.ones((3, 8, 64), np.float32))))
+    arrived = np.frombuffer(body, np.uint8)
+    rows = float_lists(read_table(memoryview(body)), "weights")
+    assert [row.size for row in rows] == [512] * 3
+    assert all(np.shares_memory(row, arrived) for row in rows)
 
 
 def test_a_tensor_without_a_shape_is_one_row() -> None:

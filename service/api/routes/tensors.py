@@ -104,7 +104,10 @@ async def compare_tensors(request: Request, state: State, choice: Annotated[Back
 async def _answer(request: Request, state: ApiState, backend: str, work: Work) -> Response:
     if state.tables.statistics().tasks_waiting >= MAX_WAITING:
         raise errors.QueueFull(f"{MAX_WAITING} tables wait already: try again in a moment")
-    chunks = [chunk async for chunk in request.stream()]
+    # Each piece is copied as it comes: to join them in the end would hold everything up, and take them twice.
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
     stopped = threading.Event()
 
     def is_over() -> bool:
@@ -112,7 +115,7 @@ async def _answer(request: Request, state: ApiState, backend: str, work: Work) -
 
     def compute() -> memoryview:
         tools = Tools(state.manager.backends.get(backend), state.settings.block_bytes, is_over)
-        return write_table(work(read_table(b"".join(chunks)), tools))
+        return write_table(work(read_table(memoryview(body)), tools))
 
     try:
         content = await run_sync(compute, abandon_on_cancel=True, limiter=state.tables)
