@@ -42,7 +42,7 @@ format: .venv-dev/.installed ## Bring the code into form
 bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
 
-test-gpu: ## Hold the kernels to the reference on a GPU; with the PYTHON that has CuPy and the service's dependencies
+test-gpu: ## Hold the kernels to the reference on a GPU; PYTHON needs CuPy, NumPy, ml-dtypes and pydantic, nothing installed of ours
 	@$(PYTHON) -m tests.gpu
 
 bench-gpu: ## Measure on a GPU and write bench/results/gpu-<card>.md; with the PYTHON as of test-gpu

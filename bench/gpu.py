@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from bench.charts import Bar, Chart
 from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
+from bench.gpu_card import Card, Rates
+from bench.gpu_peers import GPU_PEERS, measured
+from service.engine.backends.cpu import CpuBackend, Form
 from service.engine.backends.cuda import CudaBackend
-from service.engine.backends.cuda_pieces import quantize_work
-from service.engine.backends.cupy_device import CupyDevice
-from service.engine.backends.work import THREADS, Work
+from service.engine.backends.cuda_many import QuantizeMany
+from service.engine.backends.cuda_pieces import Compare, Dequantize, Observe, Quantize
+from service.engine.backends.work import Work
+from service.engine.buffers import Buffers
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
@@ -21,110 +28,197 @@ from service.engine.schemes.base import Scheme
 from service.engine.schemes.codebook import CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
 
-COLUMNS, LARGE = 4096, 256 * MIB
+COLUMNS = 4096
 SCHEMES: dict[str, Scheme] = {"int4": IntegerScheme(), "int8": IntegerScheme(bits=8), "nf4": CodebookScheme()}
+DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+#: Shares of a copy on the card, and of the pinned upload. Kernels measure errors on the way.
+KERNEL_MARK, PIPELINE_MARK = 0.75, 0.9
 
 ABOUT = """
-Weights drawn from a normal distribution, 4096 columns. *Kernel* is the time between two events on the card around the
-launches alone, GB/s counts what is read and written, and *of copy* is the share of a copy on the card, which counts
-both as well. All kernels measure errors and check for finite values in the same pass. *Pipeline* is a whole call, from
-memory of this machine and back; its GB/s count the source, and the share is of the pinned upload.
+Weights drawn from a normal distribution, {size} MiB in {columns} columns. *Kernel* is the time between two events on
+the card around the launches alone, GB/s counts what is read and written, and *of copy* is the share of a copy on the
+card, which counts both as well. All kernels that quantize measure errors and check for finite values in the same pass;
+the mark of {kernel_mark} is for `minmax` so. *Pipeline* is a whole call, from memory of this machine and back; its GB/s
+count the source, the share is of the pinned upload, and the mark of {pipeline_mark} is for `mse`. *J/GB* is what the
+driver counts for the card, over a second of calls. *Small tensors* are {small} KiB each, in one call; *of one* is the
+rate beside that of the same bytes as one tensor. Of the others GB/s count the source, which lies on the card.
 """
 
 
-def weights(dtype: np.dtype[Any]) -> np.ndarray:
-    """LARGE bytes."""
-    some = np.random.default_rng(0).standard_normal((512, COLUMNS)).astype(dtype)
-    return np.tile(some, (LARGE // some.nbytes, 1))
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of the weights, of those that others get, and of a small tensor with how many there are of them.
+
+    And how often launches and whole calls are repeated.
+    """
+
+    weights: int = 256 * MIB
+    others: int = 64 * MIB
+    small: int = 4096
+    many: int = 16384
+    launches: int = 20
+    calls: int = 5
 
 
-def on_card(cupy: Any, launch: Callable[[], object], repeats: int = 20) -> Samples:
-    """Seconds between two events around a launch."""
-    times = []
-    for turn in range(repeats + 3):
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record()
-        launch()
-        end.record()
-        end.synchronize()
-        if turn >= 3:
-            times.append(cupy.cuda.get_elapsed_time(begin, end) / 1e3)
-    return Samples(tuple(times))
+def weights(dtype: np.dtype[Any], nbytes: int) -> np.ndarray:
+    """Random weights of so many bytes; some of them, repeated."""
+    rows = nbytes // (COLUMNS * dtype.itemsize)
+    some = np.random.default_rng(0).standard_normal((min(rows, 512), COLUMNS)).astype(dtype)
+    return np.tile(some, (-(-rows // len(some)), 1))[:rows]
 
 
-def launched(cupy: Any, device: CupyDevice, work: Work) -> Samples:
-    """A piece of work whose inputs are on the card."""
-    host = np.empty(work.input_bytes, np.uint8)
-    work.fill(host)
-    read, written = cupy.asarray(host), cupy.empty(work.output_bytes, np.uint8)
-    task = work.task(read.data.ptr, written.data.ptr)
-    kernels = [(device.kernel(one.source, one.kernel), one.blocks) for one in work.launches]
-
-    def launch() -> None:
-        for kernel, blocks in kernels:
-            kernel((blocks,), (THREADS,), (task,))
-
-    return on_card(cupy, launch)
+def verdict(share: float, mark: float | None) -> str:
+    """Whether a mark is reached, where there is one."""
+    return "" if mark is None else f"{mark} {'met' if share >= mark else 'missed'}"
 
 
-def kernels(cupy: Any, device: CupyDevice, copy_rate: float) -> Iterator[list[str]]:
-    """Rows of the table of kernels."""
-    import ml_dtypes
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A measured rate, as a share of what bounds it."""
 
-    for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
-        x = weights(dtype)
-        for name, scheme in SCHEMES.items():
-            for method in (MinMax(), Mse()):
-                note(f"{name} {method.id} from {dtype}")
-                work = quantize_work(x, scheme, method)
-                samples = launched(cupy, device, work)
-                rate = (work.input_bytes + work.output_bytes) / samples.median / GB
-                share = f"{rate / copy_rate:.2f}"
-                yield [f"{name} {method.id}", str(dtype), f"{rate:.0f}", share, f"{samples.spread:.2f}"]
+    name: str
+    dtype: str
+    rate: float
+    share: float
+    mark: float | None
+    spread: float
+    joules_per_gb: float | None = None
+
+    def cells(self) -> list[str]:
+        """Of a table."""
+        share = f"{self.share:.2f}"
+        return [self.name, self.dtype, f"{self.rate:.1f}", share, verdict(self.share, self.mark), f"{self.spread:.2f}"]
+
+    def bar(self) -> Bar:
+        """Of a chart."""
+        return Bar(f"{self.name}, {self.dtype}", self.share, mark=self.mark)
 
 
-def pipeline(upload_rate: float) -> Iterator[list[str]]:
-    """Rows of the table of whole calls."""
-    import ml_dtypes
-
-    cuda, x = CudaBackend(cores()), weights(np.dtype(ml_dtypes.bfloat16))
-    methods: tuple[Method, ...] = (MinMax(), Mse())
+def works(dtype: np.dtype[Any], sizes: Sizes) -> Iterator[tuple[str, Work, float | None]]:
+    """Every kind of kernel, with the mark that it has."""
+    x, buffers, host = weights(dtype, sizes.weights), Buffers(), CpuBackend
+    methods: tuple[tuple[Method, float | None], ...] = ((MinMax(), KERNEL_MARK), (Mse(), None))
     for name, scheme in SCHEMES.items():
-        for method in methods:
-            note(f"pipeline: {name} {method.id}")
-            samples = measure(lambda s=scheme, m=method: cuda.quantize(x, s, m), repeats=5, warm_up=2)
-            rate = x.nbytes / samples.median / GB
-            yield [f"{name} {method.id}", f"{rate:.1f}", f"{rate / upload_rate:.2f}", f"{samples.spread:.2f}"]
+        for method, mark in methods:
+            coding = Quantize(x, Form(scheme, *x.shape), method, None, buffers, host)
+            yield f"{name} {method.id}", coding.work(0, len(x)), mark
+    cuda = CudaBackend(cores())
+    for name, scheme in SCHEMES.items():
+        decoding = Dequantize(cuda.quantize(x, scheme, MinMax()), buffers, host)
+        yield f"{name} dequantize, to float32", decoding.work(0, len(x)), None
+    yield "compare", Compare(x, x, host).work(0, len(x)), None
+    yield "observe", Observe(x, host).work(0, len(x)), None
+    many = QuantizeMany(small(dtype, sizes), SCHEMES["int4"], MinMax(), host)
+    yield f"int4 minmax, {sizes.many} small tensors", many.work(0, many.total), None
 
 
-def transfers(cupy: Any) -> dict[str, float]:
-    """GB/s of a copy on the card, of both its sides, and of pinned transfers."""
-    a, b = cupy.ones(LARGE, np.uint8), cupy.ones(LARGE, np.uint8)
-    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(LARGE), np.uint8, LARGE)
-    return {
-        "copy on the card": 2 * LARGE / on_card(cupy, lambda: cupy.copyto(b, a)).median / GB,
-        "pinned upload": LARGE / on_card(cupy, lambda: a.set(pinned)).median / GB,
-        "pinned download": LARGE / on_card(cupy, lambda: a.get(out=pinned)).median / GB,
-    }
+def small(dtype: np.dtype[Any], sizes: Sizes) -> list[np.ndarray]:
+    """Many tensors."""
+    x = weights(dtype, sizes.small * sizes.many).reshape(sizes.many, 16, -1)
+    return list(x)
 
 
-def main() -> int:
+def kernels(card: Card, copy_rate: float, sizes: Sizes) -> Iterator[Line]:
+    """What the launches alone take."""
+    for dtype in DTYPES:
+        for name, work, mark in works(dtype, sizes):
+            note(f"{name} from {dtype}")
+            samples = card.launched(work, sizes.launches)
+            rate = (work.input_bytes + work.output_bytes) / samples.median / GB
+            yield Line(name, str(dtype), rate, rate / copy_rate, mark, samples.spread)
+
+
+def pipeline(card: Card, upload_rate: float, sizes: Sizes) -> Iterator[Line]:
+    """What whole calls take."""
+    cuda = CudaBackend(cores())
+    methods: tuple[tuple[Method, float | None], ...] = ((MinMax(), None), (Mse(), PIPELINE_MARK))
+    for dtype in DTYPES:
+        x = weights(dtype, sizes.weights)
+        for name, scheme in SCHEMES.items():
+            for method, mark in methods:
+                note(f"pipeline: {name} {method.id} from {dtype}")
+
+                def call(x: np.ndarray = x, scheme: Scheme = scheme, method: Method = method) -> object:
+                    return cuda.quantize(x, scheme, method)
+
+                samples = measure(call, repeats=sizes.calls)
+                rate, joules = x.nbytes / samples.median / GB, card.joules(call)
+                per_gb = None if joules is None else joules / x.nbytes * GB
+                yield Line(f"{name} {method.id}", str(dtype), rate, rate / upload_rate, mark, samples.spread, per_gb)
+
+
+def many(sizes: Sizes) -> Iterator[list[str]]:
+    """Rows of the table of small tensors."""
+    cuda = CudaBackend(cores())
+    for dtype in DTYPES:
+        xs = small(dtype, sizes)
+        whole = np.concatenate(xs)
+        for method in (MinMax(), Mse()):
+            note(f"{len(xs)} small tensors: {method.id} from {dtype}")
+            scheme = SCHEMES["int4"]
+            one = measure(lambda w=whole, m=method, s=scheme: cuda.quantize(w, s, m), repeats=sizes.calls)
+            together = measure(lambda x=xs, m=method, s=scheme: cuda.quantize_many(x, s, m), repeats=sizes.calls)
+            rate, share = whole.nbytes / together.median / GB, one.median / together.median
+            yield [f"int4 {method.id}", str(dtype), f"{rate:.2f}", f"{share:.2f}", f"{together.spread:.2f}"]
+
+
+def others(sizes: Sizes, device: str = "cuda") -> Iterator[list[str]]:
+    """Rows of the table of what others do."""
+    for dtype in DTYPES:
+        for peer, size, samples in measured(weights(dtype, sizes.others), device, sizes.calls):
+            note(f"{peer.name} from {dtype}")
+            yield [peer.name, str(dtype), *_rate(size, samples)]
+
+
+def _rate(nbytes: int, samples: Samples | None) -> list[str]:
+    return ["not here", ""] if samples is None else [f"{nbytes / samples.median / GB:.3g}", f"{samples.spread:.2f}"]
+
+
+def _energy(line: Line) -> str:
+    return "not told" if line.joules_per_gb is None else f"{line.joules_per_gb:.2f}"
+
+
+def _tables(card: Card, rates: Rates, sizes: Sizes) -> tuple[list[str], list[Chart]]:
+    moved = [["copy on the card", rates.copy], ["pinned upload", rates.upload], ["pinned download", rates.download]]
+    on_card = list(kernels(card, rates.copy, sizes))
+    calls = list(pipeline(card, rates.upload, sizes))
+    head = ["input", "GB/s", "of copy", "mark", "spread"]
+    tables = [
+        table(["transfer", "GB/s"], [[name, f"{rate:.1f}"] for name, rate in moved]),
+        table(["kernel", *head], [line.cells() for line in on_card]),
+        table(
+            ["pipeline", "input", "GB/s", "of upload", "mark", "spread", "J/GB"],
+            [[*line.cells(), _energy(line)] for line in calls],
+        ),
+        table(["small tensors", "input", "GB/s", "of one", "spread"], many(sizes)),
+        table(["others", "input", "GB/s", "spread"], others(sizes)),
+    ]
+    charts = [
+        Chart("Kernels", "share of a copy on the card", [line.bar() for line in on_card]),
+        Chart("Pipeline", "share of the pinned upload", [line.bar() for line in calls]),
+    ]
+    return tables, charts
+
+
+def main(sizes: Sizes | None = None) -> int:
     """Measure all and write `results/gpu-<card>.md`."""
     if reason := CudaBackend.unavailable():
         print(f"no GPU to measure: {reason}", file=sys.stderr)
         return 1
-    import cupy
-
-    device = CupyDevice(0, 0, cores())
-    rates = transfers(cupy)
-    head = ["kernel", "input", "GB/s", "of copy", "spread"]
-    kernel_table = table(head, kernels(cupy, device, rates["copy on the card"]))
-    pipeline_table = table(["pipeline", "GB/s", "of upload", "spread"], pipeline(rates["pinned upload"]))
-    moved = table(["transfer", "GB/s"], [[name, f"{rate:.1f}"] for name, rate in rates.items()])
-    card = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-    write_result(
-        f"gpu-{card}", device.name, ABOUT, moved, kernel_table, pipeline_table, packages=["numpy", "cupy-cuda12x"]
+    sizes = sizes or Sizes()
+    card = Card(cores())
+    note("transfers")
+    tables, charts = _tables(card, card.rates(sizes.weights, sizes.launches), sizes)
+    about = ABOUT.format(
+        size=sizes.weights // MIB,
+        columns=COLUMNS,
+        kernel_mark=KERNEL_MARK,
+        pipeline_mark=PIPELINE_MARK,
+        small=sizes.small // 1024,
     )
+    name = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
+    packages = ["numpy", "cupy-cuda12x", *sorted({peer.package for peer in GPU_PEERS})]
+    write_result(f"gpu-{name}", card.name, about, *tables, packages=packages, charts=charts)
     return 0
 
 

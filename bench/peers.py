@@ -15,8 +15,8 @@ import numpy as np
 GROUP = 128
 
 Array = np.ndarray[Any, Any]
-#: Prepares the weights in the library's own form, and returns what is to be timed.
-Prepare = Callable[[Array], Callable[[], object]]
+#: Prepares the weights in the library's own form, on a device that torch knows, and returns what is to be timed.
+Prepare = Callable[[Array, str], Callable[[], object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +41,23 @@ def naive_int4(x: Array) -> Array:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def _numpy(x: Array) -> Callable[[], object]:
+def _numpy(x: Array, _: str) -> Callable[[], object]:
     return lambda: naive_int4(x)
 
 
-def _torch_tensor(x: Array) -> Any:
+def torch_tensor(x: Array, device: str) -> Any:
+    """The weights as torch has them, not copied on the CPU."""
     import torch
 
     if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(x).to(device)
 
 
-def _torch(x: Array) -> Callable[[], object]:
+def _torch(x: Array, device: str) -> Callable[[], object]:
     import torch
 
-    weights = _torch_tensor(x)
+    weights = torch_tensor(x, device)
 
     def run() -> Any:
         groups = weights.float().reshape(-1, GROUP)
@@ -68,14 +69,14 @@ def _torch(x: Array) -> Callable[[], object]:
     return run
 
 
-def _compressed_tensors(x: Array) -> Callable[[], object]:
+def _compressed_tensors(x: Array, device: str) -> Callable[[], object]:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
     from compressed_tensors.quantization.lifecycle.forward import quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    weights = _torch_tensor(x)
+    weights = torch_tensor(x, device)
     args = QuantizationArgs(num_bits=4, symmetric=False, strategy=QuantizationStrategy.GROUP, group_size=GROUP)
 
     def run() -> Any:
@@ -87,7 +88,7 @@ def _compressed_tensors(x: Array) -> Callable[[], object]:
 
 
 def _gguf(kind: str) -> Prepare:
-    def prepare(x: Array) -> Callable[[], object]:
+    def prepare(x: Array, _: str) -> Callable[[], object]:
         from gguf import GGMLQuantizationType, quants
 
         chosen = GGMLQuantizationType[kind]
@@ -96,11 +97,11 @@ def _gguf(kind: str) -> Prepare:
     return prepare
 
 
-def _torchao(x: Array) -> Callable[[], object]:
+def _torchao(x: Array, device: str) -> Callable[[], object]:
     import torch
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
-    weights, block = _torch_tensor(x), (1, GROUP)
+    weights, block = torch_tensor(x, device), (1, GROUP)
 
     def run() -> Any:
         scale, zero = choose_qparams_affine(weights, MappingType.ASYMMETRIC, block, torch.uint8, 0, 15)
@@ -110,12 +111,12 @@ def _torchao(x: Array) -> Callable[[], object]:
 
 
 def _hqq(*, optimize: bool) -> Prepare:
-    def prepare(x: Array) -> Callable[[], object]:
+    def prepare(x: Array, device: str) -> Callable[[], object]:
         import torch
         from hqq.core.quantize import Quantizer
 
-        weights = _torch_tensor(x)
-        settings = {"nbits": 4, "group_size": GROUP, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+        weights = torch_tensor(x, device)
+        settings = {"nbits": 4, "group_size": GROUP, "axis": 1, "device": device, "compute_dtype": torch.float32}
         return lambda: Quantizer.quantize(weights, optimize=optimize, **settings)
 
     return prepare
@@ -137,6 +138,6 @@ def prepared(x: Array) -> Iterator[tuple[Peer, Callable[[], object] | None]]:
     """Every peer with its call on x, or None where its library is absent."""
     for peer in PEERS:
         try:
-            yield peer, peer.prepare(x[: x.shape[0] // peer.share])
+            yield peer, peer.prepare(x[: x.shape[0] // peer.share], "cpu")
         except ImportError:
             yield peer, None

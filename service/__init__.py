@@ -1,5 +1,8 @@
 """ArrowQuant Service: quantizes model weights over HTTP and reports what it cost."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("arrowquant-service")
+try:
+    __version__ = version("arrowquant-service")
+except PackageNotFoundError:
+    __version__ = "0+checkout"  # not installed, as on a machine that only tries its GPU

@@ -19,10 +19,12 @@ from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme, schemes
-from tests.golden.cases import parts
+from service.engine.tensors import QuantizedRows
 
 DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)]
 SHAPES = ((1, 1), (9, 203), (40, 256), (3, 8209), (130, 4096))
+#: What is searched, and what memory lacks for.
+SEARCHED, LARGE = (64, 1000), (4096, 2048)
 REFERENCE = ReferenceBackend()
 
 Check = Callable[[Backend], Iterator[str]]
@@ -39,6 +41,14 @@ def all_schemes() -> Iterator[Scheme]:
             continue
 
 
+def differing(mine: QuantizedRows, theirs: QuantizedRows) -> Iterator[str]:
+    """The parts that are not the same bytes."""
+    for name in ("packed", "scale", "zero_point"):
+        ours, other = getattr(mine, name), getattr(theirs, name)
+        if (ours is None) != (other is None) or (ours is not None and ours.tobytes() != other.tobytes()):
+            yield name
+
+
 def check_bytes(cuda: Backend) -> Iterator[str]:
     """`minmax` gives the reference's bytes, and reading them back its numbers."""
     rng = np.random.default_rng(1)
@@ -50,19 +60,28 @@ def check_bytes(cuda: Backend) -> Iterator[str]:
             if scheme.granularity == "tensor":
                 grid = REFERENCE.tensor_grid(REFERENCE.observe(x), scheme, MinMax())
             mine, theirs = (one.quantize(x, scheme, MinMax(), grid) for one in (cuda, REFERENCE))
-            expected = parts(theirs)
-            for name, part in parts(mine).items():
-                if not np.array_equal(part, expected[name]):
-                    yield f"{scheme!r} of {shape} {dtype}: {name} differs"
+            yield from (f"{scheme!r} of {shape} {dtype}: {name} differs" for name in differing(mine, theirs))
             if not np.array_equal(cuda.dequantize(theirs), REFERENCE.dequantize(theirs)):
                 yield f"{scheme!r} of {shape} {dtype}: read back, it differs"
+
+
+def check_many(cuda: Backend) -> Iterator[str]:
+    """Many tensors in one call get what each of them would."""
+    rng = np.random.default_rng(4)
+    xs = [rng.standard_normal(shape).astype(dtype) for shape, dtype in product(SHAPES, DTYPES)] * 3
+    for scheme, method in product(all_schemes(), (MinMax(), Mse(clips=(0.9,)))):
+        if scheme.granularity == "tensor" or scheme.scale_dtype != "F16":
+            continue
+        for mine, x in zip(cuda.quantize_many(xs, scheme, method), xs, strict=True):
+            for name in differing(mine, cuda.quantize(x, scheme, method)):
+                yield f"{scheme!r} {method.id} of {x.shape} {x.dtype} among others: {name} differs"
 
 
 def check_search(cuda: Backend) -> Iterator[str]:
     """`mse` errs as little as the reference."""
     rng = np.random.default_rng(2)
     for dtype in DTYPES[::2]:
-        x = rng.standard_normal((64, 1000)).astype(dtype)
+        x = rng.standard_normal(SEARCHED).astype(dtype)
         for scheme in all_schemes():
             if scheme.group_size != 128 or scheme.scale_dtype != "F16":
                 continue
@@ -85,7 +104,7 @@ def check_finite(cuda: Backend) -> Iterator[str]:
 
 def check_memory(_: Backend) -> Iterator[str]:
     """Too little memory costs time and a notice, nothing else."""
-    x = np.random.default_rng(3).standard_normal((4096, 2048)).astype(np.float32)
+    x = np.random.default_rng(3).standard_normal(LARGE).astype(np.float32)
     scheme = build_scheme("int4", symmetric=False)
     small = CudaBackend(2, 4 << 20)
     if not np.array_equal(small.quantize(x, scheme, MinMax()).packed, REFERENCE.quantize(x, scheme, MinMax()).packed):
@@ -94,7 +113,7 @@ def check_memory(_: Backend) -> Iterator[str]:
         yield "nothing tells that 4 MiB of memory were too little"
 
 
-CHECKS: tuple[Check, ...] = (check_bytes, check_search, check_finite, check_memory)
+CHECKS: tuple[Check, ...] = (check_bytes, check_many, check_search, check_finite, check_memory)
 
 
 def main() -> int:

@@ -141,12 +141,6 @@ class Quantize(Rows):
         return Launch("search", f"search_groups_{name}_{kind}", -(-lanes // THREADS))
 
 
-def quantize_work(x: Array, scheme: Scheme, method: Method) -> Work:
-    """All of `quantize` as one piece, for measuring its kernels alone."""
-    host = CpuBackend
-    return Quantize(x, Form(scheme, *x.shape), method, None, Buffers(), host).work(0, x.shape[0])
-
-
 class Dequantize(Rows):
     """See `Backend.dequantize`."""
 

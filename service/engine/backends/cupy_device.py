@@ -29,36 +29,54 @@ OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", f"-I
 SLOTS = 3
 #: What `cudaMalloc` and the driver say when there is no more memory.
 _OUT_OF_MEMORY = 2
+#: What a library raises that is of another release, lacks a part, or is being replaced at the moment.
+_BROKEN = (
+    ImportError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 #: Copies to pinned memory are split over threads from this size on.
 _SPLIT_BYTES = 1 << 20
 
 
 def why_not() -> str | None:
-    """Why no device can be used here, or None."""
-    try:
-        import cupy
-    except ImportError as error:
-        return f"CuPy cannot be imported ({error}); install the extra `cuda`"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CUDA finds no device: {error}"
-    if not count:
-        return "CUDA finds no device"
-    try:
-        cupy.cuda.nvrtc.getVersion()
-    except RuntimeError as error:
-        return f"CuPy finds no NVRTC to compile kernels with ({error}); install the extra `cuda`"
-    return None
+    """Why no device can be used by this process, or None."""
+    return _found()[1]
 
 
 def device_count() -> int:
     """How many there are; 0 where none can be used."""
-    if why_not() is not None:
-        return 0
-    import cupy
+    return _found()[0]
 
-    return int(cupy.cuda.runtime.getDeviceCount())
+
+@cache
+def _found() -> tuple[int, str | None]:
+    """How many devices there are, or 0 with the reason: looked for once, as a process keeps what it has imported."""
+    try:
+        import cupy
+    except _BROKEN as error:
+        return 0, f"CuPy cannot be imported ({_in_words(error)}); install the extra `cuda`"
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+    except _BROKEN as error:
+        return 0, f"CUDA finds no device: {_in_words(error)}"
+    if not count:
+        return 0, "CUDA finds no device"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except _BROKEN as error:
+        return 0, f"CuPy finds no NVRTC to compile kernels with ({_in_words(error)}); install the extra `cuda`"
+    return count, None
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def compile_source(source: str, arch: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ class FiberCuda:
         self.failing: set[int] = set()  # devices that have fallen off the bus
         self.fails_when_full = False
         self.state = threading.local()
+        cupy.cuda.nvrtc.getVersion()  # loads the compiler, for which CuPy imports itself
         self.numbers = itertools.count()
         cuda = self
 
@@ -48,6 +50,8 @@ class FiberCuda:
             owner = cuda
 
         self.cuda = SimpleNamespace(
+            Event=_Event,
+            get_elapsed_time=lambda begin, end: (end.time - begin.time) * 1e3,
             Device=Device,
             Stream=Stream,
             MemoryPool=MemoryPool,
@@ -81,7 +85,7 @@ class _Device:
     owner: FiberCuda
 
     def __init__(self, device: int) -> None:
-        self.id, self.compute_capability = device, "90"
+        self.id, self.compute_capability, self.pci_bus_id = device, "90", f"0000:{device:02}:00.0"
 
     def __enter__(self) -> None:
         self.owner.state.devices = [*getattr(self.owner.state, "devices", []), self.id]
@@ -118,6 +122,19 @@ class _Stream:
         calls, self.queued = self.queued, []
         for call in calls:
             call()
+
+
+class _Event:
+    time = 0.0
+
+    def record(self, stream: _Stream) -> None:
+        """See `cupy.cuda.Event.record`."""
+        self.stream = stream
+        stream.put("event", lambda: setattr(self, "time", time.perf_counter()))
+
+    def synchronize(self) -> None:
+        """See `cupy.cuda.Event.synchronize`."""
+        self.stream.synchronize()
 
 
 class _MemoryPool:
@@ -164,6 +181,11 @@ class _MemoryPointer:
         """See `cupy.cuda.MemoryPointer.copy_to_host_async`."""
         _, stream = self.pool.owner.current()
         stream.put("download", lambda: ctypes.memmove(mem.value, self.ptr, size))
+
+    def copy_from_device_async(self, src: _MemoryPointer, size: int) -> None:
+        """See `cupy.cuda.MemoryPointer.copy_from_device_async`."""
+        _, stream = self.pool.owner.current()
+        stream.put("copy", lambda: ctypes.memmove(self.ptr, src.ptr, size))
 
     def memset_async(self, value: int, size: int) -> None:
         """See `cupy.cuda.MemoryPointer.memset_async`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from cuda.pathfinder import load_nvidia_dynamic_lib
 
-from service.engine.backends import cupy_device
 from service.engine.backends.cuda import PIECE_BYTES, CudaBackend
 from service.engine.backends.cupy_device import SLOTS, compile_source, device_count, why_not
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.backends.registry import choose_backend
 from service.engine.methods.minmax import MinMax
 from service.engine.schemes.integer import IntegerScheme
 from tests.engine.backends import fiber_cuda
@@ -25,21 +26,6 @@ from tests.engine.backends.test_cpu import assert_same
 SCHEME, REFERENCE = IntegerScheme(), ReferenceBackend()
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled kernels are kept meanwhile."""
-    return tmp_path_factory.mktemp("cubins")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch, cubins: Path) -> FiberCuda:
-    """Two devices of fibers."""
-    made = FiberCuda(devices=2)
-    monkeypatch.setitem(sys.modules, "cupy", made)
-    monkeypatch.setattr(cupy_device, "_cache_folder", lambda: cubins)
-    return made
-
-
 def weights(rng: np.random.Generator, nbytes: int = 5 * PIECE_BYTES) -> np.ndarray:
     """Several pieces."""
     return rng.standard_normal((nbytes // 4096, 1024)).astype(np.float32)
@@ -47,19 +33,21 @@ def weights(rng: np.random.Generator, nbytes: int = 5 * PIECE_BYTES) -> np.ndarr
 
 def test_cupy_has_all_that_stands_in_for_its_own() -> None:
     theirs = {"_Device": cupy.cuda.Device, "_Stream": cupy.cuda.Stream, "_MemoryPool": cupy.cuda.MemoryPool}
-    theirs |= {"_MemoryPointer": cupy.cuda.MemoryPointer, "_Module": cupy.RawModule}
-    own = {"_Stream": {"owner", "put"}, "_Device": {"owner"}, "_MemoryPool": {"owner"}}
+    theirs |= {"_MemoryPointer": cupy.cuda.MemoryPointer, "_Module": cupy.RawModule, "_Event": cupy.cuda.Event}
+    own = {"_Event": {"time"}, "_Stream": {"owner", "put"}, "_Device": {"owner"}, "_MemoryPool": {"owner"}}
     for name, their in theirs.items():
         mine = {n for n in vars(getattr(fiber_cuda, name)) if not n.startswith("_")} - own.get(name, set())
         assert mine <= set(dir(their)), name
     for name in ("getDeviceCount", "getDeviceProperties", "hostAllocPortable", "CUDARuntimeError"):
         assert hasattr(cupy.cuda.runtime, name), name
-    assert {"id", "compute_capability", "__enter__"} <= set(dir(cupy.cuda.Device))
+    assert {"id", "compute_capability", "pci_bus_id", "__enter__"} <= set(dir(cupy.cuda.Device))
     assert {"ptr"} <= set(dir(cupy.cuda.MemoryPointer))
     assert "path" in cupy.RawModule.__doc__
     assert "limit" in cupy.cuda.MemoryPool.set_limit.__doc__
     for copy in ("copy_from_host_async", "copy_to_host_async"):
         assert "(self, mem, size_t size, stream=None)" in getattr(cupy.cuda.MemoryPointer, copy).__doc__
+    assert "(self, MemoryPointer src, size_t size," in cupy.cuda.MemoryPointer.copy_from_device_async.__doc__
+    assert "(self, stream=None)" in str(inspect.signature(cupy.cuda.Event.record))
     assert "(self, int value, size_t size, stream=None)" in cupy.cuda.MemoryPointer.memset_async.__doc__
 
 
@@ -73,15 +61,46 @@ def test_cupys_compiler_makes_a_whole_file() -> None:
     assert len(cubin) == max(headers + size * count, sections + section_size * sections_count)
 
 
-def test_without_a_device_or_a_compiler_it_is_said_what_is_missing(cuda: FiberCuda) -> None:
-    assert why_not() is None
-    assert device_count() == 2
+def test_without_a_compiler_it_is_said_what_is_missing(cuda: FiberCuda) -> None:
     cuda.cuda.nvrtc = SimpleNamespace(getVersion=lambda: load_nvidia_dynamic_lib("nvrtc_of_no_release"))
-    assert "no NVRTC" in str(why_not())
     assert "no NVRTC" in str(CudaBackend.unavailable())
+    assert device_count() == 0
+
+
+def test_without_a_device_it_is_said_so(cuda: FiberCuda) -> None:
     cuda.cuda.runtime.getDeviceCount = lambda: 0
     assert why_not() == "CUDA finds no device"
     assert device_count() == 0
+
+
+def test_it_is_looked_once_what_there_is(cuda: FiberCuda) -> None:
+    assert why_not() is None
+    cuda.cuda.runtime.getDeviceCount = lambda: 0
+    assert why_not() is None
+    assert device_count() == 2
+
+
+@pytest.mark.usefixtures("look_again")
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "import no_such_part",
+        "raise OSError('a library is missing')",
+        "None.part",
+        "half of a",
+        "int('numpy.dtype')",
+        "{}[1]",
+    ],
+)
+def test_a_cupy_that_cannot_be_imported_is_a_reason_and_no_failure(
+    broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cupy.py").write_text(broken)
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(CudaBackend.unavailable()).startswith("CuPy cannot be imported (")
+    assert CudaBackend.lanes() == 1
+    assert choose_backend("auto") == "cpu"
 
 
 def test_pieces_go_through_three_streams_so_that_transfers_and_kernels_overlap(cuda: FiberCuda, rng) -> None:
