@@ -12,8 +12,10 @@ import errno
 import hashlib
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import pyarrow as pa
 
 from service.engine.formats.append_file import AppendFile
 from service.engine.formats.base import Cancelled
+from service.engine.formats.hashed_file import HashedFile
 from service.engine.formats.parquet_guard import MAGIC
 from service.engine.formats.parquet_pages import (
     PREFIX_BYTES,
@@ -29,12 +32,14 @@ from service.engine.formats.parquet_pages import (
     encode_columns,
     encode_footer,
     encode_group,
+    encode_schema,
     moved,
     page_head,
     prefix,
 )
 from service.engine.formats.parquet_rows import Row, batch_of, read_cells
 from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA, SUFFIX
+from service.engine.formats.thrift_encode import Encoded
 
 ROW_GROUP_BYTES = 64 << 20
 ROW_GROUP_ROWS = 1000
@@ -42,6 +47,8 @@ ROW_GROUP_ROWS = 1000
 DIRECT_BYTES = 64 << 10
 #: Of the cells in one page, when there are several.
 PAGE_BYTES = 1 << 20
+#: Written so much at once, a file is hashed on before its tensor is committed.
+FOLLOWED_BYTES = 1 << 20
 
 _DATA = BYTE_COLUMNS.index("data")
 
@@ -100,9 +107,10 @@ class RowGroups:
     Everything raises OSError.
     """
 
-    def __init__(self, folder: Path, stem: str, max_file_bytes: int, shared: dict[str, Any]) -> None:
-        """`shared` are cells that all rows have."""
-        self._folder, self._stem, self._max, self._shared = folder, stem, max_file_bytes, shared
+    def __init__(self, folder: Path, stem: str, max_file_bytes: int, schema: pa.Schema, shared: dict[str, Any]) -> None:
+        """`schema` is with the metadata of the files; `shared` are cells that all rows have."""
+        self._folder, self._stem, self._max, self._schema, self._shared = folder, stem, max_file_bytes, schema, shared
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._spool = [AppendFile(self._spooled(column)) for column in range(len(BYTE_COLUMNS))]
         self._files = [self._file(0)]
         self._filled = 0  # bytes of `data` in the last file
@@ -110,6 +118,7 @@ class RowGroups:
         self._sealed: list[_Sealed] = []
         self._done: list[_Done] = []
         self._told = 0  # of those
+        self._completed = 0  # files that have their end
         self._fresh: list[Row] = []  # since the last commit
         self._digest = hashlib.sha256()  # of `data` of the open row
         self._data: AppendFile = self._spool[_DATA]  # where they go
@@ -139,6 +148,8 @@ class RowGroups:
                 if column == _DATA:
                     self._data.write(piece)
                     self._digest.update(piece)
+                    if piece.nbytes >= FOLLOWED_BYTES:
+                        self._data.flush()
                 else:
                     self._spool[column].write(piece)
 
@@ -148,8 +159,9 @@ class RowGroups:
         rows, self._fresh = self._fresh, []
         if self._sealed:
             self._seal()  # else the columns of those before would stand amid its own
-        for file in self._files[self._mark.file : -1]:
-            file.close()
+        for number in range(self._mark.file, len(self._files) - 1):
+            self._complete(number)
+            self._files[number].complete_hash()
         self._mark = self._here()
         return rows
 
@@ -160,8 +172,8 @@ class RowGroups:
             file.remove()
         del self._files[mark.file + 1 :]
         self._files[-1].cut(mark.size)
-        for file, size in zip(self._spool, mark.spool, strict=True):
-            file.cut(size)
+        for spool, size in zip(self._spool, mark.spool, strict=True):
+            spool.cut(size)
         del self._done[mark.done :]
         del group.rows[mark.rows :]
         group.waiting, group.data_bytes, group.paged = mark.waiting, mark.data_bytes, mark.paged
@@ -169,7 +181,7 @@ class RowGroups:
 
     def state(self) -> dict[str, Any]:
         """Beside the rows, all that `restore` needs, as of the last commit: row groups since the last call."""
-        for file in (self._files[-1], *self._spool):
+        for file in (*self._files[self._mark.file :], *self._spool):
             file.flush()
         mark, group = self._mark, self._mark.group
         told, self._told = self._done[self._told : mark.done], mark.done
@@ -201,32 +213,50 @@ class RowGroups:
             if not self._part(number).exists() and self._final(number).exists():
                 self._final(number).rename(self._part(number))
             file.take_up(sizes[number])
-        for file, nbytes in zip(self._spool, spool, strict=True):
-            file.take_up(nbytes)
+            if number < last:
+                file.forget_hash()  # it would have to be read again from its beginning
+                self._complete(number)
+        for waiting_file, nbytes in zip(self._spool, spool, strict=True):
+            waiting_file.take_up(nbytes)
         self._mark = self._here()
 
-    def finish(self, schema: pa.Schema, cancelled: Cancelled) -> bool:
+    def finish(self, cancelled: Cancelled) -> bool:
         """Complete all files and give them their names; False when cancelled."""
         self._seal()
-        for number, file in enumerate(self._files):
+        for number in range(self._completed, len(self._files)):
             if cancelled():
                 return False
-            groups = [group for group in self._done if group.file == number]
-            self._begun(file).write(
-                encode_footer(schema, [g.encoded for g in groups], sum(group.rows for group in groups))
-            )
-            file.close()
+            self._complete(number)
         for number, file in enumerate(self._files):
             # Synced with all files of the output: until then a journal vouches for it, which a fallen machine voids.
             file.rename(self._final(number))
-        for file in self._spool:
-            file.remove()
+        for spool in self._spool:
+            spool.remove()
         return True
+
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
+        """The SHA-256 of a finished file, if it was made on the way; see `ModelWriter.digest`."""
+        return next((f.digest(advance) for n, f in enumerate(self._files) if self._final(n) == path), None)
 
     def discard(self) -> None:
         """Close the files as they are."""
         for file in (*self._files, *self._spool):
             file.discard()
+        for hashed in self._files:
+            hashed.forget_hash()
+        self._hashing.shutdown()
+
+    @cached_property
+    def _encoded_schema(self) -> dict[int, Encoded]:
+        return encode_schema(self._schema)
+
+    def _complete(self, number: int) -> None:
+        """Write the end of a file that nothing more comes to."""
+        groups = [group for group in self._done if group.file == number]
+        rows = sum(group.rows for group in groups)
+        self._begun(self._files[number]).write(encode_footer(self._encoded_schema, [g.encoded for g in groups], rows))
+        self._files[number].close()
+        self._completed = number + 1
 
     def _place(self, row: Row, data_bytes: int) -> None:
         group = self._group
@@ -267,11 +297,11 @@ class RowGroups:
             self._sealed.append(_Sealed(len(self._files) - 1, group.start, group.rows, columns))
         if not self._fresh:
             for sealed in self._sealed:
-                self._done.append(self._completed(sealed))
+                self._done.append(self._described(sealed))
             self._sealed = []
         self._group = self._next_group()
 
-    def _completed(self, sealed: _Sealed) -> _Done:
+    def _described(self, sealed: _Sealed) -> _Done:
         """Append the other columns, and describe them all."""
         file = self._files[sealed.file]
         pages, cells = encode_columns(batch_of(sealed.rows, self._shared))
@@ -312,7 +342,7 @@ class RowGroups:
             if spool.size != sizes[column]:
                 raise OSError(errno.EIO, "a finished file is not what was written to it")
 
-    def _begun(self, file: AppendFile) -> AppendFile:
+    def _begun(self, file: HashedFile) -> HashedFile:
         if not file.size:
             file.write(MAGIC)
         return file
@@ -334,8 +364,8 @@ class RowGroups:
             if found and int(found[1] or found[2]) > last:
                 path.unlink()
 
-    def _file(self, number: int) -> AppendFile:
-        return AppendFile(self._part(number))
+    def _file(self, number: int) -> HashedFile:
+        return HashedFile(self._part(number), self._hashing)
 
     def _spooled(self, column: int) -> Path:
         return self._folder / f"{self._stem}.spool-{BYTE_COLUMNS[column]}"

@@ -96,10 +96,15 @@ def encode_group(columns: Sequence[Column], rows: int, start: int) -> bytes:
     return struct({1: chunks, 2: nbytes, 3: i64(rows), 5: i64(start), 6: nbytes}).data
 
 
-def encode_footer(schema: pa.Schema, groups: Sequence[bytes], rows: int) -> bytes:
-    """The end of a file with these row groups: schema and metadata are those of Arrow."""
+def encode_schema(schema: pa.Schema) -> dict[int, Encoded]:
+    """The footer of a file without rows, for `encode_footer`: schema and metadata as Arrow writes them."""
     _, footer = _written(schema, None)
-    fields = {number: Encoded(*raw) for number, raw in CompactReader(footer).raw_fields().items()}
+    return {number: Encoded(*raw) for number, raw in CompactReader(footer).raw_fields().items()}
+
+
+def encode_footer(schema: Mapping[int, Encoded], groups: Sequence[bytes], rows: int) -> bytes:
+    """The end of a file with these row groups."""
+    fields = dict(schema)
     fields[_ROW_COUNT] = i64(rows)
     fields[_ROW_GROUPS] = list_of(STRUCT, [Encoded(STRUCT, group) for group in groups])
     data = struct(fields).data
@@ -115,7 +120,13 @@ def _written(schema: pa.Schema, batch: pa.RecordBatch | None) -> tuple[memoryvie
     """A file of one row group, or none, and its footer."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
-        sink, schema, compression="none", use_dictionary=False, write_statistics=STATISTICS, version="2.6"
+        sink,
+        schema,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=STATISTICS,
+        version="2.6",
+        store_schema=batch is None,
     ) as writer:
         if batch is not None:
             writer.write_batch(batch, row_group_size=batch.num_rows)

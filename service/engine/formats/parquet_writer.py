@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class ParquetWriter(ModelWriter):
         weights = folder / layout.weights_dir
         with storage_faults("making the output's folder"):
             weights.mkdir(parents=True, exist_ok=True)
-        self._groups = RowGroups(weights, layout.stem, max_file_bytes, model_cells(layout))
+        schema = SCHEMA.with_metadata(self._file_metadata())
+        self._groups = RowGroups(weights, layout.stem, max_file_bytes, schema, model_cells(layout))
         self._told: list[dict[str, Any]] = []
         self._info: TensorInfo | None = None
         self._scheme: Scheme | None = None
@@ -129,8 +130,13 @@ class ParquetWriter(ModelWriter):
     def close(self, cancelled: Cancelled) -> None:
         """See `ModelWriter.close`."""
         with storage_faults("completing the Parquet files"):
-            if self._groups.finish(SCHEMA.with_metadata(self._file_metadata()), cancelled):
+            if self._groups.finish(cancelled):
                 self._write_metadata()
+
+    def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
+        """See `ModelWriter.digest`."""
+        with storage_faults("hashing the weights"):
+            return self._groups.digest(path, advance)
 
     def discard(self) -> None:
         """See `ModelWriter.discard`."""

@@ -28,13 +28,14 @@ FORMAT = "parquet"
 #: Rows that end within a word and within a group among them.
 SHAPES = ((64, 96), (1, 65), (70, 128), (33, 161), (40, 3, 5))
 INT4 = build_scheme("int4", symmetric=False, group_size=32)
+INT8 = build_scheme("int8", symmetric=False, granularity="channel", group_size=None)
 NF4 = [
     build_scheme("nf4", symmetric=True),
     build_scheme("nf4", symmetric=True, granularity="channel", group_size=None),
     build_scheme("nf4", symmetric=True, granularity="tensor", group_size=None),
 ]
 #: Of chunks, of cells that do not wait for others, of pages and of row groups.
-SMALL = {"CHUNK_BYTES": 720, "DIRECT_BYTES": 500, "PAGE_BYTES": 600, "ROW_GROUP_BYTES": 2900, "ROW_GROUP_ROWS": 5}
+SMALL = {"CHUNK_BYTES": 720, "DIRECT_BYTES": 500, "PAGE_BYTES": 600, "ROW_GROUP_BYTES": 2400, "ROW_GROUP_ROWS": 5}
 MakeOutput = Callable[..., Output]
 
 
@@ -76,7 +77,7 @@ def test_large_tensors_are_cut_into_chunks_of_whole_rows(
     [
         pytest.param({}, 3000, id="several files"),
         pytest.param({}, 10**9, id="one file"),
-        pytest.param(SMALL, 5000, id="tensors that span row groups and files"),
+        pytest.param(SMALL, 9000, id="tensors that span row groups and files"),
     ],
 )
 def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_bytes(
@@ -89,7 +90,7 @@ def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_
         return output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
 
     check_every_interruption(make, at_the_end)
-    check_abandoned(make, build_scheme("int8", symmetric=False, granularity="channel", group_size=None))
+    check_abandoned(make, INT8)
 
 
 def test_a_large_cell_is_written_where_it_stays_and_a_small_one_with_others(
@@ -112,6 +113,31 @@ def test_a_large_cell_is_written_where_it_stays_and_a_small_one_with_others(
     at = [before.index(cells[item.name]) for item in items[:4]]
     assert at == sorted(at)
     assert at[1] - at[0] == at[2] - at[1] == 64 + 4, "cells of a page follow each other"
+
+
+@pytest.mark.parametrize("max_file_bytes", [3000, 10**9])
+@pytest.mark.parametrize("abandons", [False, True])
+def test_the_hashes_of_files_are_made_on_the_way_and_are_theirs(
+    output: MakeOutput, monkeypatch: pytest.MonkeyPatch, max_file_bytes: int, abandons: bool
+) -> None:
+    for name, value in {"DIRECT_BYTES": 500, "FOLLOWED_BYTES": 500}.items():
+        monkeypatch.setattr(parquet_groups, name, value)
+    made = output(FORMAT, mixed_items(), options={"max_file_bytes": max_file_bytes})
+    writer = made.writer()
+    for item in made.items:
+        if abandons and item.scheme:
+            made.write(writer, item, INT8)
+            writer.abandon()
+        made.add(writer, item)
+        writer.state()
+    writer.close(lambda: False)
+    hashed: list[int] = []
+    digests = {path: writer.digest(path, hashed.append) for path in sorted(made.folder.glob("*.parquet"))}
+    writer.discard()
+    known = {path: digest for path, digest in digests.items() if digest is not None}
+    assert known == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in known}
+    assert sum(hashed) == sum(path.stat().st_size for path in known)
+    assert abandons or len(known) == len(digests)
 
 
 def test_the_columns_say_what_a_reader_has_to_know(output: MakeOutput) -> None:
