@@ -75,7 +75,7 @@ clean: ## Remove the virtual environments and all that was built
 
 .venv-dev/.peers: .venv-dev/.installed
 	@# Only measured, on tensors; most of what they depend on serves to load models.
-	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps hqq termcolor torchao
+	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps hqq libggml-python termcolor torchao
 	@touch $@
 
 .venv-dev/.installed: $(PROJECT)

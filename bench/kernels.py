@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
 
+from bench.charts import Bar, Chart
 from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
+from bench.kernel_marks import ABOUT_MARKS, MARKS
 from bench.peers import PEERS, Array, prepared
 from service.engine.backends.base import Backend
 from service.engine.backends.cpu import CpuBackend
@@ -24,7 +27,8 @@ from service.engine.schemes.integer import IntegerScheme
 #: More than the last-level cache of most machines.
 LARGE, BLOCK, SMALL = 512 * MIB, 64 * MIB, 8 * MIB
 COLUMNS = 4096
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+OURS = "**cpu**: "
 INT4, INT8, NF4 = IntegerScheme(), IntegerScheme(bits=8), CodebookScheme()
 
 ABOUT = f"""
@@ -46,18 +50,22 @@ class Line:
     nbytes: int
     samples: Samples | None
 
+    @property
+    def rate(self) -> float | None:
+        """GB/s."""
+        return None if self.samples is None else self.nbytes / self.samples.median / GB
+
     def cells(self, copy_rate: float) -> list[str]:
         """As text, beside the copy of this run."""
-        if self.samples is None:
+        if self.samples is None or self.rate is None:
             return [self.name, self.dtype, "", "absent", "", ""]
-        rate = self.nbytes / self.samples.median / GB
-        share = rate / copy_rate
         return [
-            self.name, self.dtype, f"{self.nbytes / MIB:.0f} MiB", f"{rate:.3g}", f"{share:.3f}",
+            self.name, self.dtype, f"{self.nbytes / MIB:.0f} MiB", f"{self.rate:.3g}", f"{self.rate / copy_rate:.3f}",
             f"{self.samples.spread:.2f}",
         ]  # fmt: skip
 
 
+@lru_cache(maxsize=1)
 def weights(dtype: str, nbytes: int) -> Array:
     """Random weights of so many bytes; a few MiB of them, repeated."""
     some = np.random.default_rng(0).standard_normal((1024, COLUMNS)).astype(DTYPES[dtype])
@@ -84,15 +92,15 @@ def ours(cpu: Backend) -> Iterator[Line]:
     """The cpu backend on tensors larger than the cache."""
     for dtype in DTYPES:
         for name, scheme in (("int4", INT4), ("int8", INT8), ("nf4", NF4)):
-            yield quantize_line(cpu, f"**cpu**: {name} minmax", dtype, LARGE, scheme, MinMax(), 5)
-        yield quantize_line(cpu, "**cpu**: int4 mse, 16 starts", dtype, BLOCK, INT4, Mse(), 3)
+            yield quantize_line(cpu, f"{OURS}{name} minmax", dtype, LARGE, scheme, MinMax(), 5)
+        yield quantize_line(cpu, f"{OURS}int4 mse, 16 starts", dtype, BLOCK, INT4, Mse(), 3)
         x = weights(dtype, LARGE // 2)
         rows = len(x) * BLOCK // x.nbytes
         parts = [cpu.quantize(x[at : at + rows], INT4, MinMax()) for at in range(0, len(x), rows)]
         decoded = measure(lambda parts=parts: [cpu.dequantize(q).size for q in parts], repeats=5)
-        yield Line("**cpu**: int4 dequantize", dtype, 4 * x.size, decoded)
+        yield Line(f"{OURS}int4 dequantize", dtype, 4 * x.size, decoded)
         y = x.copy()
-        yield Line("**cpu**: compare", dtype, 2 * x.nbytes, measure(lambda x=x, y=y: cpu.compare(x, y), repeats=5))
+        yield Line(f"{OURS}compare", dtype, 2 * x.nbytes, measure(lambda x=x, y=y: cpu.compare(x, y), repeats=5))
 
 
 def reference() -> Iterator[Line]:
@@ -115,6 +123,26 @@ def _measured(call: Callable[[], object] | None) -> Samples | None:
     return None if call is None else measure(call, repeats=3)
 
 
+def marks(lines: list[Line], copy_rate: float) -> str:
+    """What is to be reached, and what was."""
+    rates = {(line.name.removeprefix(OURS), line.dtype): line.rate for line in lines}
+    rows = []
+    for mark in MARKS:
+        for dtype, needed in mark.needed.items():
+            ours, other = rates[mark.what, dtype], rates[mark.beside, dtype] if mark.beside else copy_rate
+            assert ours is not None
+            reached = None if other is None else ours / other
+            rows.append([mark.what, dtype, mark.beside or "copy of memory", *mark.verdict(needed, reached)])
+    return table(["what", "input", "beside", "needed", "reached", "", "what limits it"], rows)
+
+
+def chart(lines: list[Line], copied: Line) -> Chart:
+    """All rates from F32."""
+    shown = [line for line in [copied, *lines] if line.dtype in ("F32", copied.dtype)]
+    bars = [Bar(line.name.replace("**", ""), line.rate, line.name.startswith(OURS)) for line in shown if line.rate]
+    return Chart("From F32 weights", "GB/s", bars, logarithmic=True)
+
+
 def main() -> None:
     """Measure all and write `results/kernels.md`."""
     threads = cores()
@@ -127,12 +155,14 @@ def main() -> None:
         for line in part:
             note(f"{line.name}, {line.dtype}")
             lines.append(line)
-    assert copied.samples is not None
-    rate = LARGE / copied.samples.median / GB
+    assert copied.rate is not None
     head = ["what", "input", "size", "GB/s", "of copy", "spread"]
-    cells = [line.cells(rate) for line in [copied, *lines]]
+    cells = [line.cells(copied.rate) for line in [copied, *lines]]
     packages = ["numpy", "numba", "llvmlite", *sorted({p.package for p in PEERS} - {"numpy"})]
-    write_result("kernels", f"Kernels, {threads} threads", ABOUT, table(head, cells), packages=packages)
+    write_result(
+        "kernels", f"Kernels, {threads} threads", ABOUT_MARKS, marks(lines, copied.rate), ABOUT, table(head, cells),
+        packages=packages, charts=[chart(lines, copied)],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

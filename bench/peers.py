@@ -5,14 +5,21 @@ Each quantizer takes float weights (rows, cols), packs what it makes, and measur
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from bench.common import cores
+
 GROUP = 128
+#: Elements that ggml converts to float32 at once: they fit the cache, as its own tool does not manage.
+CONVERTED = 1 << 16
 
 Array = np.ndarray[Any, Any]
 #: Prepares the weights in the library's own form, on a device that torch knows, and returns what is to be timed.
@@ -97,6 +104,43 @@ def _gguf(kind: str) -> Prepare:
     return prepare
 
 
+def _ggml(kind: int, block: int, block_bytes: int) -> Prepare:
+    """The C library, on rows divided among threads as its own tool divides them."""
+
+    def prepare(x: Array, _: str) -> Callable[[], object]:
+        import libggml
+
+        library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64" / "libggml-base.so"))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        library.ggml_quantize_init(kind)
+        rows, cols = x.shape
+        out = np.ones((rows, cols // block * block_bytes), np.uint8)
+        step = max(1, CONVERTED // cols)
+
+        def quantize(first: int, last: int) -> None:
+            floats = np.empty((step, cols), np.float32)
+            for row in range(first, last, step):
+                count = min(step, last - row)
+                part = x[row : row + count]
+                if x.dtype != np.float32:
+                    convert = library.ggml_fp16_to_fp32_row if x.dtype == np.float16 else library.ggml_bf16_to_fp32_row
+                    convert(pointer(part.ctypes.data), pointer(floats.ctypes.data), number(part.size))
+                    part = floats
+                library.ggml_quantize_chunk(kind, part.ctypes.data, out[row:].ctypes.data, 0, count, cols, None)
+
+        def run() -> Array:
+            shares = [rows * i // cores() for i in range(cores() + 1)]
+            with ThreadPoolExecutor(cores()) as pool:
+                list(pool.map(quantize, shares[:-1], shares[1:]))
+            return out
+
+        return run
+
+    return prepare
+
+
 def _torchao(x: Array, device: str) -> Callable[[], object]:
     import torch
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
@@ -129,6 +173,9 @@ PEERS = (
     Peer("torchao, not packed: int4", "torchao", _torchao),
     Peer("HQQ without its optimisation: int4", "hqq", _hqq(optimize=False)),
     Peer("HQQ: int4", "hqq", _hqq(optimize=True), share=8),
+    Peer("ggml: Q4_0", "libggml-python", _ggml(2, 32, 18)),
+    Peer("ggml: Q8_0", "libggml-python", _ggml(8, 32, 34)),
+    Peer("ggml: Q4_K", "libggml-python", _ggml(12, 256, 144), share=8),
     Peer("gguf (Python): Q4_0", "gguf", _gguf("Q4_0")),
     Peer("gguf (Python): Q8_0", "gguf", _gguf("Q8_0")),
 )

@@ -59,8 +59,9 @@ def _read_pair(builder: ir.IRBuilder, source: ir.Value, kind: int) -> Callable[[
         if kind == KIND_BF16:
             words = both.cast(I32)
             return (words << 16).cast(F32), (words & words.const(0xFFFF0000)).cast(F32)
-        even, odd = both.shuffle(_EVEN), both.shuffle(_ODD)
-        return (even, odd) if kind == KIND_F32 else (even.cast(F16).widen(F32), odd.cast(F16).widen(F32))
+        # Halves are widened first: what lies side by side in memory is converted as it is loaded.
+        floats = both if kind == KIND_F32 else both.cast(F16).widen(F32)
+        return floats.shuffle(_EVEN), floats.shuffle(_ODD)
 
     return read
 
