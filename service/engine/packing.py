@@ -8,6 +8,7 @@ no filling, also a flat little-endian bit stream over the whole tensor.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from service.engine.tensors import CodeArray
 
@@ -68,6 +69,20 @@ def unpack_rows(packed: CodeArray, bits: int, cols: int) -> CodeArray:
     for i in range(8):
         codes[:, :, i] = ((word >> np.uint64(i * bits)) & mask).astype(np.uint8)
     return np.ascontiguousarray(codes.reshape(rows, cells * 8)[:, :cols])
+
+
+def pack_columns(codes: CodeArray, bits: int) -> npt.NDArray[np.uint32]:
+    """Pack codes (rows, cols) along the columns: (words, cols), what `pack_rows` makes of the transpose, as words."""
+    if WORD_BITS % bits:
+        return pack_rows(np.ascontiguousarray(codes.T), bits).view("<u4").T
+    per_word = WORD_BITS // bits
+    short = -len(codes) % per_word
+    whole = np.concatenate([codes, np.zeros((short, codes.shape[1]), np.uint8)]) if short else codes
+    lanes = whole.reshape(-1, per_word, codes.shape[1])
+    words = lanes[:, 0].astype("<u4")
+    for i in range(1, per_word):
+        words |= lanes[:, i].astype("<u4") << np.uint32(i * bits)
+    return words
 
 
 def pack_flat(codes: CodeArray, bits: int) -> bytes:

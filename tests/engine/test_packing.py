@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.packing import pack_flat, pack_rows, row_bytes, unpack_flat, unpack_rows
+from service.engine.packing import pack_columns, pack_flat, pack_rows, row_bytes, unpack_flat, unpack_rows
 
 WIDTHS = range(2, 9)
 
@@ -52,3 +52,10 @@ def test_rows_that_fill_whole_words_are_one_flat_stream(bits: int) -> None:
 )
 def test_a_row_takes_a_whole_number_of_words(cols: int, bits: int, expected: int) -> None:
     assert row_bytes(cols, bits) == expected
+
+
+@given(st.sampled_from(WIDTHS), st.integers(1, 70), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_columns_are_packed_as_the_rows_of_the_transpose_are(bits: int, rows: int, cols: int, seed: int) -> None:
+    codes = some_codes(bits, rows, cols, seed)
+    expected = pack_rows(np.ascontiguousarray(codes.T), bits).view("<u4").T
+    assert np.array_equal(pack_columns(codes, bits), expected)

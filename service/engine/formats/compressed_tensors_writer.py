@@ -14,7 +14,7 @@ from service.engine.formats.compressed_tensors_config import Group, Packing, par
 from service.engine.formats.shard_layout import Parts, Region, header_reserve
 from service.engine.formats.shards import ShardWriter
 from service.engine.metrics import Quality
-from service.engine.packing import WORD_BITS, pack_rows, unpack_rows
+from service.engine.packing import WORD_BITS, pack_columns, unpack_rows
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, CodeArray, QuantizedRows, TensorInfo
 from service.errors import UnsupportedModel
@@ -215,12 +215,10 @@ class _Weight:
 
     def _write_packed_zeros(self, region: Region, zeros: CodeArray, last: bool) -> None:
         """Packed along the rows: 32 of them fill whole words, so what is over waits for the next block."""
-        waiting = np.concatenate([self._pending, zeros])
+        waiting = np.concatenate([self._pending, zeros]) if len(self._pending) else zeros
         ready = len(waiting) if last else len(waiting) // WORD_BITS * WORD_BITS
         if ready:
-            words = (
-                pack_rows(np.ascontiguousarray(waiting[:ready].T), self.scheme.bits).view("<u4").T
-            )  # (words, groups)
+            words = pack_columns(waiting[:ready], self.scheme.bits)  # (words, groups)
             offset = self._zero_rows * self.scheme.bits // WORD_BITS * waiting.shape[1] * words.itemsize
             self._put(region, offset, words)
         self._zero_rows += ready

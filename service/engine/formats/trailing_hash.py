@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -23,6 +24,7 @@ class TrailingHash:
         self._thread = thread
         self._digest = hashlib.sha256(first)
         self._position = self._end = len(first)
+        self._chunk = memoryview(bytearray(CHUNK_BYTES))  # used again: fresh memory takes longer than reading into it
         self._stop = threading.Event()
         self._running: Future[None] | None = None
 
@@ -58,10 +60,11 @@ class TrailingHash:
             self._take()
 
     def _take(self) -> int:
-        chunk = os.pread(self._file, min(CHUNK_BYTES, self._end - self._position), self._position)
-        if not chunk:
-            raise OSError("a file is shorter than what was written to it")
-        begin_writeback(self._file, self._position, len(chunk))
-        self._digest.update(chunk)
-        self._position += len(chunk)
-        return len(chunk)
+        chunk = self._chunk[: self._end - self._position]
+        count = os.preadv(self._file, [chunk], self._position)
+        if not count:
+            raise OSError(errno.EIO, "a file is shorter than what was written to it")
+        begin_writeback(self._file, self._position, count)
+        self._digest.update(chunk[:count])
+        self._position += count
+        return count
