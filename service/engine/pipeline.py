@@ -20,7 +20,6 @@ from service.engine.backends.base import Backend
 from service.engine.checkpoint import JOURNAL, Journal
 from service.engine.clock import Clock, Part, Times
 from service.engine.completion import GROUP_BYTES, Completion
-from service.engine.copy_run import CopyRun, runs
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
@@ -28,7 +27,8 @@ from service.engine.progress import Cancelled, Notice, Report, Stage
 from service.engine.publish import Advance, copy_companions, seal, stop_when
 from service.engine.read_ahead import ReadAhead
 from service.engine.report import OutputReport, RunReport, TensorReport
-from service.engine.tensor_run import Stations, TensorRun, Tools
+from service.engine.small_runs import Run, runs
+from service.engine.tensor_run import Stations, Tools
 from service.engine.write_behind import WriteBehind
 from service.storage.durable import remove
 from service.storage.faults import storage_faults
@@ -106,7 +106,7 @@ class _Run:
             stage_bytes=self._clock.times.nbytes,
         )
 
-    def _run(self, run: TensorRun | CopyRun) -> None:
+    def _run(self, run: Run) -> None:
         nbytes = sum(plan.info.nbytes for plan in run.plans)
         if nbytes >= GROUP_BYTES:
             # It may take long: those before it are told now.

@@ -63,6 +63,11 @@ class Decision:
     notable: bool = False
     auto_scale: bool = False  # the scale dtype may be changed
 
+    @property
+    def way(self) -> tuple[Scheme, Method] | None:
+        """How the tensor is quantized, if it is: tensors of one way may be quantized together."""
+        return (self.scheme, self.method) if self.scheme is not None and self.method is not None else None
+
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:

@@ -248,8 +248,9 @@ TABLE_SCHEMA = pa.schema(
 
 
 def tensor_to_json(report: TensorReport) -> dict[str, Any]:
-    """For a checkpoint: just the fields."""
-    return _fields(report) | {"sums": _fields(report.sums) if report.sums else None}
+    """For a checkpoint: just the fields that are set."""
+    fields = _drop_none(_fields(report))
+    return fields | {"sums": _fields(report.sums)} if report.sums else fields
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:

@@ -7,7 +7,7 @@ them here, and each call is put behind the others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from service.engine.config import ResolvedConfig
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.meter import Meter
+from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums, Quality
 from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan, with_scale
 from service.engine.progress import Cancelled, Notice, Report
@@ -37,6 +38,7 @@ FALLBACK_BITS = (2, 3, 4, 6, 8)
 ROW_MULTIPLE = SMALLEST_BLOCK_ROWS
 
 Warn = Callable[[Notice], None]
+Way = tuple[Scheme, Method]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,15 @@ class _Attempt:
 class TensorRun:
     """Runs one tensor; `execute` once."""
 
-    def __init__(self, plan: TensorPlan, stations: Stations, tools: Tools) -> None:
+    def __init__(
+        self, plan: TensorPlan, stations: Stations, tools: Tools, ready: Mapping[Way, QuantizedRows] | None = None
+    ) -> None:
+        """`ready` is what comes of all its rows in each of the ways that are planned, when that is known already."""
         self.plans = (plan,)
         self._info = plan.info
         self._decisions = plan.decisions
         self._stations, self._tools = stations, tools
+        self._ready = ready or {}
         self._outputs, self._behind = stations.outputs, stations.behind
         self._started = time.monotonic()
         self._reports: dict[int, TensorReport] = {}  # filled by the thread that writes
@@ -125,6 +131,13 @@ class TensorRun:
             attempt.grid = self._tools.backend.tensor_grid(finite, scheme, method)
 
     def _write(self, attempts: list[_Attempt]) -> None:
+        if self._ready:
+            # Once: what is not good enough is quantized anew.
+            ready, self._ready = self._ready, {}
+            for attempt in attempts:
+                assert attempt.decision.way is not None, "nothing is copied of what is quantized with others"
+                self._take(attempt, ready[attempt.decision.way])
+            return
         if all(a.decision.scheme is None for a in attempts):
             self._copy(attempts)
             return

@@ -182,8 +182,7 @@ class _Weight:
         self._pending = np.empty((0, scheme.groups(info.cols)), np.uint8)  # zero points short of a whole word
         self._zero_rows = 0
         self._rows = 0
-        if "shape" in by_suffix:
-            self._put(by_suffix["shape"], 0, np.array([info.rows, info.cols], "<i8"))
+        self._shape = by_suffix.get("shape")
 
     def write(self, q: QuantizedRows) -> None:
         """The next rows."""
@@ -195,6 +194,8 @@ class _Weight:
             self._put_rows(self._scale, self.info.rows, q.scale)
         elif self._rows == 0:
             self._put(self._scale, 0, q.scale)
+        if self._shape is not None and self._rows == 0:
+            self._put(self._shape, 0, np.array([self.info.rows, self.info.cols], "<i8"))
         if self._zero is not None and q.zero_point is not None:
             self._write_zeros(self._zero, q.zero_point, self._rows + q.rows == self.info.rows)
         self._rows += q.rows

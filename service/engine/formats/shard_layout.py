@@ -77,12 +77,15 @@ class ShardLayout:
         self._max = max_shard_bytes
         self.shards = [Shard(1)]
         self.pending: list[Region] = []
+        self._pending_header_bytes = 0
 
     def begin(self, parts: Parts) -> list[Region]:
         """Room for tensors that have to lie in one file; in a new one when the last is full."""
         shard = self.shards[-1]
-        size = sum(nbytes for *_, nbytes in parts)
-        header = sum(_entry_bytes(name, shape) for name, _, shape, _ in parts)
+        size = header = 0
+        for name, _, shape, nbytes in parts:
+            size += nbytes
+            header += _entry_bytes(name, shape)
         if header > self.reserve - FIXED_BYTES:
             raise UnsupportedModel(f"tensor {parts[0][0]!r:.200} has a name or shape too long for a header")
         full = shard.nbytes + size > self._max or shard.header_bytes + header > self.reserve - FIXED_BYTES
@@ -90,7 +93,7 @@ class ShardLayout:
             shard = Shard(shard.number + 1)
             self.shards.append(shard)
         ends = dict(shard.sizes)
-        self.pending = []
+        self.pending, self._pending_header_bytes = [], header
         for name, dtype, shape, nbytes in parts:
             part = _part(nbytes)
             self.pending.append(Region(name, dtype, shape, part, ends[part], nbytes))
@@ -102,7 +105,7 @@ class ShardLayout:
         shard, regions = self.shards[-1], self.pending
         for region in regions:
             shard.sizes[region.part] = region.start + region.nbytes
-            shard.header_bytes += _entry_bytes(region.name, region.shape)
+        shard.header_bytes += self._pending_header_bytes
         shard.regions += regions
         self.pending = []
         return regions
@@ -112,6 +115,7 @@ class ShardLayout:
         if number != self.shards[-1].number:
             self.shards.append(Shard(number))
         self.pending = regions
+        self._pending_header_bytes = sum(_entry_bytes(region.name, region.shape) for region in regions)
         self.commit()
 
     def abandon(self) -> Shard | None:

@@ -63,18 +63,18 @@ class ShardWriter:
     def write(self, region: Region, offset: int, data: memoryview) -> None:
         """Bytes of a region begun, `offset` from its start."""
         start = region.start + offset + (self._reserve if region.part == BODY else 0)
-        with storage_faults("writing the weights"):
-            file = self._open(self.shards[-1], region.part)
-            if data.nbytes >= SMALL_BYTES:
+        file = self._open(self._layout.shards[-1], region.part)
+        if data.nbytes < SMALL_BYTES:
+            self._gather(file, data, start)
+        else:
+            with storage_faults("writing the weights"):
                 _pwrite(file, data, start)
-            else:
-                self._gather(file, data, start)
 
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
         regions = self._layout.commit()
         self._committed.append({"shard": self.shards[-1].number, "regions": [_region_json(r) for r in regions]})
-        return sum(r.nbytes for r in regions)
+        return sum([r.nbytes for r in regions])
 
     def abandon(self) -> None:
         """Forget what was begun; its bytes are overwritten by what comes next, or cut off."""
@@ -230,7 +230,8 @@ class ShardWriter:
         key = shard.number, part
         if key not in self._files:
             path = self._part_path(shard, part)
-            self._files[key] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with storage_faults("writing the weights"):
+                self._files[key] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self._files[key]
 
     def _close_files(self) -> None:

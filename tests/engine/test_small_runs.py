@@ -1,0 +1,63 @@
+"""Small tensors go together: what comes of them is what comes of each alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from service.engine import small_runs
+from service.engine.backends.cpu import CpuBackend
+from service.engine.progress import Happening, TensorCompleted
+from tests.engine.helpers import files_of, normal, run, save_folder, specs
+
+BOTH = ("compressed-tensors", "parquet")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Copied and quantized ones in turn, of several dtypes, some that need a fallback, and one that is large."""
+    tensors: dict[str, np.ndarray] = {}
+    for i in range(40):
+        tensors[f"b.{i:02d}.q.weight"] = normal(64, 128, seed=i, dtype=ml_dtypes.bfloat16 if i % 5 else np.float32)
+        tensors[f"b.{i:02d}.norm.weight"] = normal(100 + i, seed=i)
+        tensors[f"b.{i:02d}.odd"] = np.arange(i, dtype=np.uint8)
+    for i in range(0, 40, 7):
+        tensors[f"b.{i:02d}.q.weight"][:, ::32] *= 200
+    tensors["large.weight"] = normal(1024, 256, seed=99)
+    return save_folder(tmp_path / "model", tensors)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_together_or_alone_tensors_give_the_same_bytes_and_figures(
+    model: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = specs(*BOTH, bit_width=2, min_accuracy=0.97, method=method)
+    seen: list[Happening] = []
+    together = run(model, tmp_path / "together", outputs, backend=CpuBackend(), happenings=seen)
+    monkeypatch.setattr(small_runs, "SMALL_BYTES", 0)
+    alone = run(model, tmp_path / "alone", outputs, backend=CpuBackend())
+    for folder in ("together", "alone"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "together") == files_of(tmp_path / "alone")
+    for one, other in zip(together.outputs, alone.outputs, strict=True):
+        assert [t.sums for t in one.tensors] == [t.sums for t in other.tensors]
+        assert [(t.name, t.rule, t.scheme) for t in one.tensors] == [(t.name, t.rule, t.scheme) for t in other.tensors]
+    assert any("instead" in t.rule for t in together.outputs[0].tensors), "some fell back"
+    told = [(h.output, h.name) for h in seen if isinstance(h, TensorCompleted)]
+    assert sorted(told) == sorted((o.name, t.name) for o in together.outputs for t in o.tensors)
+
+
+def test_small_tensors_are_read_and_quantized_together(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    many = CpuBackend.quantize_many
+    monkeypatch.setattr(
+        CpuBackend, "quantize_many", lambda self, xs, *way: (sizes.append(len(xs)), many(self, xs, *way))[1]
+    )
+    run(model, tmp_path / "work", specs("compressed-tensors"), backend=CpuBackend())
+    assert sum(sizes) == 40
+    assert max(sizes) > 20, "the library stores them by dtype, so that those alike follow each other"
