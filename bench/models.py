@@ -54,8 +54,11 @@ def equal(count: int, shape: tuple[int, int]) -> Shapes:
     return [(f"blocks.{i:05d}.weight", shape) for i in range(count)]
 
 
-def write_model(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, seed: int = 0) -> Model:
-    """Write a safetensors file of normal weights; its bytes are in the page cache afterwards."""
+def write_model(
+    path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, seed: int = 0, *, is_sparse: bool = False
+) -> Model:
+    """Write a safetensors file of normal weights, whose bytes are in the page cache afterwards, or of zeros that take
+    no room."""
     pool = (np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, np.float32) * 0.03).astype(FLOAT_DTYPES[dtype])
     data = pool.view(np.uint8)
     item = FLOAT_DTYPES[dtype].itemsize
@@ -65,6 +68,9 @@ def write_model(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype
         entries.append((name, dtype, shape, begun, end))
     with path.open("wb") as file:
         file.write(build_header(entries, {"format": "pt"}, 4096 + 200 * len(entries)))
+        if is_sparse:
+            file.truncate(file.tell() + end)
+            return Model(path, end, dtype, len(entries))
         for index, (*_, begun, stop) in enumerate(entries):
             _write_from(data, index * 7919 * item % data.nbytes, stop - begun, file)
     return Model(path, end, dtype, len(entries))
