@@ -45,6 +45,15 @@ class BackendPool:
                 self._made[chosen] = backends()[chosen](self._threads, self._device_memory_bytes)
             return self._made[chosen]
 
+    def lanes_left(self, lanes: Mapping[str, int]) -> dict[str, int]:
+        """Of these lanes, those of devices that have lost a part of what they were: a like part is left."""
+        left: dict[str, int] = {}
+        for backend in list(self._made.values()):
+            if lost := len(backend.lost_devices()):
+                parts = max(lost, type(backend).lanes())
+                left[backend.device] = lanes[backend.device] * (parts - lost) // parts
+        return left
+
     def lost_devices(self) -> dict[str, str]:
         """What the backends that were asked for have lost, each with the reason."""
         # Without the lock, which is held as long as a backend is made: the event loop asks.

@@ -35,18 +35,21 @@ class Execution:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         complete_log: Callable[[LiveJob], Awaitable[None]],
         lanes: Mapping[str, int],
+        lanes_left: Callable[[], Mapping[str, int]],
         memory: MemoryLedger,
         unknown_bytes: int,
     ) -> None:
         """`live` are the jobs that have not ended; `spawn` has a coroutine run that a drain waits for.
 
-        `complete_log` is awaited before the success of a job that an earlier server began. Jobs of which it is not
+        `complete_log` is awaited before the success of a job that an earlier server began. `lanes_left` are those of
+        devices of which a part has failed. Jobs of which it is not
         known what they need of memory begin with `unknown_bytes`, and tell when they have read the headers.
         """
         self._runner = runner
         self._live = live
         self._spawn = spawn
         self._complete_log = complete_log
+        self._lanes_left = lanes_left
         self._unknown_bytes = unknown_bytes
         self._scheduler = Scheduler(lanes, memory, self._start, self._park)
         self._pending: dict[str, asyncio.TimerHandle] = {}
@@ -153,6 +156,7 @@ class Execution:
             outcome = await run_in_thread(lambda: self._runner.discard(job), name=job.id)
         _conclude(live, outcome)
         is_parked = isinstance(outcome, Parked)
+        self._scheduler.keep(self._lanes_left())
         self._scheduler.left(
             job.id, waits_again=is_parked, memory_bytes=outcome.memory_bytes if isinstance(outcome, Parked) else None
         )

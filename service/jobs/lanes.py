@@ -48,7 +48,7 @@ class Lanes:
     @property
     def free(self) -> int:
         """How many lanes are empty."""
-        return self.count - len(self.turns)
+        return max(0, self.count - len(self.turns))
 
     @property
     def free_soon(self) -> int:

@@ -152,12 +152,14 @@ class JobManager:
         self._retention = retention
         #: Removes what is kept no longer.
         self.collector = Collector(database, self.leases, self._removals, self.blobs, self._blobs_in_use)
+        lanes = lanes_of(max_running_jobs, device_lanes or {})
         self._execution = Execution(
             self._runner,
             self._live,
             self._spawn,
             lambda live: complete_log(live, self._journal, database, self._folders),
-            lanes_of(max_running_jobs, device_lanes or {}),
+            lanes,
+            lambda: self._backends.lanes_left(lanes),
             memory,
             UNKNOWN_BLOCKS * block_bytes,
         )

@@ -106,6 +106,11 @@ class Scheduler:
             self._forget(job_id)
         self.look()
 
+    def keep(self, lanes: Mapping[str, int]) -> None:
+        """Have these devices no more than so many lanes from now on, one at least; who is in a lane stays there."""
+        for device, count in lanes.items():
+            self._lanes[device].count = max(1, min(count, self._lanes[device].count))
+
     def open(self) -> None:
         """From now on jobs are started: those of an earlier server are all here, so that the best goes first."""
         self.is_open = True

@@ -38,6 +38,22 @@ def test_a_short_job_ends_within_a_few_tensors_of_long_ones(long_jobs: int) -> N
     assert ended - 600.0 <= 1.0 + 2 * 0.5 + 2 * STEP_S
 
 
+def test_a_device_that_loses_lanes_lets_those_in_them_end_and_keeps_one_for_the_others() -> None:
+    simulation = Simulation({"cpu": 1, "cuda": 4})
+    for number in range(8):
+        simulation.submit(f"{number}", Work(5.0), device="cuda")
+    simulation.run(1.0)
+    simulation.scheduler.keep({"cuda": 0})
+    assert len(simulation.running) == 4
+    simulation.run_until_ended(*"0123")
+    simulation.run(1.0)
+    assert len(simulation.running) == 1
+    simulation.scheduler.keep({"cuda": 3})
+    simulation.run(1.0)
+    assert len(simulation.running) == 1, "what is lost comes back at the next start"
+    simulation.run_until_ended()
+
+
 def test_a_tensor_is_never_cut_and_is_the_bound_of_the_wait() -> None:
     simulation = Simulation()
     simulation.submit("long", Work(HOUR, tensor_s=60.0))

@@ -32,6 +32,7 @@ class FiberCuda:
         self.pinned_bytes, self.pinned_limit = 0, pinned_bytes
         self.failing: set[int] = set()  # devices that have fallen off the bus
         self.fails_when_full = False
+        self.pools: list[_MemoryPool] = []
         self.state = threading.local()
         cupy.cuda.nvrtc.getVersion()  # loads the compiler, for which CuPy imports itself
         self.numbers = itertools.count()
@@ -142,6 +143,7 @@ class _MemoryPool:
 
     def __init__(self) -> None:
         self.limit, self.used = 0, 0
+        self.owner.pools.append(self)
 
     def set_limit(self, size: int) -> None:
         """See `cupy.cuda.MemoryPool.set_limit`."""
