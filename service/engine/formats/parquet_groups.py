@@ -41,7 +41,8 @@ from service.engine.formats.parquet_rows import Row, batch_of, read_cells
 from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA, SUFFIX
 from service.engine.formats.thrift_encode import Encoded
 
-ROW_GROUP_BYTES = 64 << 20
+#: Whoever reads it holds it in memory.
+ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 1000
 #: A cell of `data` of this size does not wait for others.
 DIRECT_BYTES = 64 << 10

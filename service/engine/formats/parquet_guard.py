@@ -15,11 +15,11 @@ from service.engine.formats.thrift import CompactReader, Malformed, Struct
 #: Reads so many bytes at an offset.
 ReadAt = Callable[[int, int], bytes]
 
-#: Bytes of the footer, which is read at a megabyte a second; the service's own has 3 KiB for each row group.
+#: Bytes of the footer, which is read at a megabyte a second; the service's own has 1.5 KiB for each row group.
 MAX_FOOTER_BYTES = 4 << 20
 #: Nodes of the schema; the layout has 37.
 MAX_NODES = 1000
-#: Of a file. A row is a tensor, or 64 MiB of one.
+#: Of a file. A row is a tensor, or 32 MiB of one.
 MAX_ROWS = 1 << 18
 MAX_ROW_GROUPS = 1 << 16
 MAX_PAGES = 1 << 18

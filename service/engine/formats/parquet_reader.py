@@ -81,11 +81,11 @@ class ParquetReader(ModelReader):
             width = info.cols * dtype.itemsize
             data = self.raw(info, start * width, stop * width)
             return np.frombuffer(data, dtype).reshape(stop - start, info.cols)
-        out = np.empty((stop - start, info.cols), np.float32)
+        parts = []
         for chunk in tensor.overlapping(start * info.cols, stop * info.cols):
             first, last = max(start, chunk.start // info.cols), min(stop, chunk.stop // info.cols)
-            out[first - start : last - start] = self._dequantize(tensor, tensor.scheme, chunk, first, last)
-        return out
+            parts.append(self._dequantize(tensor, tensor.scheme, chunk, first, last))
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, info.cols), np.float32), *parts])
 
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """See `ModelReader.raw`."""

@@ -30,7 +30,7 @@ from service.errors import UnsupportedModel
 from service.storage.faults import storage_faults
 
 #: Bytes of `data` in one row of the file; 24 divides it, and so do the elements of every dtype.
-CHUNK_BYTES = (64 << 20) // 24 * 24
+CHUNK_BYTES = (32 << 20) // 24 * 24
 #: Codes that are unpacked and packed again at once, where rows of a tensor do not end on whole words.
 REPACKED_CODES = 1 << 20
 
