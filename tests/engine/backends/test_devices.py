@@ -25,7 +25,7 @@ from service.engine.progress import Happening, TensorCompleted
 from service.engine.schemes.integer import IntegerScheme
 from tests.engine.backends.fiber_device import FiberDevice
 from tests.engine.backends.test_cpu import assert_same
-from tests.engine.helpers import normal, run, save, specs
+from tests.engine.helpers import files_of, normal, run, save, save_folder, specs
 
 SCHEME, REFERENCE = IntegerScheme(), ReferenceBackend()
 
@@ -113,7 +113,7 @@ def test_a_device_that_fails_is_out_of_service_and_another_one_goes_on(child: Ch
 def test_a_job_comes_to_its_end_on_the_cpu_when_the_last_device_fails_and_says_so(
     child: ChildDevice, tmp_path: Path
 ) -> None:
-    tensors = {f"layer{i}.weight": normal(64, 256, seed=i) for i in range(3)}
+    tensors = {f"layer{i}.weight": normal(1100, 256, seed=i) for i in range(6)}  # each goes alone
     source = save(tmp_path / "m.safetensors", tensors)
     cuda = CudaBackend(1, devices=[child])
 
@@ -134,3 +134,44 @@ def test_a_job_comes_to_its_end_on_the_cpu_when_the_last_device_fails_and_says_s
         assert mine.sums is not None
         assert theirs.sums is not None
         assert mine.sums.sum_dd == pytest.approx(theirs.sums.sum_dd, rel=1e-6)
+
+
+class CountingDevice(FiberDevice):
+    """Counts the launches."""
+
+    launches = 0
+
+    def submit(self, work: Work) -> Any:
+        """See `Device.submit`."""
+        self.launches += len(work.launches)
+        return super().submit(work)
+
+
+def test_the_small_tensors_of_a_model_share_launches(tmp_path: Path) -> None:
+    tensors = {f"layer{i:03}.weight": normal(16 + i % 3, 256, seed=i) for i in range(300)}
+    source = save_folder(tmp_path / "model", tensors)
+    device = CountingDevice()
+    run(source, tmp_path / "cuda", specs("compressed-tensors"), backend=CudaBackend(1, devices=[device]))
+    run(source, tmp_path / "reference", specs("compressed-tensors"))
+    assert device.launches == 1
+    mine, theirs = (files_of(tmp_path / name / "compressed-tensors") for name in ("cuda", "reference"))
+    assert mine["model.safetensors"] == theirs["model.safetensors"]
+
+
+@pytest.mark.parametrize("memory", [200_000, 30_000, 1_000])
+def test_many_tensors_for_which_memory_lacks_go_by_fewer_and_then_on_the_cpu(memory: int, rng) -> None:
+    xs = [rng.standard_normal((8, 256)).astype(np.float32) for _ in range(40)]
+    cuda = CudaBackend(1, devices=[FiberDevice(memory_bytes=memory)])
+    for mine, x in zip(cuda.quantize_many(xs, SCHEME, MinMax()), xs, strict=True):
+        assert_same(mine, REFERENCE.quantize(x, SCHEME, MinMax()))
+    (notice,) = cuda.take_notices()
+    assert ("on the CPU" if memory == 1_000 else "tensors at once") in notice
+
+
+def test_many_tensors_are_quantized_again_when_the_device_fails_amid_them(child: ChildDevice, rng) -> None:
+    xs = [rng.standard_normal((8, 256)).astype(np.float32) for _ in range(40)]
+    cuda = CudaBackend(1, devices=[child])
+    os.kill(child.pid, signal.SIGKILL)
+    for mine, x in zip(cuda.quantize_many(xs, SCHEME, MinMax()), xs, strict=True):
+        assert_same(mine, REFERENCE.quantize(x, SCHEME, MinMax()))
+    assert list(cuda.lost_devices()) == ["child"]
