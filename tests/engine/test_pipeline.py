@@ -107,6 +107,25 @@ def test_hashes_made_while_the_files_are_written_are_those_of_the_files(
     assert len(weights) == 1 or case == "several files"
 
 
+@pytest.mark.parametrize("min_accuracy", [0.0, 0.97])
+def test_a_tensor_of_many_blocks_is_hashed_while_it_is_written(
+    tmp_path: Path, min_accuracy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind: list[int] = []
+    finish = TrailingHash.finish
+    monkeypatch.setattr(
+        TrailingHash, "finish", lambda self, end, advance: behind.append(self._position) or finish(self, end, advance)
+    )
+    tensors = {f"{name}.weight": normal(2048, 1024, seed=i) for i, name in enumerate("abc")}
+    source = save(tmp_path / "m.safetensors", tensors)
+    outputs = specs("compressed-tensors", bit_width=2, min_accuracy=min_accuracy, symmetric=False)
+    report = run(source, tmp_path / "work", outputs, block_bytes=1 << 20, backend=CpuBackend())
+    files = files_of(tmp_path / "work" / "compressed-tensors")
+    listed = {str(file.path): file.sha256 for file in report.outputs[0].files}
+    assert listed == {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    assert len(behind) == (0 if min_accuracy else 1), "a fallback is hashed when it is whole"
+
+
 def test_two_runs_write_the_same_bytes_whatever_the_threads_of_time(model: Path, tmp_path: Path) -> None:
     run(model, tmp_path / "one", specs(*BOTH))
     run(model, tmp_path / "two", specs(*BOTH))

@@ -63,12 +63,17 @@ class ShardWriter:
     def write(self, region: Region, offset: int, data: memoryview) -> None:
         """Bytes of a region begun, `offset` from its start."""
         start = region.start + offset + (self._reserve if region.part == BODY else 0)
-        file = self._open(self._layout.shards[-1], region.part)
+        shard = self._layout.shards[-1]
+        file = self._open(shard, region.part)
         if data.nbytes < SMALL_BYTES:
             self._gather(file, data, start)
-        else:
-            with storage_faults("writing the weights"):
-                _pwrite(file, data, start)
+            return
+        self._flush()
+        with storage_faults("writing the weights"):
+            _pwrite(file, data, start)
+        if region.part == BODY and region.start == shard.sizes[BODY]:
+            # Behind all that is committed, in order: it stays unless the tensor is abandoned.
+            self._follow(region.start + offset + data.nbytes)
 
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
@@ -147,15 +152,16 @@ class ShardWriter:
                 _pwrite(self._gathered_for[0], memoryview(self._gathered), self._gathered_for[1])
             self._gathered, self._gathered_for = bytearray(), None
 
-    def _follow(self) -> None:
-        """Hash what is in the last files for good."""
+    def _follow(self, body_bytes: int = 0) -> None:
+        """Hash what is in the last files for good, of the very last one so many bytes of the body at least."""
         for shard in self.shards[self._followed :]:
             header = self._foreseen.get(shard.number)
-            if header is not None and shard.sizes[BODY]:
+            end = max(shard.sizes[BODY], body_bytes if shard is self.shards[-1] else 0)
+            if header is not None and end:
                 if shard.number not in self._hashes:
                     with storage_faults("hashing the weights"):
                         self._hashes[shard.number] = TrailingHash(self._part_path(shard, BODY), header, self._hashing)
-                self._hashes[shard.number].follow(self._reserve + shard.sizes[BODY])
+                self._hashes[shard.number].follow(self._reserve + end)
         self._followed = len(self.shards) - 1
 
     def _forget_hashes(self) -> None:
