@@ -42,8 +42,12 @@ class Times(Wire):
     )
     quantize_s: float | None = Field(default=None, description="Computing scales, codes and errors.")
     compare_s: float | None = Field(default=None, description="Computing, of a validation.")
-    write_s: float | None = Field(default=None, description="Laying out and storing, the journal included.")
-    hash_s: float | None = Field(default=None, description="Hashing the outputs, and waiting for the disk.")
+    write_s: float | None = Field(
+        default=None, description="Waiting for what is written meanwhile, the journal included, and completing files."
+    )
+    hash_s: float | None = Field(
+        default=None, description="Hashing what was not hashed while it was written, and waiting for the disk."
+    )
     publish_s: float | None = Field(default=None, description="Putting everything in its place, or away.")
     wait_s: float | None = Field(default=None, description="Giving way to other jobs.")
 
