@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 
 START_TIMEOUT_S = 120.0
 WAIT_S = 60
+_STALLS = re.compile(r'^arrowquant_event_loop_late_seconds_bucket\{le="([^"]+)"\} (\S+)$', re.MULTILINE)
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -111,9 +113,10 @@ class Client:
             if event.event.removeprefix("job.") in TERMINAL:
                 raise RuntimeError(f"job {job_id} ended before it could be watched: {event.data}")
 
-    async def longest_stall_s(self) -> float:
-        """How long the server's event loop was held up at worst, in the last minute."""
-        return float((await self.http.get("/readyz")).raise_for_status().json()["longest_stall_s"])
+    async def stalls(self) -> dict[float, int]:
+        """How often the server's event loop was looked at and late by no more than each of these seconds."""
+        text = (await self.http.get("/metrics")).raise_for_status().text
+        return {float(bound): int(float(count)) for bound, count in _STALLS.findall(text)}
 
 
 def body(source: Path, **config: Any) -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""The service over HTTP while it computes: how soon it answers, tells and stops."""
+"""The service over HTTP: how soon it answers, tells and stops while it computes, and what it adds to the engine."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench.charts import Bar, Chart
 from bench.common import GB, MIB, Samples, note, table, write_result
 from bench.models import Model, equal, layered, scratch, with_giant, write_model
 from bench.resident import anonymous_bytes
 from bench.server import Client, Server, started
+from bench.service_costs import SmallJob, TableCall, small_job, table_call, table_row
 
 SUBMITS = 200
 CANCELS = 20
@@ -21,9 +25,11 @@ LARGE_BYTES = 1_000_000_000
 NARROW = 512
 METHODS = ("minmax", "mse")
 PACKAGES = ("uvicorn", "fastapi", "httpx", "numpy", "numba", "pyarrow")
-#: What /readyz tells of stalls is of the last minute.
-STALL_WINDOW_S = 60.0
 SETTLE_S = 0.3
+#: Large jobs that are followed with each method, and what is asked of the loop in the median one.
+RUNS, MOST_STALLED_S = 5, 0.02
+SMALL_JOBS, MOST_ADDED_S = 50, 0.015
+TABLE_CALLS, LEAST_SHARE = 7, 0.5
 
 ABOUT = """
 A server as `arrowquant serve` starts it, and a client on the same machine, over HTTP on loopback; both share the cores
@@ -36,7 +42,20 @@ parquet), minmax where nothing else is said.
   was stored in between.
 - *cancel*: from the start of a DELETE to the answer of a waiting GET that the job is cancelled, and its files are
   removed; the job is inside one tensor of {giant:.1f} GB.
-- *stall*: by how much the server's event loop was late at worst, as it measures by itself.
+- *longest stall*: by how much the server's event loop was late at worst in one job, as it measures by itself, in steps.
+"""
+
+SMALL = """
+From the start of a POST to the last event of a job of one tensor of 64 x 128, beside the engine alone on the same file
+in the process of the benchmark: *added* is the difference of the medians. Both sync what they write. Milliseconds.
+"""
+
+TABLES = """
+`tensors:quantize` to 4 bits on one Arrow batch of F32. *Kernels* are the backend's calls alone, *table* all that the
+service does with the bytes of the body until it has those of the answer, *call* what a client sees over HTTP on
+loopback; *loopback* is for comparison: the same bytes through a bare socket and back. The body is read where it
+arrived, and codes are copied once, to where Arrow wants them beside each other, and once into the answer.
+Milliseconds; the shares are of the kernels' rate.
 """
 
 
@@ -47,16 +66,28 @@ def main(large_bytes: int = LARGE_BYTES, submits: int = SUBMITS, cancels: int = 
         models = folder / "models"
         models.mkdir()
         tiny = write_model(models / "tiny.safetensors", equal(4, (64, 128)), "F32")
+        one = write_model(models / "one.safetensors", equal(1, (64, 128)), "F32")
         large = write_model(models / "large.safetensors", layered(large_bytes, "BF16", width=NARROW), "BF16")
         giant = write_model(models / "giant.safetensors", with_giant(large_bytes, large_bytes, "BF16"), "BF16")
         with started(folder, models) as server:
-            asyncio.run(_measure(server, tiny, large, giant, submits, cancels))
+            busy = asyncio.run(_busy(server, tiny, large, giant, submits, cancels))
+            small = asyncio.run(_small_jobs(server, one, folder / "work"))
+            tables = [asyncio.run(table_call(server.url, method, TABLE_CALLS)) for method in METHODS]
+    _write(busy, small, tables, giant)
 
 
-async def _measure(server: Server, tiny: Model, large: Model, giant: Model, submits: int, cancels: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Rows of the first table, the longest stall of each run in seconds, and what is left in memory, in words."""
+
+    rows: list[Sequence[str]]
+    stalls: Samples
+    kept: str
+
+
+async def _busy(server: Server, tiny: Model, large: Model, giant: Model, submits: int, cancels: int) -> Busy:
     async with Client(server) as client:
         await _warm_up(client, tiny.path)
-        warm_at = time.monotonic()
         rows, kept = [], []
         for method in METHODS:
             note(f"cancelling inside one large tensor, {method}")
@@ -65,21 +96,95 @@ async def _measure(server: Server, tiny: Model, large: Model, giant: Model, subm
             kept.append(f"{left / MIB:+.0f} MiB after {cancels} cancelled jobs with {method}")
         note("submitting while nothing runs")
         rows.append(_row("submit, idle", await _submits(client, tiny.path, submits)))
-        # The stalls of starting and compiling are not what is asked for.
-        await asyncio.sleep(max(0.0, STALL_WINDOW_S - (time.monotonic() - warm_at)))
         note("submitting while a large job runs")
         rows.append(_row("submit, busy", await _while_busy(client, large.path, _submits(client, tiny.path, submits))))
-        stalls = [await client.longest_stall_s()]
-        note("following a large job")
-        rows.append(_row(f"event, {large.tensors} tensors", await _event_delays(client, large.path)))
-        stalls.append(await client.longest_stall_s())
-    found = (
-        f"Longest stall of the server's event loop while large jobs ran: {max(stalls) * 1e3:.1f} ms.\n\n"
-        f"Memory of the server (RssAnon) against before: {'; '.join(kept)}."
+        stalls = []
+        for method in METHODS:
+            note(f"following large jobs, {method}")
+            delays = []
+            for _ in range(RUNS):
+                before = await client.stalls()
+                delays += (await _event_delays(client, large.path, method)).values
+                stalls.append(_longest(before, await client.stalls()))
+            rows.append(_row(f"event, {large.tensors} tensors, {method}", Samples(tuple(delays))))
+    return Busy(rows, Samples(tuple(stalls)), "; ".join(kept))
+
+
+async def _small_jobs(server: Server, one: Model, work: Path) -> dict[str, SmallJob]:
+    async with Client(server) as client:
+        kinds = {"compressed-tensors": ("compressed-tensors",), "both": ("compressed-tensors", "parquet")}
+        return {name: await small_job(client, one, work, formats, SMALL_JOBS) for name, formats in kinds.items()}
+
+
+def _longest(before: dict[float, int], after: dict[float, int]) -> float:
+    """The bound that no stall between two looks at the buckets exceeded."""
+    new = {bound: after[bound] - before[bound] for bound in after}
+    return min(bound for bound, count in new.items() if count == new[math.inf])
+
+
+def _write(busy: Busy, small: dict[str, SmallJob], tables: Sequence[TableCall], giant: Model) -> None:
+    small_head = ("output", "n", "service p50", "p99", "engine p50", "added")
+    table_head = ("", "kernels", "table", "call", "loopback", "table, share", "call, share")
+    write_result(
+        "service",
+        "The service while it computes",
+        ABOUT.format(giant=giant.nbytes / GB),
+        table(("ms", "n", "p50", "p90", "p99", "worst"), busy.rows),
+        f"Longest stall of each of {len(busy.stalls.values)} large jobs, no more than (ms): "
+        f"{', '.join(f'{s * 1e3:.0f}' for s in busy.stalls.values)}.\n\n"
+        f"Memory of the server (RssAnon) against before: {busy.kept}.",
+        f"## One small tensor\n{SMALL}",
+        table(small_head, [_small_row(name, measured) for name, measured in small.items()]),
+        f"## One table\n{TABLES}",
+        table(table_head, [table_row(measured) for measured in tables]),
+        "## Marks",
+        table(("mark", "asked", "found", "", "what limits it"), _marks(busy, small, tables)),
+        packages=PACKAGES,
+        charts=_charts(busy, tables),
     )
-    head = ("ms", "n", "p50", "p90", "p99", "worst")
-    about = ABOUT.format(giant=giant.nbytes / GB)
-    write_result("service", "The service while it computes", about, table(head, rows), found, packages=PACKAGES)
+
+
+def _charts(busy: Busy, tables: Sequence[TableCall]) -> list[Chart]:
+    shares = [
+        Bar(f"{what}, {t.method}", t.engine.median / taken.median, mark=LEAST_SHARE)
+        for t in tables
+        for what, taken in (("table", t.table), ("call", t.call))
+    ]
+    return [
+        Chart("Latency, 99 of 100", "ms", [Bar(row[0], float(row[4])) for row in busy.rows], logarithmic=True),
+        Chart("One table", "share of the kernels' rate", shares),
+    ]
+
+
+def _small_row(name: str, measured: SmallJob) -> Sequence[str]:
+    service, engine = measured.service, measured.engine
+    figures = (service.median, service.percentile(99), engine.median, measured.added)
+    return [name, str(len(service.values)), *(f"{s * 1e3:.1f}" for s in figures)]
+
+
+def _marks(busy: Busy, small: dict[str, SmallJob], tables: Sequence[TableCall]) -> list[Sequence[str]]:
+    stall, added = busy.stalls.median, max(measured.added for measured in small.values())
+    rows = [
+        _mark("longest stall of the loop, median job", f"≤ {MOST_STALLED_S * 1e3:.0f} ms", f"{stall * 1e3:.0f} ms",
+              "waiting for a core or for Python's lock, which the jobs take as well", met=stall <= MOST_STALLED_S),
+        _mark("service time of a small job", f"≤ {MOST_ADDED_S * 1e3:.0f} ms", f"{added * 1e3:.1f} ms",
+              "transactions and file system calls, each synced", met=added <= MOST_ADDED_S),
+    ]  # fmt: skip
+    for measured in tables:
+        for what, taken, why in (
+            ("table", measured.table, "the copies that are named above"),
+            ("call", measured.call, f"a bare socket takes {measured.loopback.median * 1e3:.0f} ms for the bytes"),
+        ):
+            share = measured.engine.median / taken.median
+            met = share >= LEAST_SHARE
+            rows.append(
+                _mark(f"{what}, {measured.method}", f"≥ {LEAST_SHARE} of kernels", f"{share:.2f}", why, met=met)
+            )
+    return rows
+
+
+def _mark(what: str, asked: str, found: str, why: str, *, met: bool) -> Sequence[str]:
+    return [what, asked, found, "met" if met else "missed", "" if met else why]
 
 
 async def _warm_up(client: Client, source: Path) -> None:
@@ -125,8 +230,8 @@ async def _keep_busy(client: Client, source: Path, begun: asyncio.Event) -> None
             await client.purge(job_id)
 
 
-async def _event_delays(client: Client, source: Path) -> Samples:
-    job_id = await client.submit(source)
+async def _event_delays(client: Client, source: Path, method: str) -> Samples:
+    job_id = await client.submit(source, method=method)
     delays = []
     async for event in client.events(job_id):
         arrived = time.time()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
-from prometheus_client import Gauge, Info
+from prometheus_client import Gauge, Histogram, Info
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -19,6 +19,7 @@ from service.jobs.metrics import FiguresCollector
 
 #: Two scrapes within this time show the same figures: whoever asks all the time costs no more.
 HOLD_S = 1.0
+_DELAYS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1)
 _STATUS = Path("/proc/self/status")
 
 
@@ -43,6 +44,9 @@ class Metrics:
         PlatformCollector(registry=registry)
         build = Info("arrowquant_build", "The version that runs.", registry=registry)
         build.info({"version": __version__})
+        late = "By how much the event loop was late, looked at fifty times a second."
+        delays = Histogram("arrowquant_event_loop_late_seconds", late, buckets=_DELAYS_S, registry=registry)
+        self._stalls.observe = delays.observe
         for name, text, look in (
             ("event_loop_stall_seconds", "The longest stall of the last minute.", lambda: self._stalls.longest_s),
             ("anonymous_memory_bytes", "Memory that is the process's own, mapped files left out.", _anonymous_bytes),

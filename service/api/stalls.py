@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 #: Between two looks at the clock; a stall is what a look comes late by.
 INTERVAL_S = 0.02
@@ -16,6 +17,8 @@ class StallMonitor:
     """Measures how late the event loop is on which it is started."""
 
     def __init__(self) -> None:
+        #: Called with each look's delay in seconds.
+        self.observe: Callable[[float], object] = lambda _: None
         self._timer: asyncio.TimerHandle | None = None
         # When and how long; each longer than all that came after it, so the first is the longest.
         self._stalls: deque[tuple[float, float]] = deque()
@@ -43,4 +46,5 @@ class StallMonitor:
         while self._stalls and self._stalls[-1][1] <= stall:
             self._stalls.pop()
         self._stalls.append((time.monotonic(), stall))
+        self.observe(stall)
         self.start()

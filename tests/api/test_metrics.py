@@ -30,6 +30,7 @@ def test_both_formats_say_the_same(server: Server, finished: Json) -> None:
     assert text.names == strict.names - {"# EOF"}
     for name in ("arrowquant_jobs_finished_total", "arrowquant_stage_seconds_total", "process_resident_memory_bytes"):
         assert name in text.names
+    assert text.value("arrowquant_event_loop_late_seconds_count") > 0
     assert all(family.documentation for family in strict.families.values())
     assert finished["status"] == "succeeded"
 
