@@ -1,55 +1,57 @@
-"""What a plan will cost, from rates measured here on blocks of made-up weights."""
+"""What a plan will cost on this machine."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from service.engine.backends.base import Backend, Grid
+from service.engine.backends.base import Backend
+from service.engine.cost_model import Rates, work_of
 from service.engine.memory_need import need_to_quantize
-from service.engine.methods.base import Method
 from service.engine.plan import Decision, Plan
-from service.engine.schemes.base import Scheme
-from service.engine.tensors import FLOAT_DTYPES, TensorInfo
-
-SAMPLE_SHAPE = (256, 2048)
-RUNS = 3
+from service.engine.rates import rates
+from service.engine.tensors import TensorInfo
+from service.errors import DiskFull, StorageFailure
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds of arithmetic and hashing, disk time left out; peak memory above the idle service."""
+    """Seconds of a run that has the machine to itself, and its peak of memory above the idle service."""
 
     seconds: float
     memory_bytes: int
 
 
-def estimate(plan: Plan, backend: Backend, block_bytes: int) -> Estimate:
-    """Predict a run of this plan; the first call for a scheme and method times them."""
-    seconds = 0.0
-    for tensor in plan.tensors:
-        info, ways = tensor.info, {(d.scheme, d.method) for d in tensor.decisions}
-        coded = [(s, m) for s, m in ways if s is not None and m is not None]
-        seconds += sum(info.size * _seconds_per_weight(backend, s, m, info.dtype) for s, m in coded)
-    written = sum(plan.predicted_bytes(index) for index in range(len(plan.outputs)))
-    memory = need_to_quantize(plan, block_bytes).nbytes
-    return Estimate(seconds + written * _hash_seconds_per_byte(), memory)
+def estimate(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> Estimate:
+    """Predict a run of this plan; the first call for a scheme, method or format measures them, in `folder`."""
+    costs = [_rates(backend, output.format.id, block_bytes, folder) for output in plan.outputs]
+    # One run, and one read, for all outputs.
+    common = Rates(run_s=max(cost.run_s for cost in costs), read_s=max(cost.read_s for cost in costs))
+    seconds = common.seconds(work_of(plan, backend))
+    for index, cost in enumerate(costs):
+        seconds += len(plan.tensors) * cost.tensor_s + plan.predicted_bytes(index) * cost.write_s
+    return Estimate(seconds, need_to_quantize(plan, block_bytes).nbytes)
 
 
-def describe(plan: Plan, backend: Backend, block_bytes: int) -> dict[str, Any]:
-    """The plan and its cost as JSON: each tensor with a decision and the rule behind it for each output."""
+def _rates(backend: Backend, format_id: str, block_bytes: int, folder: Path) -> Rates:
+    try:
+        return rates(backend, format_id, block_bytes, folder)
+    except (DiskFull, StorageFailure):
+        return Rates()  # a plan is to be had where no job has room
+
+
+def describe(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> dict[str, Any]:
+    """The plan and its cost as JSON: each tensor with a decision and the rule behind it for each output.
+
+    What is measured for it is written to `folder`, and removed.
+    """
     return {
         "modality": plan.layout.modality,
         "is_diffusion_model": plan.layout.is_diffusion,
         "backend": backend.id,
         "source_bytes": plan.source_bytes,
-        "predicted": asdict(estimate(plan, backend, block_bytes)),
+        "predicted": asdict(estimate(plan, backend, block_bytes, folder)),
         "notes": [*plan.layout.warnings, *(notice.text for notice in plan.warnings), *plan.notes],
         "outputs": [
             {
@@ -80,27 +82,3 @@ def _row(info: TensorInfo, decision: Decision) -> dict[str, Any]:
         row |= {"symmetric": scheme.symmetric, "scale_dtype": scheme.scale_dtype}
         row |= {"group_size": scheme.group_size} if scheme.granularity == "group" else {}
     return row
-
-
-@cache
-def _seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str) -> float:
-    x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
-    grid: Grid | None = None
-    if scheme.granularity == "tensor":
-        grid = backend.tensor_grid(backend.observe(x), scheme, method)
-    return _best_time(lambda: backend.quantize(x, scheme, method, grid)) / x.size
-
-
-@cache
-def _hash_seconds_per_byte() -> float:
-    data = bytes(1 << 20)
-    return _best_time(lambda: hashlib.sha256(data).digest()) / len(data)
-
-
-def _best_time(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(RUNS):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times)

@@ -50,6 +50,11 @@ class Folders:
         """Links to the blobs that a running job reads. No output can have this name: they begin with no dot."""
         return self._work / job_id / ".inputs"
 
+    @property
+    def room(self) -> Path:
+        """Where folders for a moment may be made."""
+        return self._work
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """The path of a folder that may be made, and is gone afterwards."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
 from service.engine.config import QuantizationConfig
+from service.engine.estimate import describe
 from service.engine.formats.registry import formats
 from service.engine.plan import Plan, make_plan
 from service.errors import ArrowQuantError, Draining, NotReady, NotTerminal, StorageFailure
@@ -139,6 +140,7 @@ class JobManager:
         self.contents = Contents(stores)
         self._backends = BackendPool(threads, device_memory_bytes)
         self._default_backend = (config_defaults and config_defaults.backend) or "auto"
+        self._block_bytes = block_bytes
         self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes, memory)
         self._store: Store | None = None
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -297,6 +299,11 @@ class JobManager:
         with self.leases.held(*jobs_used(request)):
             is_remote = await asyncio.to_thread(self._admission.is_remote, request, tenant)
             return await (self._store_threads.run(make) if is_remote else asyncio.to_thread(make))
+
+    def describe(self, plan: Plan) -> dict[str, Any]:
+        """A plan with what it will cost here, as JSON; blocks, and the first time computes for a moment."""
+        backend = self.backends.get(plan.outputs[0].config.backend or "auto")
+        return describe(plan, backend, self._block_bytes, self._folders.room)
 
     # --- how the service is ---
 

@@ -123,7 +123,7 @@ def test_the_description_predicts_what_a_run_then_stores(tmp_path: Path) -> None
     tensors = {"a.weight": normal(96, 256), "b.weight": normal(64, 130, seed=1), "c.bias": normal(64, seed=2)}
     source = save(tmp_path / "m.safetensors", tensors)
     outputs = specs("compressed-tensors", "parquet")
-    described = describe(make_plan(open_model(source), outputs), ReferenceBackend(), 1 << 20)
+    described = describe(make_plan(open_model(source), outputs), ReferenceBackend(), 1 << 20, tmp_path)
     report = run(source, tmp_path / "work", outputs)
     for planned, measured in zip(described["outputs"], report.outputs, strict=True):
         assert [t["name"] for t in planned["tensors"]] == [t.name for t in measured.tensors]

@@ -14,7 +14,6 @@ from service.api.replies import bytes_reply
 from service.api.routes.jobs import CREATION_ERRORS
 from service.api.schemas.results import Plan
 from service.api.state import ApiState
-from service.engine.estimate import describe
 from service.engine.plan import Plan as EnginePlan
 from service.jobs.request import QuantizeRequest
 
@@ -29,5 +28,4 @@ async def create_plan(body: QuantizeRequest, state: State, caller: Caller) -> Re
 
 
 def _encode(plan: EnginePlan, state: ApiState) -> bytes:
-    backend = state.manager.backends.get(plan.outputs[0].config.backend or "auto")
-    return json.dumps(describe(plan, backend, state.settings.block_bytes), separators=(",", ":")).encode()
+    return json.dumps(state.manager.describe(plan), separators=(",", ":")).encode()

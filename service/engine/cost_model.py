@@ -1,0 +1,93 @@
+"""What a run costs: a formula of a few rates, and how the rates follow from runs that were measured.
+
+Seconds are those of the kernels on all cores, and beside them so many for the run, for each tensor of each output, for
+each byte that is read and each that is written. Reading and writing go on beside the kernels, but take cores from them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from service.engine.backends.base import Backend, Grid
+from service.engine.methods.base import Method
+from service.engine.plan import Plan
+from service.engine.schemes.base import Scheme
+from service.engine.tensors import FLOAT_DTYPES
+
+SAMPLE_SHAPE = (256, 2048)
+RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do; `tensors` are counted in each output, `compute_s` is of kernels on all cores."""
+
+    tensors: int
+    read_bytes: int
+    written_bytes: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds for a run, a tensor of an output, a byte read and a byte written."""
+
+    run_s: float = 0.0
+    tensor_s: float = 0.0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """How long the work takes."""
+        moved_s = work.read_bytes * self.read_s + work.written_bytes * self.write_s
+        return self.run_s + work.tensors * self.tensor_s + moved_s + work.compute_s
+
+
+def fit(measured: Sequence[tuple[Work, float]]) -> Rates:
+    """The rates, none below zero, whose relative errors against these seconds are least in the sum of squares."""
+    rows = np.array([(1, w.tensors, w.read_bytes, w.written_bytes) for w, _ in measured], np.float64)
+    seconds = np.array([s for _, s in measured])
+    matrix, target = rows / seconds[:, None], 1 - np.array([w.compute_s for w, _ in measured]) / seconds
+    used, rates = [0, 1, 2, 3], np.zeros(4)
+    while used:
+        found = np.linalg.lstsq(matrix[:, used], target, rcond=None)[0]
+        if (found >= 0).all():
+            rates[used] = found
+            break
+        used.pop(int(np.argmin(found * matrix[:, used].max(axis=0))))
+    return Rates(*rates.tolist())
+
+
+def work_of(plan: Plan, backend: Backend) -> Work:
+    """What a run of this plan has to do; the first call for a scheme and method times them on made-up weights."""
+    compute_s = 0.0
+    for tensor in plan.tensors:
+        info, ways = tensor.info, {(d.scheme, d.method) for d in tensor.decisions}
+        coded = [(s, m) for s, m in ways if s is not None and m is not None]
+        compute_s += sum(info.size * seconds_per_weight(backend, s, m, info.dtype) for s, m in coded)
+    written = sum(plan.predicted_bytes(index) for index in range(len(plan.outputs)))
+    return Work(len(plan.tensors) * len(plan.outputs), plan.source_bytes, written, compute_s)
+
+
+@cache
+def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str) -> float:
+    """How long the kernel takes for one element, on all cores."""
+    x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
+    grid: Grid | None = None
+    if scheme.granularity == "tensor":
+        grid = backend.tensor_grid(backend.observe(x), scheme, method)
+    return _best_time(lambda: backend.quantize(x, scheme, method, grid)) / x.size
+
+
+def _best_time(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
