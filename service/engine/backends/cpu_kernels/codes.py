@@ -70,7 +70,7 @@ class Sums:
     def add_block(part: State, x: Vec, y: Vec) -> State:
         """x², y², d² and |d| of a block, in float32; the difference of close numbers is exact in it."""
         d = x - y
-        return [x.fma(x, part[0]), y.fma(y, part[1]), d.fma(d, part[2]), d.abs().max(part[3])]
+        return [x.fma(x, part[0]), y.fma(y, part[1]), d.fma(d, part[2]), part[3].largest_magnitude(d)]
 
     def store_block(self, part: State) -> None:
         """A block's sums added to the tile's; xy follows from the others."""
@@ -126,9 +126,9 @@ def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec, center: Vec |
 
 
 def nf4_index(t: Vec) -> Vec:
-    """Number of midpoints below t: a guess that is right or one short, and a comparison."""
-    near = t.max(t.const(-1.0)).min(t.const(1.0))
-    guess = near.fma(near.abs().fma(t.const(-5.5), t.const(12.9)), t.const(7.25)).to_int(I32)
+    """Number of midpoints below t, in the low byte: a guess that is right or one short, and a comparison."""
+    near = t.within(t.const(1.0))
+    guess = near.fma(near.abs().fma(t.const(-4.55), t.const(11.95)), t.const(7.0 + ROUNDER)).cast(I32)
     midpoints = Vec(t.builder, ir.Constant(t.type, [*NF4_MIDPOINTS.tolist(), float("inf")]))
     return (t > guess.look_up(midpoints)).select(guess.plus(guess.const(1)), guess)
 

@@ -6,12 +6,9 @@ numbers, and exact. They choose among grids; what the chosen one loses is measur
 
 from __future__ import annotations
 
-from functools import cache
-
 from llvmlite import ir
 from numba import njit
 from numba.core import types
-from numba.core.registry import cpu_target
 
 from service.engine.backends.cpu_kernels.spans import SPAN, as_f32, whole_vectors
 from service.engine.backends.cpu_kernels.vector import (
@@ -24,8 +21,10 @@ from service.engine.backends.cpu_kernels.vector import (
     Memory,
     State,
     Vec,
+    call,
     emitted,
     loop,
+    processor_has,
     zeros,
 )
 
@@ -40,24 +39,11 @@ MULTIPLIER_BITS = 15
 _P = types.intp
 
 
-@cache
-def _processor_has(feature: str) -> bool:
-    """Whether code may use these instructions."""
-    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-
-
-def _call(builder: ir.IRBuilder, name: str, returns: ir.Type, *args: ir.Value) -> ir.Value:
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(returns, [a.type for a in args]), name)
-    return builder.call(function, args)
-
-
 def _by_halves(name: str, returns: ir.Type, a: Vec, b: Vec) -> Vec:
     """An instruction of 32 bytes on 64, one half after the other."""
     half = a.type.count // 2
     parts = [
-        _call(a.builder, name, returns, *(v.shuffle(range(at, at + half)).value for v in (a, b))) for at in (0, half)
+        call(a.builder, name, returns, *(v.shuffle(range(at, at + half)).value for v in (a, b))) for at in (0, half)
     ]
     both = ir.Constant(ir.VectorType(I32, 2 * returns.count), list(range(2 * returns.count)))
     return Vec(a.builder, a.builder.shuffle_vector(*parts, both))
@@ -65,9 +51,9 @@ def _by_halves(name: str, returns: ir.Type, a: Vec, b: Vec) -> Vec:
 
 def scaled(a: Vec, b: Vec) -> Vec:
     """rint(a * b / 2**15) of 16-bit integers, half up."""
-    if _processor_has("avx512bw"):
-        return Vec(a.builder, _call(a.builder, "llvm.x86.avx512.pmul.hr.sw.512", a.type, a.value, b.value))
-    if _processor_has("avx2"):
+    if processor_has("avx512bw"):
+        return Vec(a.builder, call(a.builder, "llvm.x86.avx512.pmul.hr.sw.512", a.type, a.value, b.value))
+    if processor_has("avx2"):
         return _by_halves("llvm.x86.avx2.pmul.hr.sw", ir.VectorType(I16, a.type.count // 2), a, b)
     product = a.widen_signed(I32).times(b.widen_signed(I32))
     return (product.plus(product.const(1 << 14)) >> 15).narrow(I16)
@@ -76,9 +62,9 @@ def scaled(a: Vec, b: Vec) -> Vec:
 def paired_sum(a: Vec, b: Vec) -> Vec:
     """The sums of two neighbouring products each, 32 bits wide."""
     wide = ir.VectorType(I32, a.type.count // 2)
-    if _processor_has("avx512bw"):
-        return Vec(a.builder, _call(a.builder, "llvm.x86.avx512.pmaddw.d.512", wide, a.value, b.value))
-    if _processor_has("avx2"):
+    if processor_has("avx512bw"):
+        return Vec(a.builder, call(a.builder, "llvm.x86.avx512.pmaddw.d.512", wide, a.value, b.value))
+    if processor_has("avx2"):
         return _by_halves("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, wide.count // 2), a, b)
     x, y = a.cast(I32), b.cast(I32)
     low = (x << 16).shift_signed(16).times((y << 16).shift_signed(16))

@@ -8,6 +8,7 @@ is written to memory between the source and the packed codes, and sums stay in f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llvmlite import ir
 from numba.core import types
@@ -131,75 +132,115 @@ Rule = Callable[[Vec], tuple[Vec, Vec]]
 Join = Callable[[Vec, Vec], Vec]
 
 
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """Where the grids of a run of elements are: each serves `group` elements, and the next is `step` further on."""
+
+    scales: Memory
+    zeros: Memory
+    group: ir.Value
+    step: ir.Value
+
+    @classmethod
+    def of(cls, builder: ir.IRBuilder, scales: ir.Value, zeros: ir.Value, group: ir.Value, step: ir.Value) -> Grids:
+        """From arguments: two addresses and two numbers."""
+        return cls(Memory(builder, scales, F32), Memory(builder, zeros, F32), group, step)
+
+
 def _encode(
-    builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, target: ir.Value, parts: ir.Value,
-    bits: int, rule: Rule, join: Join,
+    builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, grids: Grids, target: ir.Value,
+    parts: ir.Value, bits: int, rule_of: Callable[[Vec, Vec], tuple[Rule, Join]],
 ) -> None:  # fmt: skip
-    """Write codes of `bits` (4 or 8), and add what they lose to `parts`."""
+    """Write codes of `bits` (4 or 8), and add what they lose to `parts`; `rule_of` a scale and a zero point."""
     read, outputs, sums = _read_pair(builder, source, kind), Memory(builder, target, I8), Memory(builder, parts, F32)
 
-    def step(i: ir.Value, state: State) -> State:
-        codes, after = [], []
-        for x, part in zip(read(i), (state[:PARTS], state[PARTS:]), strict=True):
-            code, value = rule(x)
-            codes.append(code)
-            after += Sums.add_block(part, x, value)
-        outputs.store(builder.udiv(i, ir.Constant(I64, 8 // bits)), join(*codes).narrow(ir.IntType(2 * bits)))
-        return after
+    def group(first: ir.Value, state: State) -> State:
+        at = state[0]
+        rule, join = rule_of(grids.scales.load(at.value, 1), grids.zeros.load(at.value, 1))
 
-    found = loop(builder, count, PAIR, [zeros(builder) for _ in range(2 * PARTS)], step)
+        def step(inside: ir.Value, state: State) -> State:
+            i = builder.add(first, inside)
+            codes, after = [], []
+            for x, part in zip(read(i), (state[:PARTS], state[PARTS:]), strict=True):
+                code, value = rule(x)
+                codes.append(code)
+                after += Sums.add_block(part, x, value)
+            outputs.store(builder.udiv(i, ir.Constant(I64, 8 // bits)), join(*codes).narrow(ir.IntType(2 * bits)))
+            return after
+
+        left = builder.sub(count, first)
+        size = builder.select(builder.icmp_signed("<", left, grids.group), left, grids.group)
+        return [Vec(builder, builder.add(at.value, grids.step)), *loop(builder, size, PAIR, state[1:], step)]
+
+    start = [Vec(builder, ir.Constant(I64, 0)), *(zeros(builder) for _ in range(2 * PARTS))]
+    _, *found = loop(builder, count, grids.group, start, group)
     for n, (even, odd) in enumerate(zip(found[:PARTS], found[PARTS:], strict=True)):
         where = ir.Constant(I64, n * LANES)
         before = sums.load(where)
         sums.store(where, before.max(even.max(odd)) if n == PARTS - 1 else before + (even + odd))
 
 
+def _reciprocal(scale: Vec) -> Vec:
+    return (scale.const(1.0) / scale).splat()
+
+
 def _encode_integer(
-    builder: ir.IRBuilder, source: ir.Value, kind: ir.Value, count: ir.Value, inverse: ir.Value, scale: ir.Value,
-    zero: ir.Value, top: ir.Value, target: ir.Value, parts: ir.Value, bits: int,
+    builder: ir.IRBuilder, source: ir.Value, kind: ir.Value, count: ir.Value, grids: Grids, top: ir.Value,
+    target: ir.Value, parts: ir.Value, bits: int,
 ) -> None:  # fmt: skip
-    inverses, scales, offsets, tops = (Vec(builder, v).splat() for v in (inverse, scale, zero, top))
-    lowest, highest = offsets.const(0.0) - offsets, tops - offsets
+    tops = Vec(builder, top).splat()
     # Two codes side by side as one whole number, far below 2**22, and the zero point in both.
-    shift = offsets.const(float(1 << bits))
-    both_offsets = (offsets * (shift + shift.const(1.0))).to_int(I32)
+    shift = tops.const(float(1 << bits))
 
-    def rule(x: Vec) -> tuple[Vec, Vec]:
-        steps, level = integer_steps(x, inverses, lowest, highest)
-        return steps.cast(F32), level * scales
+    def rule_of(scale: Vec, zero: Vec) -> tuple[Rule, Join]:
+        inverses, scales, offsets = _reciprocal(scale), scale.splat(), zero.splat()
+        lowest, highest = offsets.const(0.0) - offsets, tops - offsets
+        both_offsets = (offsets * (shift + shift.const(1.0))).to_int(I32)
 
-    def join(even: Vec, odd: Vec) -> Vec:
-        return (odd - odd.const(ROUNDER)).fma(shift, even).cast(I32).plus(both_offsets)
+        def rule(x: Vec) -> tuple[Vec, Vec]:
+            steps, level = integer_steps(x, inverses, lowest, highest)
+            return steps.cast(F32), level * scales
 
-    _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, target, parts, bits, rule, join))
+        def join(even: Vec, odd: Vec) -> Vec:
+            return (odd - odd.const(ROUNDER)).fma(shift, even).cast(I32).plus(both_offsets)
 
+        return rule, join
 
-@emitted(types.none, _P, _P, _P, _F, _F, _F, _F, _P, _P)
-def encode_integer_4(builder, source, kind, count, inverse, scale, zero, top, target, parts):
-    """`count` elements (whole pairs) on an integer grid, two codes to a byte."""
-    _encode_integer(builder, source, kind, count, inverse, scale, zero, top, target, parts, 4)
-
-
-@emitted(types.none, _P, _P, _P, _F, _F, _F, _F, _P, _P)
-def encode_integer_8(builder, source, kind, count, inverse, scale, zero, top, target, parts):
-    """`count` elements (whole pairs) on an integer grid, a byte for each code."""
-    _encode_integer(builder, source, kind, count, inverse, scale, zero, top, target, parts, 8)
+    _for_each_kind(
+        builder, kind, lambda each: _encode(builder, source, each, count, grids, target, parts, bits, rule_of)
+    )
 
 
-@emitted(types.none, _P, _P, _P, _F, _F, _P, _P)
-def encode_nf4_4(builder, source, kind, count, inverse, scale, target, parts):
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
+def encode_integer_4(builder, source, kind, count, scales, zero_points, group, step, top, target, parts):
+    """`count` elements (whole pairs) on integer grids (see `Grids`), two codes to a byte."""
+    grids = Grids.of(builder, scales, zero_points, group, step)
+    _encode_integer(builder, source, kind, count, grids, top, target, parts, 4)
+
+
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
+def encode_integer_8(builder, source, kind, count, scales, zero_points, group, step, top, target, parts):
+    """`count` elements (whole pairs) on integer grids, a byte for each code."""
+    grids = Grids.of(builder, scales, zero_points, group, step)
+    _encode_integer(builder, source, kind, count, grids, top, target, parts, 8)
+
+
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _P)
+def encode_nf4_4(builder, source, kind, count, scales, zero_points, group, step, target, parts):
     """`count` elements (whole pairs) on the NF4 table, two codes to a byte."""
-    inverses, scales = (Vec(builder, v).splat() for v in (inverse, scale))
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
+    grids = Grids.of(builder, scales, zero_points, group, step)
 
-    def rule(x: Vec) -> tuple[Vec, Vec]:
-        index = nf4_index(x * inverses)
-        return index, index.look_up(table) * scales
+    def rule_of(scale: Vec, _zero: Vec) -> tuple[Rule, Join]:
+        inverses, scales = _reciprocal(scale), scale.splat()
 
-    def join(even: Vec, odd: Vec) -> Vec:
-        return (odd << 4) | even
+        def rule(x: Vec) -> tuple[Vec, Vec]:
+            index = nf4_index(x * inverses)
+            return index, index.look_up(table) * scales
 
-    _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, target, parts, 4, rule, join))
+        return rule, lambda even, odd: (odd << 4) | even
+
+    _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, grids, target, parts, 4, rule_of))
 
 
 @emitted(types.none, _P)

@@ -113,19 +113,17 @@ def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale
 @njit(nogil=True, error_model="numpy")
 def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, top, scale, zero, target, parts):
     """Codes of a span as it is stored; packed if they have 4 bits, else a byte each."""
-    g = first_grid
     clear(parts)
-    for at in range(0, count, group):
-        n = min(group, count - at)
-        s = scale[g]
-        source = x + item_bytes(kind) * at
+    for at in range(0, count, RUN):
+        n, size = min(RUN, count - at), min(group, RUN)
+        source, g = x + item_bytes(kind) * at, 4 * (first_grid + at // size * grid_step)
+        scales, zeros = address_of(scale) + g, address_of(zero) + g
         if codebook:
-            encode_nf4_4(source, kind, n, _ONE / s, s, target + at // 2, parts)
+            encode_nf4_4(source, kind, n, scales, zeros, size, grid_step, target + at // 2, parts)
         elif bits == 4:
-            encode_integer_4(source, kind, n, _ONE / s, s, zero[g], top, target + at // 2, parts)
+            encode_integer_4(source, kind, n, scales, zeros, size, grid_step, top, target + at // 2, parts)
         else:
-            encode_integer_8(source, kind, n, _ONE / s, s, zero[g], top, target + at, parts)
-        g += grid_step
+            encode_integer_8(source, kind, n, scales, zeros, size, grid_step, top, target + at, parts)
 
 
 @njit(nogil=True)
@@ -138,8 +136,7 @@ def _quantize_span(
     done = False
     if paired:
         source, place, parts = x + item_bytes(kind) * at, target if packs else codes, sums + 8 * SUMS * LANES
-        run = min(group, RUN)
-        _encode_pairs(source, kind, count, run, grid, grid_step, bits, codebook, top, scale, zero, place, parts)
+        _encode_pairs(source, kind, count, group, grid, grid_step, bits, codebook, top, scale, zero, place, parts)
         done = settle(parts, sums)
     if not done:
         span = as_f32(x, kind, at, count, scratch)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
@@ -22,6 +24,20 @@ F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 State = list["Vec"]
+
+
+@cache
+def processor_has(feature: str) -> bool:
+    """Whether code may use these instructions."""
+    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
+def call(builder: ir.IRBuilder, name: str, returns: ir.Type, *args: ir.Value) -> ir.Value:
+    """The value of an intrinsic of LLVM."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(returns, [a.type for a in args]), name)
+    return builder.call(function, args)
 
 
 class Vec:
@@ -42,12 +58,8 @@ class Vec:
         return Vec(self.builder, value)
 
     def _call(self, name: str, *args: Vec) -> Vec:
-        full_name = f"llvm.{name}.{_mangled(self.type)}"
-        module = self.builder.module
-        function = module.globals.get(full_name)
-        if function is None:
-            function = ir.Function(module, ir.FunctionType(self.type, [a.type for a in args]), full_name)
-        return self._new(self.builder.call(function, [a.value for a in args]))
+        name = f"llvm.{name}.{_mangled(self.type)}"
+        return self._new(call(self.builder, name, self.type, *(a.value for a in args)))
 
     def __add__(self, other: Vec) -> Vec:
         return self._new(self.builder.fadd(self.value, other.value))
@@ -144,6 +156,24 @@ class Vec:
         """Absolute value."""
         return self._call("fabs", self)
 
+    def within(self, bound: Vec) -> Vec:
+        """What is farther from 0 than `bound` at that distance; `bound` where self is a NaN."""
+        if processor_has("avx512dq"):
+            return self._range(self, bound, 0b0010)
+        return self.max(self.const(0.0) - bound).min(bound)
+
+    def largest_magnitude(self, other: Vec) -> Vec:
+        """The larger of self, which is not negative, and |other|; self where other is a NaN."""
+        if processor_has("avx512dq"):
+            return self._range(self, other, 0b1011)
+        return other.abs().max(self)
+
+    def _range(self, a: Vec, b: Vec, choice: int) -> Vec:
+        """One instruction for the smaller or larger magnitude (10 or 11), with the sign of `a` (00) or none (10)."""
+        mask, rounding = ir.Constant(ir.IntType(LANES), -1), ir.Constant(I32, 4)
+        values = a.value, b.value, ir.Constant(I32, choice), a.value, mask, rounding
+        return self._new(call(self.builder, "llvm.x86.avx512.mask.range.ps.512", self.type, *values))
+
     def rint(self) -> Vec:
         """Nearest integer, half to even."""
         return self._call("nearbyint", self)
@@ -229,11 +259,13 @@ class Vec:
         return self._new(one).shuffle([0] * lanes)
 
     def look_up(self, table: Vec) -> Vec:
-        """table[lane]; LLVM knows this pattern as one permutation where table and index are equally wide."""
-        out = ir.Constant(table.type, ir.Undefined)
+        """The lanes of a table that the low four bits of integers name."""
+        if processor_has("avx512f") and self.type.count == LANES:
+            return self._new(call(self.builder, "llvm.x86.avx512.permvar.sf.512", table.type, table.value, self.value))
+        out, low = ir.Constant(table.type, ir.Undefined), self & self.const(LANES - 1)
         for i in range(self.type.count):
             lane = ir.Constant(I32, i)
-            index = self.builder.extract_element(self.value, lane)
+            index = self.builder.extract_element(low.value, lane)
             out = self.builder.insert_element(out, self.builder.extract_element(table.value, index), lane)
         return self._new(out)
 
@@ -296,7 +328,7 @@ class Memory:
 
 
 def loop(
-    builder: ir.IRBuilder, stop: ir.Value, step: int, state: State, body: Callable[[ir.Value, State], State]
+    builder: ir.IRBuilder, stop: ir.Value, step: int | ir.Value, state: State, body: Callable[[ir.Value, State], State]
 ) -> State:
     """Emit `for i in range(0, stop, step): state = body(i, state)` and return the state after it."""
     before = builder.block
@@ -311,7 +343,8 @@ def loop(
     builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
     builder.position_at_end(inside)
     following = body(index, [Vec(builder, phi) for phi in phis])
-    index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
+    stride = ir.Constant(I64, step) if isinstance(step, int) else step
+    index.add_incoming(builder.add(index, stride), builder.block)
     for phi, s in zip(phis, following, strict=True):
         phi.add_incoming(s.value, builder.block)
     builder.branch(head)
