@@ -43,10 +43,10 @@ def _by_halves(name: str, returns: ir.Type, a: Vec, b: Vec) -> Vec:
     """An instruction of 32 bytes on 64, one half after the other."""
     half = a.type.count // 2
     parts = [
-        call(a.builder, name, returns, *(v.shuffle(range(at, at + half)).value for v in (a, b))) for at in (0, half)
+        Vec(a.builder, call(a.builder, name, returns, *(v.shuffle(range(at, at + half)).value for v in (a, b))))
+        for at in (0, half)
     ]
-    both = ir.Constant(ir.VectorType(I32, 2 * returns.count), list(range(2 * returns.count)))
-    return Vec(a.builder, a.builder.shuffle_vector(*parts, both))
+    return parts[0].beside(parts[1])
 
 
 def scaled(a: Vec, b: Vec) -> Vec:

@@ -76,7 +76,8 @@ def _range_of_floats(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -
         return [value.min(state[0]), value.max(state[1])]
 
     low, high = loop(builder, count, LANES, [zeros(builder), zeros(builder)], step)
-    return low.reduce(Vec.min), high.reduce(Vec.max)
+    below, above = _reduce_both(low.const(-0.0) - low, high, Vec.max)
+    return below.const(-0.0) - below, above
 
 
 def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value, kind: int) -> tuple[Vec, Vec]:
@@ -84,15 +85,32 @@ def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value,
     ones the smallest number, if its sign bit is set. A NaN or an infinity comes out as one."""
     x = Memory(builder, source, I16)
 
+    def larger(a: Vec, b: Vec) -> Vec:
+        return a.largest(b, signed=True)
+
     def step(i: ir.Value, state: State) -> State:
         value = x.load(i, PAIR)
-        return [value.largest(state[0], signed=False), value.largest(state[1], signed=True)]
+        return [value.largest(state[0], signed=False), larger(value, state[1])]
 
     start = [zeros(builder, I16, PAIR), zeros(builder, I16, PAIR)]
     below, above = loop(builder, count, PAIR, start, step)
-    low, high = below.reduce_largest(signed=False), above.reduce_largest(signed=True)
+    sign = below.const(-(1 << 15))
+    low, high = _reduce_both(below.xor(sign), above, larger)
+    low = low.xor(low.const(-(1 << 15)))
     low = low.negative().select(low, low.const(0))
     return _number(low, kind), _number(high, kind)
+
+
+def _reduce_both(a: Vec, b: Vec, combine: Callable[[Vec, Vec], Vec]) -> tuple[Vec, Vec]:
+    """All lanes of `a` folded into one, and all of `b`, side by side."""
+    count = a.type.count
+    half = count // 2
+    folded = [combine(v.shuffle(range(half)), v.shuffle(range(half, count))) for v in (a, b)]
+    both = folded[0].beside(folded[1])
+    while half > 1:
+        half //= 2
+        both = combine(both, both.shuffle([lane ^ half for lane in range(count)]))
+    return both.lane(0), both.lane(count // 2)
 
 
 def _number(pattern: Vec, kind: int) -> Vec:
@@ -111,17 +129,27 @@ def _for_each_kind(builder: ir.IRBuilder, kind: ir.Value, emit: Callable[[int], 
             emit(each)
 
 
-@emitted(types.none, _P, _P, _P, _P, _P)
-def store_range(builder, source, kind, count, low, high):
-    """Write smallest and largest of zero and `count` elements (whole pairs)."""
+@emitted(types.none, _P, _P, _P, _P, _P, _P)
+def store_ranges(builder, source, kind, count, group, lows, highs):
+    """Write smallest and largest of zero and each `group` of `count` elements (all of them whole pairs)."""
+    low, high = Memory(builder, lows, F32), Memory(builder, highs, F32)
 
     def emit(each: int) -> None:
-        if each == KIND_F32:
-            found = _range_of_floats(builder, source, count)
-        else:
-            found = _range_of_patterns(builder, source, count, each)
-        for address, value in zip((low, high), found, strict=True):
-            Memory(builder, address, F32).store(ir.Constant(I64, 0), value)
+        def step(first: ir.Value, state: State) -> State:
+            left = builder.sub(count, first)
+            size = builder.select(builder.icmp_signed("<", left, group), left, group)
+            item = ir.Constant(I64, 4 if each == KIND_F32 else 2)
+            place = builder.add(source, builder.mul(first, item))
+            if each == KIND_F32:
+                found = _range_of_floats(builder, place, size)
+            else:
+                found = _range_of_patterns(builder, place, size, each)
+            (number,) = state
+            for memory, value in zip((low, high), found, strict=True):
+                memory.store(number.value, value)
+            return [number.plus(number.const(1))]
+
+        loop(builder, count, group, [Vec(builder, ir.Constant(I64, 0))], step)
 
     _for_each_kind(builder, kind, emit)
 

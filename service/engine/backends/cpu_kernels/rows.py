@@ -34,7 +34,7 @@ from service.engine.backends.cpu_kernels.pairs import (
     encode_integer_8,
     encode_nf4_4,
     settle,
-    store_range,
+    store_ranges,
 )
 from service.engine.backends.cpu_kernels.spans import KIND_F32, SPAN, address_of, as_f32, item_bytes, whole_vectors
 from service.engine.backends.cpu_kernels.vector import LANES
@@ -53,12 +53,15 @@ def _is_paired(cols, group):
 
 
 @njit(nogil=True)
-def _store_range(x, kind, first, count, paired, scratch, low, high):
-    """Write the range of `count` elements."""
+def _store_ranges(x, kind, first, count, group, paired, scratch, low, high):
+    """Write the ranges of the groups of `count` elements."""
     if paired:
-        store_range(x + item_bytes(kind) * first, kind, count, low, high)
+        store_ranges(x + item_bytes(kind) * first, kind, count, group, low, high)
     else:
-        store_range(as_f32(x, kind, first, count, scratch), KIND_F32, whole_vectors(count), low, high)
+        for at in range(0, count, group):
+            n, place = min(group, count - at), at // group * 4
+            span = as_f32(x, kind, first + at, n, scratch)
+            store_ranges(span, KIND_F32, whole_vectors(n), whole_vectors(n), low + place, high + place)
 
 
 @njit(nogil=True)
@@ -66,7 +69,8 @@ def _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratc
     """The grid of a row that is one group, longer than a span."""
     base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
-        _store_range(x, kind, first + start, min(SPAN, cols - start), paired, scratch, base, base + 4 * LANES)
+        n = min(SPAN, cols - start)
+        _store_ranges(x, kind, first + start, n, n, paired, scratch, base, base + 4 * LANES)
         lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
     ranges[0], ranges[LANES] = lowest, highest
     _store_grids(ranges, LANES, 1, form, grids, scale, zero)
@@ -77,11 +81,8 @@ def _grids_of_span(x, kind, first, count, group, paired, form, grids, scale, zer
     """The grids of the groups of a span."""
     room = ranges.size // 4
     base = address_of(ranges)
-    groups = 0
-    for at in range(0, count, group):
-        low = base + 4 * groups
-        _store_range(x, kind, first + at, min(group, count - at), paired, scratch, low, low + 4 * room)
-        groups += 1
+    _store_ranges(x, kind, first, count, group, paired, scratch, base, base + 4 * room)
+    groups = (count + group - 1) // group
     _store_grids(ranges, room, groups, form, grids, scale, zero)
 
 

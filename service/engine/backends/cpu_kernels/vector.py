@@ -79,6 +79,10 @@ class Vec:
     def __and__(self, other: Vec) -> Vec:
         return self._new(self.builder.and_(self.value, other.value))
 
+    def xor(self, other: Vec) -> Vec:
+        """The bits in which integers differ."""
+        return self._new(self.builder.xor(self.value, other.value))
+
     def __lshift__(self, bits: int) -> Vec:
         return self._new(self.builder.shl(self.value, ir.Constant(self.type, splat(self.type, bits))))
 
@@ -139,14 +143,6 @@ class Vec:
     def smallest(self, other: Vec) -> Vec:
         """The smaller signed integer of two."""
         return self._new(self.builder.icmp_signed("<", self.value, other.value)).select(self, other)
-
-    def reduce_largest(self, *, signed: bool) -> Vec:
-        """The largest integer of all lanes."""
-        name = f"llvm.vector.reduce.{'smax' if signed else 'umax'}.v{self.type.count}i{self.type.element.width}"
-        function = self.builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(self.builder.module, ir.FunctionType(self.type.element, [self.type]), name)
-        return self._new(self.builder.call(function, [self.value]))
 
     def negative(self) -> Vec:
         """Whether the sign bit of integers is set."""
@@ -251,6 +247,11 @@ class Vec:
         """The named lanes, in this order."""
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
         return self._new(self.builder.shuffle_vector(self.value, self.value, mask))
+
+    def beside(self, other: Vec) -> Vec:
+        """Its lanes, and those of another after them."""
+        mask = ir.Constant(ir.VectorType(I32, 2 * self.type.count), list(range(2 * self.type.count)))
+        return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
 
     def splat(self, lanes: int = LANES) -> Vec:
         """A scalar in every lane."""
