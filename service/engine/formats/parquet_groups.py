@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +23,9 @@ import pyarrow as pa
 from service.engine.formats.append_file import AppendFile
 from service.engine.formats.base import Cancelled
 from service.engine.formats.hashed_file import HashedFile
+from service.engine.formats.parquet_cells import PAGE_BYTES, pages, write_page
 from service.engine.formats.parquet_guard import MAGIC
+from service.engine.formats.parquet_names import Names
 from service.engine.formats.parquet_pages import (
     PREFIX_BYTES,
     Column,
@@ -38,7 +38,7 @@ from service.engine.formats.parquet_pages import (
     prefix,
 )
 from service.engine.formats.parquet_rows import Row, batch_of, read_cells
-from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA, SUFFIX
+from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA
 from service.engine.formats.thrift_encode import Encoded
 
 #: Whoever reads it holds it in memory.
@@ -46,8 +46,6 @@ ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 1000
 #: A cell of `data` of this size does not wait for others.
 DIRECT_BYTES = 64 << 10
-#: Of the cells in one page, when there are several.
-PAGE_BYTES = 1 << 20
 #: Written so much at once, a file is hashed on before its tensor is committed.
 FOLLOWED_BYTES = 1 << 20
 
@@ -110,9 +108,9 @@ class RowGroups:
 
     def __init__(self, folder: Path, stem: str, max_file_bytes: int, schema: pa.Schema, shared: dict[str, Any]) -> None:
         """`schema` is with the metadata of the files; `shared` are cells that all rows have."""
-        self._folder, self._stem, self._max, self._schema, self._shared = folder, stem, max_file_bytes, schema, shared
+        self._names, self._max, self._schema, self._shared = Names(folder, stem), max_file_bytes, schema, shared
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._spool = [AppendFile(self._spooled(column)) for column in range(len(BYTE_COLUMNS))]
+        self._spool = [AppendFile(self._names.spool(column)) for column in range(len(BYTE_COLUMNS))]
         self._files = [self._file(0)]
         self._filled = 0  # bytes of `data` in the last file
         self._group = self._next_group()
@@ -207,12 +205,12 @@ class RowGroups:
             sizes = {group.file: group.end for group in self._done} | {last: size}
         else:
             sizes, spool = {0: 0}, [0] * len(self._spool)
-        self._drop_behind(last)
-        if self._final(last).exists():  # killed behind `finish`, or in it
+        self._names.drop_behind(last)
+        if self._names.final(last).exists():  # killed behind `finish`, or in it
             self._spool_again(spool)
         for number, file in enumerate(self._files):
-            if not self._part(number).exists() and self._final(number).exists():
-                self._final(number).rename(self._part(number))
+            if not self._names.part(number).exists() and self._names.final(number).exists():
+                self._names.final(number).rename(self._names.part(number))
             file.take_up(sizes[number])
             if number < last:
                 file.forget_hash()  # it would have to be read again from its beginning
@@ -230,14 +228,14 @@ class RowGroups:
             self._complete(number)
         for number, file in enumerate(self._files):
             # Synced with all files of the output: until then a journal vouches for it, which a fallen machine voids.
-            file.rename(self._final(number))
+            file.rename(self._names.final(number))
         for spool in self._spool:
             spool.remove()
         return True
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
         """The SHA-256 of a finished file, if it was made on the way; see `ModelWriter.digest`."""
-        return next((f.digest(advance) for n, f in enumerate(self._files) if self._final(n) == path), None)
+        return next((f.digest(advance) for n, f in enumerate(self._files) if self._names.final(n) == path), None)
 
     def discard(self) -> None:
         """Close the files as they are."""
@@ -280,7 +278,7 @@ class RowGroups:
         group = self._group
         rows = group.rows[group.paged :]
         if rows:
-            self._write_page(_DATA, rows, group.waiting)
+            write_page(self._begun(self._files[-1]), self._spool[_DATA], _DATA, rows, group.waiting)
         group.waiting, group.paged = self._spool[_DATA].size, len(group.rows)
 
     def _seal(self) -> None:
@@ -292,8 +290,8 @@ class RowGroups:
             for column in range(len(BYTE_COLUMNS)):
                 if column != _DATA:
                     start, at = file.size, group.spooled[column]
-                    for rows in _pages(group.rows, column):
-                        at = self._write_page(column, rows, at)
+                    for rows in pages(group.rows, column):
+                        at = write_page(file, self._spool[column], column, rows, at)
                     columns.append(_column(column, start, file.size, len(group.rows)))
             self._sealed.append(_Sealed(len(self._files) - 1, group.start, group.rows, columns))
         if not self._fresh:
@@ -311,31 +309,13 @@ class RowGroups:
         ordered = [columns[name.encode()] for name in SCHEMA.names]
         return _Done(sealed.file, file.size, len(sealed.rows), encode_group(ordered, len(sealed.rows), sealed.start))
 
-    def _write_page(self, column: int, rows: Sequence[Row], at: int) -> int:
-        """A page of cells that lie in the spool from `at` on; where they end there."""
-        sink, spool = self._files[-1], self._spool[column]
-        present = [row.has(column) for row in rows]
-        sizes = [row.sizes[column] for row in rows]
-        ends = list(accumulate(sizes, initial=at))
-        self._begun(sink).write(page_head(present, sum(sizes) + PREFIX_BYTES * sum(present)))
-        if len(rows) == 1 and present[0]:
-            sink.write(prefix(sizes[0]))
-            for start in range(at, ends[-1], PAGE_BYTES):
-                sink.write(spool.read(start, min(start + PAGE_BYTES, ends[-1])))
-        else:
-            cells = memoryview(spool.read(at, ends[-1]))
-            named = zip(ends, sizes, present, strict=False)
-            parts = [(prefix(size), cells[start - at : start - at + size]) for start, size, there in named if there]
-            sink.write(b"".join(chain.from_iterable(parts)))
-        return ends[-1]
-
     def _spool_again(self, sizes: Sequence[int]) -> None:
         """Take the cells that waited in the spool from the finished file: the spool may be gone."""
         number, group = len(self._files) - 1, self._group
         index = sum(done.file == number for done in self._done)
-        cells = read_cells(self._final(number), index) if group.rows else {}
+        cells = read_cells(self._names.final(number), index) if group.rows else {}
         for column, name in enumerate(BYTE_COLUMNS):
-            spool = AppendFile(self._spooled(column))
+            spool = AppendFile(self._names.spool(column))
             spool.pad(group.waiting if column == _DATA else group.spooled[column])
             for row in range(group.paged if column == _DATA else 0, len(group.rows)):
                 spool.write(memoryview(cells[name][row].as_buffer()) if group.rows[row].has(column) else b"")
@@ -358,39 +338,9 @@ class RowGroups:
         at = len(self._files) - 1, self._files[-1].size, self._filled, spool, len(self._done)
         return _Mark(*at, group, group.waiting, len(group.rows), group.data_bytes, group.paged)
 
-    def _drop_behind(self, last: int) -> None:
-        ours = re.compile(rf"{re.escape(self._stem)}(?:\.part-(\d+)|-(\d+){re.escape(SUFFIX)})")
-        for path in list(self._folder.iterdir()):
-            found = ours.fullmatch(path.name)
-            if found and int(found[1] or found[2]) > last:
-                path.unlink()
-
     def _file(self, number: int) -> HashedFile:
-        return HashedFile(self._part(number), self._hashing)
-
-    def _spooled(self, column: int) -> Path:
-        return self._folder / f"{self._stem}.spool-{BYTE_COLUMNS[column]}"
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"{self._stem}.part-{number:05d}"
-
-    def _final(self, number: int) -> Path:
-        return self._folder / f"{self._stem}-{number:05d}{SUFFIX}"
+        return HashedFile(self._names.part(number), self._hashing)
 
 
 def _column(column: int, start: int, end: int, values: int) -> Column:
     return Column((BYTE_COLUMNS[column].encode(),), start, end - start, values)
-
-
-def _pages(rows: Sequence[Row], column: int) -> Iterator[list[Row]]:
-    """Rows whose cells make up a page: one large cell alone, or several of up to PAGE_BYTES."""
-    page: list[Row] = []
-    size = 0
-    for row in rows:
-        if page and size + row.sizes[column] > PAGE_BYTES:
-            yield page
-            page, size = [], 0
-        page.append(row)
-        size += row.sizes[column]
-    if page:
-        yield page

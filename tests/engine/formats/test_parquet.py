@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.engine.formats import parquet_groups, parquet_writer
+from service.engine.formats import parquet_cells, parquet_groups, parquet_writer
 from service.engine.formats.registry import open_model
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
@@ -84,7 +84,8 @@ def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_
     output: MakeOutput, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], max_file_bytes: int
 ) -> None:
     for name, value in sizes.items():
-        monkeypatch.setattr(parquet_writer if name == "CHUNK_BYTES" else parquet_groups, name, value)
+        for module in (m for m in (parquet_cells, parquet_groups, parquet_writer) if hasattr(m, name)):
+            monkeypatch.setattr(module, name, value)
 
     def make(folder: str) -> Output:
         return output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
