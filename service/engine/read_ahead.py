@@ -69,12 +69,11 @@ class ReadAhead(ModelReader):
         if ahead is not None and ahead[0] == block:
             self._ahead = None
             data = ahead[1].result()
-        elif block.nbytes < WORTHWHILE_BYTES:
-            return self._read(block)
         else:
-            self._ahead = None
+            if block.nbytes >= WORTHWHILE_BYTES:  # what is small comes between, and the guess may still be right
+                self._ahead = None
             data = self._read(block)
-        following = self._following(block)
+        following = self._following(block) if self._ahead is None else None
         if following is not None and following.nbytes >= WORTHWHILE_BYTES:
             self._ahead = following, self._thread.submit(self._read, following)
         return data

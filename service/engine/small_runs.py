@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from service.engine.backends.base import Backend
 from service.engine.completion import GROUP_BYTES
 from service.engine.plan import TensorPlan
 from service.engine.publish import stop_when
@@ -75,21 +76,21 @@ Run = TensorRun | CopyRun | SmallRun
 
 def runs(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> Iterator[Run]:
     """What to execute for these tensors in their order: small ones together that are treated alike, others alone."""
-    most_bytes = max(GROUP_BYTES, tools.backend.batch_bytes)
     together: list[TensorPlan] = []
     ways: Ways | None = None
-    nbytes = 0
+    nbytes = most_bytes = 0
     for plan in plans:
         these = _ways(plan)
-        full = nbytes + plan.info.nbytes > most_bytes or len(together) == MOST
-        if together and (these != ways or full):
+        if together and (these != ways or nbytes + plan.info.nbytes > most_bytes or len(together) == MOST):
             yield _together(together, stations, tools)
             together, nbytes = [], 0
         if these is None:
             yield TensorRun(plan, stations, tools)
         else:
+            if not together:
+                ways, most_bytes = these, _most_bytes(these, tools.backend)
             together.append(plan)
-            ways, nbytes = these, nbytes + plan.info.nbytes
+            nbytes += plan.info.nbytes
     if together:
         yield _together(together, stations, tools)
 
@@ -105,6 +106,12 @@ def _ways(plan: TensorPlan) -> Ways | None:
     is_copied = not any(ways)
     in_one_pass = all(way is not None and way[0].granularity != "tensor" for way in ways)
     return ways if is_copied or in_one_pass else None
+
+
+def _most_bytes(ways: Ways, backend: Backend) -> int:
+    """How many bytes may share a run: as are worth it, and no more than are computed while nobody waits for a stop."""
+    slices = [backend.slice_bytes(way[1]) for way in ways if way is not None]
+    return max(backend.batch_bytes, min(GROUP_BYTES, *slices)) if slices else GROUP_BYTES
 
 
 def _together(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> CopyRun | SmallRun:

@@ -40,6 +40,7 @@ class Recorder(ModelReader):
         return self._reader.rows(info, start, stop)
 
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
+        self.read.put((info.name, start))
         return self._reader.raw(info, start, stop)
 
     def close(self) -> None:
@@ -81,6 +82,32 @@ def test_what_comes_next_is_read_before_it_is_asked_for_over_what_is_copied_betw
         ahead.rows(info, start, stop)
     read = [reader.read.get(timeout=60) for _ in range(4)]
     assert read == [("a.weight", 0), ("a.weight", 512), ("a.weight", 1024), ("b.weight", 0)]
+    ahead.close()
+    reader.close()
+
+
+def test_a_short_last_block_is_no_reason_not_to_read_the_next_tensor(source: Path) -> None:
+    reader = Recorder(open_model(source))
+    ahead = _ahead(reader)
+    info = reader.find("a.weight")
+    assert info is not None
+    for start, stop in ((0, 768), (768, 1500), (1500, 1536)):
+        ahead.rows(info, start, stop)
+    read = [reader.read.get(timeout=60) for _ in range(5)]
+    assert set(read) >= {("a.weight", 1500), ("b.weight", 0)}
+    ahead.close()
+    reader.close()
+
+
+def test_what_is_copied_is_read_ahead_as_well(tmp_path: Path) -> None:
+    source = save(tmp_path / "model.safetensors", {name: np.arange(1 << 19) for name in ("a", "b")})
+    reader = Recorder(open_model(source))
+    ahead = _ahead(reader)
+    first = reader.tensors[0]
+    chunks = [ahead.raw(first, start, start + BLOCK_BYTES) for start in range(0, first.nbytes, BLOCK_BYTES)]
+    read = [reader.read.get(timeout=60) for _ in range(5)]
+    assert read == [*(("a", start) for start in range(0, first.nbytes, BLOCK_BYTES)), ("b", 0)]
+    assert b"".join(chunks) == reader.raw(first, 0, first.nbytes)
     ahead.close()
     reader.close()
 
