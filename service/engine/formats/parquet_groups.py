@@ -45,7 +45,7 @@ from service.engine.formats.thrift_encode import Encoded
 ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 1000
 #: A cell of `data` of this size does not wait for others.
-DIRECT_BYTES = 64 << 10
+DIRECT_BYTES = 32 << 10
 #: Written so much at once, a file is hashed on before its tensor is committed.
 FOLLOWED_BYTES = 1 << 20
 
