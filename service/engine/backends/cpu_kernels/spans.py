@@ -8,6 +8,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 from numba.core import types
+from numba.extending import register_jitable
 
 from service.engine.backends.cpu_kernels.vector import F16, F32, I16, I32, I64, LANES, Memory, Vec, emitted, loop
 
@@ -75,9 +76,9 @@ def address_of(array: Any) -> Any:
     return np.intp(array.ctypes.data)
 
 
-@njit(nogil=True)
+@register_jitable
 def whole_vectors(count: int) -> int:
-    """`count` rounded up to a multiple of LANES."""
+    """`count` rounded up to a multiple of LANES; the interpreter may call it as well, and compiles nothing for it."""
     return (count + LANES - 1) // LANES * LANES
 
 
