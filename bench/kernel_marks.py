@@ -42,13 +42,15 @@ _TABLE = "arithmetic: 19 instructions for a vector of 16, 9 of them to find the 
 _SEARCH = "arithmetic: up to 144 passes, each 7 instructions for 32 elements, and a fit for every 16 groups"
 _MEMORY = "memory"
 
-MARKS = (
+BESIDE_COPY = (
     Mark("int4 minmax", _all(0.45), _ARITHMETIC),
     Mark("int8 minmax", _all(0.45), _ARITHMETIC),
     Mark("nf4 minmax", _all(0.45), _TABLE),
     Mark("int4 mse, 16 starts", _all(0.05), _SEARCH),
     Mark("int4 dequantize", _all(0.6), _MEMORY),
     Mark("compare", _all(0.6), "arithmetic: sums of five kinds in float64"),
+)
+BESIDE_OTHERS = (
     Mark("int4 minmax", {"F32": 3, "F16": 5, "BF16": 5}, _ARITHMETIC, "ggml: Q4_0"),
     Mark("int8 minmax", _all(6), _ARITHMETIC, "ggml: Q8_0"),
     Mark("int4 minmax", _all(10), _ARITHMETIC, "torch eager, then nibbles packed: int4"),

@@ -1,19 +1,20 @@
-"""Kernels in GB/s of input, beside a copy of memory, the reference and what others do: `python -m bench.kernels`."""
+"""Kernels in GB/s of input, beside a copy of memory, the reference and plain NumPy: `python -m bench.kernels`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import ml_dtypes
 import numpy as np
 
 from bench.charts import Bar, Chart
 from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
-from bench.kernel_marks import ABOUT_MARKS, MARKS
-from bench.peers import PEERS, Array, prepared
+from bench.kernel_marks import ABOUT_MARKS, BESIDE_COPY, Mark
+from bench.peers import Array, naive_int4
 from service.engine.backends.base import Backend
 from service.engine.backends.cpu import CpuBackend
 from service.engine.backends.reference import ReferenceBackend
@@ -29,6 +30,7 @@ LARGE, BLOCK, SMALL = 512 * MIB, 64 * MIB, 8 * MIB
 COLUMNS = 4096
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 OURS = "**cpu**: "
+ANY = "any"
 INT4, INT8, NF4 = IntegerScheme(), IntegerScheme(bits=8), CodebookScheme()
 
 ABOUT = f"""
@@ -37,7 +39,7 @@ bytes of its F32 output; of `compare`: bytes of both sides), *of copy* the share
 use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. The
 size is what one call gets; slow ones get less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64;
 scales are F16. `dequantize` goes by what {BLOCK // MIB} MiB of weights became, as a run does. Ours packs, measures all
-errors and checks for finite values in the same pass; others only pack.
+errors and checks for finite values in the same pass; NumPy's six lines only pack.
 """
 
 
@@ -111,23 +113,18 @@ def reference() -> Iterator[Line]:
         yield quantize_line(backend, "reference: int4 mse, 16 starts", dtype, SMALL // 4, INT4, Mse(), 1)
 
 
-def others() -> Iterator[Line]:
-    """Peers, on less."""
+def plain() -> Iterator[Line]:
+    """What anybody would write."""
     for dtype in DTYPES:
         x = weights(dtype, BLOCK)
-        for peer, call in prepared(x):
-            yield Line(peer.name, dtype, x.nbytes // peer.share, _measured(call))
+        yield Line("NumPy, the obvious six lines: int4", dtype, x.nbytes, measure(lambda x=x: naive_int4(x), repeats=3))
 
 
-def _measured(call: Callable[[], object] | None) -> Samples | None:
-    return None if call is None else measure(call, repeats=3)
-
-
-def marks(lines: list[Line], copy_rate: float) -> str:
+def marks(known: Sequence[Mark], lines: Sequence[Line], copy_rate: float) -> str:
     """What is to be reached, and what was."""
     rates = {(line.name.removeprefix(OURS), line.dtype): line.rate for line in lines}
     rows = []
-    for mark in MARKS:
+    for mark in known:
         for dtype, needed in mark.needed.items():
             ours, other = rates[mark.what, dtype], rates[mark.beside, dtype] if mark.beside else copy_rate
             assert ours is not None
@@ -136,33 +133,52 @@ def marks(lines: list[Line], copy_rate: float) -> str:
     return table(["what", "input", "beside", "needed", "reached", "", "what limits it"], rows)
 
 
-def chart(lines: list[Line], copied: Line) -> Chart:
+def chart(lines: Sequence[Line]) -> Chart:
     """All rates from F32."""
-    shown = [line for line in [copied, *lines] if line.dtype in ("F32", copied.dtype)]
+    shown = [line for line in lines if line.dtype in ("F32", ANY)]
     bars = [Bar(line.name.replace("**", ""), line.rate, line.name.startswith(OURS)) for line in shown if line.rate]
     return Chart("From F32 weights", "GB/s", bars, logarithmic=True)
 
 
+def copied() -> Line:
+    """The copy of memory that all is compared with."""
+    note("copy of memory")
+    return Line("copy of memory", ANY, LARGE, copy(weights("F32", LARGE), cores()))
+
+
+def ready_backend() -> CpuBackend:
+    """Ours, on all cores, with nothing left to compile."""
+    cpu = CpuBackend(cores())
+    cpu.warm_up()
+    return cpu
+
+
+def gathered(*parts: Iterable[Line]) -> list[Line]:
+    """Lines as they come, each told of."""
+    lines = []
+    for line in chain(*parts):
+        note(f"{line.name}, {line.dtype}")
+        lines.append(line)
+    return lines
+
+
+def page(name: str, title: str, about: str, known: Sequence[Mark], lines: list[Line], packages: Sequence[str]) -> None:
+    """Write the page of some lines, beside a copy measured just now."""
+    memory = copied()
+    assert memory.rate is not None
+    lines = [memory, *lines]
+    head = ["what", "input", "size", "GB/s", "of copy", "spread"]
+    cells = [line.cells(memory.rate) for line in lines]
+    write_result(
+        name, f"{title}, {cores()} threads", ABOUT_MARKS, marks(known, lines, memory.rate), about, table(head, cells),
+        packages=packages, charts=[chart(lines)],
+    )  # fmt: skip
+
+
 def main() -> None:
     """Measure all and write `results/kernels.md`."""
-    threads = cores()
-    cpu = CpuBackend(threads)
-    cpu.warm_up()
-    lines = []
-    note("copy of memory")
-    copied = Line("copy of memory", "any", LARGE, copy(weights("F32", LARGE), threads))
-    for part in (ours(cpu), reference(), others()):
-        for line in part:
-            note(f"{line.name}, {line.dtype}")
-            lines.append(line)
-    assert copied.rate is not None
-    head = ["what", "input", "size", "GB/s", "of copy", "spread"]
-    cells = [line.cells(copied.rate) for line in [copied, *lines]]
-    packages = ["numpy", "numba", "llvmlite", *sorted({p.package for p in PEERS} - {"numpy"})]
-    write_result(
-        "kernels", f"Kernels, {threads} threads", ABOUT_MARKS, marks(lines, copied.rate), ABOUT, table(head, cells),
-        packages=packages, charts=[chart(lines, copied)],
-    )  # fmt: skip
+    lines = gathered(ours(ready_backend()), reference(), plain())
+    page("kernels", "Kernels", ABOUT, BESIDE_COPY, lines, ("numpy", "numba", "llvmlite"))
 
 
 if __name__ == "__main__":
