@@ -226,7 +226,7 @@ class _Weight:
         self._pending = waiting[ready:]
 
     def _signed(self, codes: CodeArray) -> Array:
-        return (codes.astype(np.int16) - (1 << (self.scheme.bits - 1))).astype(np.int8)
+        return (codes - np.uint8(1 << (self.scheme.bits - 1))).view(np.int8)  # modulo 256: one pass, a byte each
 
     def _put_rows(self, region: Region, rows: int, data: Array) -> None:
         self._put(region, self._rows * (region.nbytes // rows), data)
