@@ -33,7 +33,7 @@ INLINE_ELEMENTS = 1 << 17
 #: Pieces that each thread gets of a large input, so that none waits long for the last.
 PIECES_PER_THREAD = 4
 #: Longest group that `Mse` has a kernel for: sixteen of them are held at once.
-SEARCH_ELEMENTS = 1 << 16
+SEARCH_ELEMENTS = 1 << 18
 #: Sums that a kernel keeps of a tile: x², y², xy, d², largest |d|.
 SUMS = 5
 #: Elements of a histogram that is added up on its own.
