@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.charts import Bar, Chart
 from bench.common import GB, MIB, note, table, write_result
 from bench.engine import BLOCK_BYTES, Job, Watched, run_watched
 from bench.models import Model, equal, layered, scratch, write_model
@@ -78,9 +79,17 @@ def main(cases: Sequence[Case] = CASES) -> None:
     head = ("model", "job", "RssAnon before", "peak", "above", "VmHWM", "time", "mark")
     verdicts = [verdict for formats in (COMPRESSED, PARQUET) if (verdict := _flat(formats, rows))]
     page = [table(head, (row.cells() for row in rows)), *(text for text, _ in verdicts)]
-    write_result("memory", "Peak memory", ABOUT, *page)
+    write_result("memory", "Peak memory", ABOUT, *page, charts=[_chart(rows)])
     if any(row.above_bytes > LIMIT_BYTES for row in rows) or not all(is_flat for _, is_flat in verdicts):
         raise SystemExit("bench: memory is not bounded as promised")
+
+
+def _chart(rows: Sequence[Row]) -> Chart:
+    bars = [
+        Bar(f"{row.model.nbytes / GB:.0f} GB, {row.cells()[1]}", row.above_bytes / MIB, mark=LIMIT_BYTES / MIB)
+        for row in rows
+    ]
+    return Chart("Peak memory above the idle service", "MiB", bars)
 
 
 def _flat(formats: tuple[str, ...], rows: Sequence[Row]) -> tuple[str, bool] | None:

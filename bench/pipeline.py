@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.charts import Bar, Chart
 from bench.common import GB, Samples, cores, measure, note, seconds, table, write_result
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, tidy
 from bench.models import Model, Shapes, equal, layered, scratch, warm, write_model
@@ -69,10 +70,11 @@ class Taken:
     parts: tuple[float, ...]  # seconds, in the order of PARTS
 
 
-def main(model_bytes: int = MODEL_BYTES, repeats: int = REPEATS, small_share: float = 1.0) -> None:
+def main(model_bytes: int = MODEL_BYTES, repeats: int = REPEATS) -> None:
     """Measure, print and write the tables."""
     backend = make_backend(Job(Path(), Path(), ()).threads)
-    large = "\n\n".join(_large(dtype, model_bytes, repeats, backend) for dtype in DTYPES)
+    charts: list[Chart] = []
+    large = "\n\n".join(_large(dtype, model_bytes, repeats, backend, charts) for dtype in DTYPES)
     write_result(
         "pipeline",
         "File to file",
@@ -83,11 +85,12 @@ def main(model_bytes: int = MODEL_BYTES, repeats: int = REPEATS, small_share: fl
         _cold(model_bytes, repeats, backend),
         "## Many small tensors",
         ABOUT_SMALL,
-        _small(small_share, backend),
+        _small(backend),
+        charts=charts,
     )
 
 
-def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend) -> str:
+def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend, charts: list[Chart]) -> str:
     with scratch(3 * model_bytes) as folder:
         note(f"writing a model of {model_bytes / GB:.1f} GB in {dtype}")
         model = write_model(folder / "model.safetensors", layered(model_bytes, dtype), dtype)
@@ -95,7 +98,7 @@ def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend) -> str:
         copy = _copied(model, repeats)
         synced = _copied(model, repeats, sync=True)
         rows = [_cells("`cp`", model, copy, copy), _cells("`cp`, and sync", model, synced, copy)]
-        verdict = ""
+        verdict, bars = "", [Bar("cp", 1.0, ours=False)]
         for method in METHODS:
             for formats in OUTPUTS:
                 note(f"{dtype}, {method}, {', '.join(formats)}")
@@ -103,8 +106,10 @@ def _large(dtype: str, model_bytes: int, repeats: int, backend: Backend) -> str:
                 times = _times(taken)
                 what = f"int4 {method}, {' and '.join(formats)}"
                 rows.append(_cells(what, model, times, copy, _middle(taken)))
+                bars.append(Bar(what, copy.median / times.median))
                 if (dtype, method, formats) == ("BF16", "minmax", COMPRESSED):
                     verdict = _copy_verdict(copy.median / times.median, _middle(taken))
+        charts.append(Chart(f"{dtype}, file to file", "speed as a multiple of cp", bars))
         head = ("", "time", "spread", "GB/s", "of cp", "CPU", *PARTS)
         title = f"## {model.nbytes / GB:.2f} GB in {dtype}, {model.tensors} tensors"
         return "\n\n".join(filter(None, [title, table(head, rows), verdict]))
@@ -151,19 +156,18 @@ def _cold_row(what: str, model: Model, times: Samples, plain: Samples) -> list[s
     return [what, f"{times.median:.2f} s", f"{times.spread:.0%}", f"{rate:.2f}", f"{share:.2f}"]
 
 
-def _small(share: float, backend: Backend) -> str:
+def _small(backend: Backend) -> str:
     head = ("", "MB", "time", "spread", "per tensor", "MB/s", "CPU", *PARTS)
     rows, verdicts = [], []
     for small, large in SMALL:
-        ours, opened, row = _small_row(small, share, backend)
-        theirs, _, other = _small_row(large, share, backend)
+        ours, opened, row = _small_row(small, backend)
+        theirs, _, other = _small_row(large, backend)
         rows += [row, other]
         times = ours.median / theirs.median
         name = f"tensors of {small[2][0] * small[2][1] * 4 >> 10} KB at most {SMALL_MARK:g} × the same in large ones"
         verdicts.append(f"Mark: {name}: {times:.1f} ×, {'met' if times <= SMALL_MARK else 'missed'}.")
         if times > SMALL_MARK:
-            count = max(1, int(small[1] * share))
-            allowed, opening = SMALL_MARK * theirs.median / count, opened / count
+            allowed, opening = SMALL_MARK * theirs.median / small[1], opened / small[1]
             verdicts.append(
                 f"It would leave {allowed * 1e6:.1f} µs for a tensor; opening the model and checking its headers alone"
                 f" takes {opening * 1e6:.1f} µs of each."
@@ -171,13 +175,11 @@ def _small(share: float, backend: Backend) -> str:
     return f"{table(head, rows)}\n\n{' '.join(verdicts)}"
 
 
-def _small_row(
-    case: tuple[str, int, tuple[int, int]], share: float, backend: Backend
-) -> tuple[Samples, float, list[str]]:
+def _small_row(case: tuple[str, int, tuple[int, int]], backend: Backend) -> tuple[Samples, float, list[str]]:
     """Times of the runs, of opening the model alone, and a row of the table."""
     what, count, shape = case
     note(what)
-    shapes: Shapes = equal(max(1, int(count * share)), shape)
+    shapes: Shapes = equal(count, shape)
     with scratch(3 << 30) as folder:
         model = write_model(folder / "model.safetensors", shapes, "F32")
         opened = measure(lambda: open_model(model.path).close(), repeats=SMALL_REPEATS).median
