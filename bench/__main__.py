@@ -1,11 +1,11 @@
-"""Runs benchmarks, all or the named: `python -m bench [kernels] [pipeline] [memory] [service]`, or another."""
+"""Runs benchmarks, all or the named: `python -m bench [kernels] [pipeline] [memory] …`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 
-NAMES = ("kernels", "pipeline", "memory", "service")
+NAMES = ("kernels", "pipeline", "memory", "service", "scaling")
 #: Only run when named: they take long, or ask what holds, and end with an error when something does not.
 TRIALS = ("beside", "store", "kill", "disk_full", "streams", "uploads", "soak")
 
