@@ -103,6 +103,14 @@ def test_minmax_gives_the_bytes_of_the_reference(scheme, dtype, kind, rows, cols
     assert_same(CPU.quantize(x, scheme, MinMax()), REFERENCE.quantize(x, scheme, MinMax()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [32, 544, 4128, 4160])
+def test_groups_of_half_a_pair_of_vectors_have_the_bytes_of_the_reference(cols: int, dtype: np.dtype, rng) -> None:
+    x = values("outlier", int(rng.integers(1 << 32)), 5, cols, dtype)
+    for scheme in (*(IntegerScheme(bits=bits, group_size=16) for bits in (3, 4, 8)), CodebookScheme(group_size=16)):
+        assert_same(CPU.quantize(x, scheme, MinMax()), REFERENCE.quantize(x, scheme, MinMax()))
+
+
 @SHAPED
 @given(schemes(), st.sampled_from(DTYPES), st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
 @example(IntegerScheme(bits=3, group_size=16), DTYPES[0], 1, 8209, 1)

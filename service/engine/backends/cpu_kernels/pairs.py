@@ -1,4 +1,4 @@
-"""Groups of whole pairs of vectors, straight from the elements as they are stored.
+"""Groups of whole pairs of vectors, or of half a pair, straight from the elements as they are stored.
 
 A pair is 2 * LANES elements: those of even and those of odd index. That is how 16-bit floats come out of a
 32-bit lane, with a shift and a mask, and how two codes go into a byte, with one multiplication. Nothing
@@ -34,6 +34,8 @@ from service.engine.schemes.codebook import NF4_TABLE
 
 #: Elements that are worked on together.
 PAIR = 2 * LANES
+#: The smallest group that lies in them whole.
+HALF_PAIR = LANES
 #: What the cache fetches at once.
 LINE_BYTES = 64
 #: Float32 sums of a span, each of LANES parts: x², y², d², largest |d|.
@@ -80,7 +82,9 @@ def _range_of_floats(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -
     return below.const(-0.0) - below, above
 
 
-def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value, kind: int) -> tuple[Vec, Vec]:
+def _range_of_patterns(
+    builder: ir.IRBuilder, source: ir.Value, count: ir.Value, kind: int, lanes: int
+) -> tuple[Vec, Vec]:
     """Of 16-bit floats without converting them: as integers the largest is the largest number, and as unsigned
     ones the smallest number, if its sign bit is set. A NaN or an infinity comes out as one."""
     x = Memory(builder, source, I16)
@@ -89,11 +93,11 @@ def _range_of_patterns(builder: ir.IRBuilder, source: ir.Value, count: ir.Value,
         return a.largest(b, signed=True)
 
     def step(i: ir.Value, state: State) -> State:
-        value = x.load(i, PAIR)
+        value = x.load(i, lanes)
         return [value.largest(state[0], signed=False), larger(value, state[1])]
 
-    start = [zeros(builder, I16, PAIR), zeros(builder, I16, PAIR)]
-    below, above = loop(builder, count, PAIR, start, step)
+    start = [zeros(builder, I16, lanes), zeros(builder, I16, lanes)]
+    below, above = loop(builder, count, lanes, start, step)
     sign = below.const(-(1 << 15))
     low, high = _reduce_both(below.xor(sign), above, larger)
     low = low.xor(low.const(-(1 << 15)))
@@ -131,10 +135,10 @@ def _for_each_kind(builder: ir.IRBuilder, kind: ir.Value, emit: Callable[[int], 
 
 @emitted(types.none, _P, _P, _P, _P, _P, _P)
 def store_ranges(builder, source, kind, count, group, lows, highs):
-    """Write smallest and largest of zero and each `group` of `count` elements (all of them whole pairs)."""
+    """Write smallest and largest of zero and each `group` of `count` elements (whole pairs, groups perhaps half)."""
     low, high = Memory(builder, lows, F32), Memory(builder, highs, F32)
 
-    def emit(each: int) -> None:
+    def emit(each: int, lanes: int) -> None:
         def step(first: ir.Value, state: State) -> State:
             left = builder.sub(count, first)
             size = builder.select(builder.icmp_signed("<", left, group), left, group)
@@ -143,7 +147,7 @@ def store_ranges(builder, source, kind, count, group, lows, highs):
             if each == KIND_F32:
                 found = _range_of_floats(builder, place, size)
             else:
-                found = _range_of_patterns(builder, place, size, each)
+                found = _range_of_patterns(builder, place, size, each, lanes)
             (number,) = state
             for memory, value in zip((low, high), found, strict=True):
                 memory.store(number.value, value)
@@ -151,7 +155,14 @@ def store_ranges(builder, source, kind, count, group, lows, highs):
 
         loop(builder, count, group, [Vec(builder, ir.Constant(I64, 0))], step)
 
-    _for_each_kind(builder, kind, emit)
+    def emit_for_size(each: int) -> None:
+        with builder.if_else(builder.icmp_signed("<", group, ir.Constant(I64, PAIR))) as (half, whole):
+            with half:
+                emit(each, HALF_PAIR)
+            with whole:
+                emit(each, PAIR)
+
+    _for_each_kind(builder, kind, emit_for_size)
 
 
 #: What codes are made of, and the value that they stand for.
@@ -162,29 +173,53 @@ Join = Callable[[Vec, Vec], Vec]
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """Where the grids of a run of elements are: each serves `group` elements, and the next is `step` further on."""
+    """Where the grids of a run of elements are.
+
+    Each serves `group` elements, a pair or more, and the next is `step` further on. Where a pair is two groups, the
+    grid of its second half is `second` further on than that of the first, else 0.
+    """
 
     scales: Memory
     zeros: Memory
     group: ir.Value
     step: ir.Value
+    second: ir.Value
 
     @classmethod
     def of(cls, builder: ir.IRBuilder, scales: ir.Value, zeros: ir.Value, group: ir.Value, step: ir.Value) -> Grids:
-        """From arguments: two addresses and two numbers."""
-        return cls(Memory(builder, scales, F32), Memory(builder, zeros, F32), group, step)
+        """From arguments: two addresses; the elements that a grid serves, from HALF_PAIR on; and its distance."""
+        pair, nothing = ir.Constant(I64, PAIR), ir.Constant(I64, 0)
+        halves = builder.icmp_signed("<", group, pair)
+        return cls(
+            Memory(builder, scales, F32),
+            Memory(builder, zeros, F32),
+            builder.select(halves, pair, group),
+            builder.select(halves, builder.add(step, step), step),
+            builder.select(halves, step, nothing),
+        )
+
+    def at(self, index: ir.Value) -> tuple[Vec, Vec, Vec]:
+        """Scale, its reciprocal and zero point for the lanes of a pair."""
+        ones, others = self._lanes(index), self._lanes(self.scales.builder.add(index, self.second))
+        halves = [*range(LANES // 2), *range(LANES, LANES + LANES // 2)]
+        scales, inverses, zero_points = (a.mixed(b, halves) for a, b in zip(ones, others, strict=True))
+        return scales, inverses, zero_points
+
+    def _lanes(self, index: ir.Value) -> list[Vec]:
+        scale, zero = self.scales.load(index, 1), self.zeros.load(index, 1)
+        return [value.splat() for value in (scale, scale.const(1.0) / scale, zero)]
 
 
 def _encode(
     builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, grids: Grids, target: ir.Value,
-    parts: ir.Value, bits: int, rule_of: Callable[[Vec, Vec], tuple[Rule, Join]],
+    parts: ir.Value, bits: int, rule_of: Callable[[Vec, Vec, Vec], tuple[Rule, Join]],
 ) -> None:  # fmt: skip
-    """Write codes of `bits` (4 or 8), and add what they lose to `parts`; `rule_of` a scale and a zero point."""
+    """Write codes of `bits` (4 or 8), and add what they lose to `parts`; `rule_of` what `Grids.at` gives."""
     read, outputs, sums = _read_pair(builder, source, kind), Memory(builder, target, I8), Memory(builder, parts, F32)
 
     def group(first: ir.Value, state: State) -> State:
         at = state[0]
-        rule, join = rule_of(grids.scales.load(at.value, 1), grids.zeros.load(at.value, 1))
+        rule, join = rule_of(*grids.at(at.value))
 
         def step(inside: ir.Value, state: State) -> State:
             i = builder.add(first, inside)
@@ -208,10 +243,6 @@ def _encode(
         sums.store(where, before.max(even.max(odd)) if n == PARTS - 1 else before + (even + odd))
 
 
-def _reciprocal(scale: Vec) -> Vec:
-    return (scale.const(1.0) / scale).splat()
-
-
 def _encode_integer(
     builder: ir.IRBuilder, source: ir.Value, kind: ir.Value, count: ir.Value, grids: Grids, top: ir.Value,
     target: ir.Value, parts: ir.Value, bits: int,
@@ -220,8 +251,7 @@ def _encode_integer(
     # Two codes side by side as one whole number, far below 2**22, and the zero point in both.
     shift = tops.const(float(1 << bits))
 
-    def rule_of(scale: Vec, zero: Vec) -> tuple[Rule, Join]:
-        inverses, scales, offsets = _reciprocal(scale), scale.splat(), zero.splat()
+    def rule_of(scales: Vec, inverses: Vec, offsets: Vec) -> tuple[Rule, Join]:
         lowest, highest = offsets.const(0.0) - offsets, tops - offsets
         both_offsets = (offsets * (shift + shift.const(1.0))).to_int(I32)
 
@@ -259,9 +289,7 @@ def encode_nf4_4(builder, source, kind, count, scales, zero_points, group, step,
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
     grids = Grids.of(builder, scales, zero_points, group, step)
 
-    def rule_of(scale: Vec, _zero: Vec) -> tuple[Rule, Join]:
-        inverses, scales = _reciprocal(scale), scale.splat()
-
+    def rule_of(scales: Vec, inverses: Vec, _: Vec) -> tuple[Rule, Join]:
         def rule(x: Vec) -> tuple[Vec, Vec]:
             index = nf4_index(x * inverses)
             return index, index.look_up(table) * scales

@@ -26,6 +26,7 @@ from service.engine.backends.cpu_kernels.codes import (
 )
 from service.engine.backends.cpu_kernels.grids import make_grids, store_scale_bits, store_zero_codes
 from service.engine.backends.cpu_kernels.pairs import (
+    HALF_PAIR,
     PAIR,
     PARTS,
     RUN,
@@ -48,8 +49,8 @@ CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, (SUMS + PARTS) * LANES
 
 @njit(nogil=True)
 def _is_paired(cols, group):
-    """Whether groups and rows are whole pairs of vectors, and so need no copy as float32."""
-    return cols % PAIR == 0 and group % PAIR == 0
+    """Whether rows are whole pairs of vectors, and groups as well or half a pair, and so need no copy as float32."""
+    return cols % PAIR == 0 and (group % PAIR == 0 or group == HALF_PAIR)
 
 
 @njit(nogil=True)

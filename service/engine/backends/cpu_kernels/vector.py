@@ -245,13 +245,16 @@ class Vec:
 
     def shuffle(self, lanes: Sequence[int]) -> Vec:
         """The named lanes, in this order."""
+        return self.mixed(self, lanes)
+
+    def mixed(self, other: Vec, lanes: Sequence[int]) -> Vec:
+        """The named lanes of self and, counted on, another."""
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-        return self._new(self.builder.shuffle_vector(self.value, self.value, mask))
+        return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
 
     def beside(self, other: Vec) -> Vec:
         """Its lanes, and those of another after them."""
-        mask = ir.Constant(ir.VectorType(I32, 2 * self.type.count), list(range(2 * self.type.count)))
-        return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
+        return self.mixed(other, range(2 * self.type.count))
 
     def splat(self, lanes: int = LANES) -> Vec:
         """A scalar in every lane."""
