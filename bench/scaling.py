@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench.charts import Bar, Chart
-from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
+from bench.common import GB, MB, MIB, Samples, cores, measure, note, table, write_result
 from bench.engine import BLOCK_BYTES, Job, make_backend, run, run_watched
 from bench.models import Model, equal, layered, scratch, write_model
 from service.engine.backends.base import Backend
@@ -78,7 +78,7 @@ class Row:
     @property
     def name(self) -> str:
         """As shown."""
-        size = f"{self.model.nbytes / GB:.2f} GB in {self.model.tensors}"
+        size = f"{self.model.nbytes / MB:.0f} MB in {self.model.tensors}"
         return f"{size}, {self.kind}, {' and '.join(self.job.formats)}"
 
     @property
