@@ -7,13 +7,16 @@ file and is written last, is then known as well.
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from service.engine.formats.base import Cancelled
+from service.engine.formats.safetensors_header import PREFIX_BYTES
 from service.engine.formats.shard_layout import BODY, TAIL_DIVISORS, Parts, Region, Shard, ShardLayout
 from service.engine.formats.trailing_hash import TrailingHash
 from service.storage.faults import storage_faults
@@ -189,13 +192,10 @@ class ShardWriter:
         body, finals = self._part_path(shard, BODY), list(self._finals(shard))
         if not body.exists() and finals:
             finals[0].replace(body)
-        starts = shard.starts()
         for part in TAIL_DIVISORS:
             path = self._part_path(shard, part)
-            lacking = not path.exists() or path.stat().st_size < shard.sizes[part]
-            if shard.sizes[part] and lacking:
-                source = self._open(shard, BODY)
-                _copy(source, self._reserve + starts[part], self._open(shard, part), 0, shard.sizes[part])
+            if shard.sizes[part] and (not path.exists() or path.stat().st_size < shard.sizes[part]):
+                self._restore_tail(shard, part)
             if path.exists():
                 os.truncate(path, shard.sizes[part])
         if shard.regions:
@@ -207,11 +207,22 @@ class ShardWriter:
             self._remove(shard)
             body.unlink(missing_ok=True)
 
+    def _restore_tail(self, shard: Shard, part: int) -> None:
+        """Take a tail out of the completed file, which may have held more: its header tells where."""
+        source, target = self._open(shard, BODY), self._open(shard, part)
+        header = json.loads(os.pread(source, self._reserve, 0)[PREFIX_BYTES:])
+        for region in shard.regions:
+            if region.part == part:
+                start = self._reserve + header[region.name]["data_offsets"][0]
+                _copy(source, start, target, region.start, region.nbytes)
+
     def _drop_unknown(self) -> None:
         known = {shard.number for shard in self.shards}
-        for path in self._folder.iterdir():
-            _, found, number = path.name.partition(f"{self._stem}.part-")
-            if found and int(number.split(".")[0]) not in known:
+        stem = re.escape(self._stem)
+        ours = re.compile(rf"{stem}(?:\.part-(\d+)(?:\.tail\d)?|-(\d+)-of-\d+\.safetensors)")
+        for path in list(self._folder.iterdir()):
+            found = ours.fullmatch(path.name)
+            if found and int(found[1] or found[2]) not in known:
                 path.unlink()
 
     def _finals(self, shard: Shard) -> Iterator[Path]:

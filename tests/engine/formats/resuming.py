@@ -11,17 +11,14 @@ from service.engine.formats.base import ModelWriter
 from service.engine.schemes.base import Scheme
 from tests.engine.formats.outputs import Output, contents
 
-#: What happens to an output of which so many tensors are known by these states.
-Kill = Callable[[Output, int, list[dict[str, Any]]], None]
 
-
-def check_every_interruption(make: Callable[[str], Output], *also: Kill) -> None:
-    """`make` gives the same output in another folder; `also` are more ways to be killed."""
+def check_every_interruption(make: Callable[[str], Output]) -> None:
+    """`make` gives the same output in another folder."""
     whole = make("whole")
     whole.run()
     expected = contents(whole.folder)
     for done in range(len(whole.items) + 1):
-        for kill in (_between, _within_a_tensor, _with_a_torn_write, _in_close, *also):
+        for kill in (_between, _within_a_tensor, _with_a_torn_write, _in_close, _at_the_end):
             torn = make("torn")
             states = _start(torn, done)
             kill(torn, done, states)
@@ -92,6 +89,11 @@ class _Killed(BaseException):
     """Stands for a signal that cannot be caught."""
 
 
+def _at_the_end(output: Output, done: int, states: list[dict[str, Any]]) -> None:
+    """Killed when all was complete, and the last lines of the journal cannot be read."""
+    _go_on(output, done, states)
+
+
 def _in_close(output: Output, done: int, states: list[dict[str, Any]]) -> None:
     """Killed while the files are completed, which is after the last tensor."""
     if done < len(output.items):
@@ -113,8 +115,3 @@ def _in_close(output: Output, done: int, states: list[dict[str, Any]]) -> None:
             writer.discard()
             continue
         break
-
-
-def at_the_end(output: Output, done: int, states: list[dict[str, Any]]) -> None:
-    """Killed when all was complete, and the last lines of the journal cannot be read."""
-    _go_on(output, done, states)

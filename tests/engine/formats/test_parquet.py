@@ -21,7 +21,7 @@ from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
 from tests.engine.formats.outputs import Item, Output, all_integer_schemes, contents, label, normal
-from tests.engine.formats.resuming import at_the_end, check_abandoned, check_every_interruption
+from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 from tests.engine.formats.test_compressed_tensors import check, mixed_items
 
 FORMAT = "parquet"
@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_anywhere_or_starts_tensors_again_ends_in_the_same_
     def make(folder: str) -> Output:
         return output(FORMAT, mixed_items(), folder, options={"max_file_bytes": max_file_bytes})
 
-    check_every_interruption(make, at_the_end)
+    check_every_interruption(make)
     check_abandoned(make, INT8)
 
 
