@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import types
 
+from service.engine.backends.cpu_kernels.pairs import reduce_both
 from service.engine.backends.cpu_kernels.spans import SPAN, as_f32, whole_vectors
 from service.engine.backends.cpu_kernels.vector import (
     F32,
@@ -145,8 +146,9 @@ def widen_range(builder, source, count, low, high):
 
     start = [memory.load(first, 1).splat() for memory in (lowest, highest)]
     smallest, largest = loop(builder, count, LANES, start, step)
-    lowest.store(first, smallest.reduce(Vec.min))
-    highest.store(first, largest.reduce(Vec.max))
+    below, above = reduce_both(smallest.const(0.0) - smallest, largest, Vec.max)
+    lowest.store(first, below.const(0.0) - below)
+    highest.store(first, above)
 
 
 @emitted(types.none, _P, _P, _P, _P, _P, _P, _P)

@@ -78,7 +78,7 @@ def _range_of_floats(builder: ir.IRBuilder, source: ir.Value, count: ir.Value) -
         return [value.min(state[0]), value.max(state[1])]
 
     low, high = loop(builder, count, LANES, [zeros(builder), zeros(builder)], step)
-    below, above = _reduce_both(low.const(-0.0) - low, high, Vec.max)
+    below, above = reduce_both(low.const(-0.0) - low, high, Vec.max)
     return below.const(-0.0) - below, above
 
 
@@ -99,13 +99,13 @@ def _range_of_patterns(
     start = [zeros(builder, I16, lanes), zeros(builder, I16, lanes)]
     below, above = loop(builder, count, lanes, start, step)
     sign = below.const(-(1 << 15))
-    low, high = _reduce_both(below.xor(sign), above, larger)
+    low, high = reduce_both(below.xor(sign), above, larger)
     low = low.xor(low.const(-(1 << 15)))
     low = low.negative().select(low, low.const(0))
     return _number(low, kind), _number(high, kind)
 
 
-def _reduce_both(a: Vec, b: Vec, combine: Callable[[Vec, Vec], Vec]) -> tuple[Vec, Vec]:
+def reduce_both(a: Vec, b: Vec, combine: Callable[[Vec, Vec], Vec]) -> tuple[Vec, Vec]:
     """All lanes of `a` folded into one, and all of `b`, side by side."""
     count = a.type.count
     half = count // 2

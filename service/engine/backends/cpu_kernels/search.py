@@ -303,7 +303,8 @@ def search_grids(
         lane_state[:] = 0.0
         for at in range(turns * LANES):
             index = min(lot + at, total - 1)
-            first = (first_row + index // in_row) * cols + (first_group + index % in_row) * group
+            row = index // in_row
+            first = (first_row + row) * cols + (first_group + index - row * in_row) * group
             turn, lane = at // LANES, at % LANES
             _load(x, kind, first, size, fixed, source + turn * lot_bytes, lane, lanes + turn * 4 * LANE_STATE, scratch)
         _search(source, lot_bytes, count, np.float32(size), lanes, turns, clips, iterations, fixed, codebook, form)
