@@ -14,7 +14,7 @@ WORTHWHILE_BYTES = 256 << 10
 #: But no longer than this.
 INTERVAL_S = 0.01
 #: What calls may hold while they wait; a single one may hold more.
-WAITING_BYTES = 16 << 20
+WAITING_BYTES = 4 << 20
 
 Call = Callable[[], None]
 
