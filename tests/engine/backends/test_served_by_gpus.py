@@ -31,6 +31,8 @@ def test_each_gpu_is_a_lane_and_one_that_fails_is_told_of_and_has_none(
     source = save(model_root / "fibers.safetensors", {f"layer{i}.weight": normal(64, 256, seed=i) for i in range(3)})
     settings = Settings(data_dir=tmp_path / "data", model_roots=(model_root,), device_memory_bytes=1 << 28)
     with TestClient(create_app(settings), "http://localhost") as client:
+        while "being compiled" in client.get("/readyz").text:
+            pass
         first = ended(client, source)
         assert (first["status"], first["result"]["backend"]) == ("succeeded", "cuda"), first
         listed = {entry["id"]: entry for entry in client.get("/v1/backends").json()["data"]}

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 
 #define __global__
 #define __device__
@@ -31,6 +32,8 @@ struct Fiber { ucontext_t begin; jmp_buf place; uint64_t given; int waits_for; b
 inline Fiber all[LIMIT];
 inline jmp_buf home;
 inline int current;
+// Several devices launch from threads of their own, and share the fibers, in whichever library their kernels are.
+inline std::mutex launching;
 inline void (*body)();
 inline std::unique_ptr<char[]> stacks(new char[LIMIT * STACK_BYTES]);
 
