@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 from service.jobs.store import DATABASE
 from tests.api.conftest import save_model
 from tests.api.test_events import frames
-from tests.api.test_jobs import large_model
+from tests.api.test_jobs import LARGE_TENSORS, large_model
 from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
 from tests.server import Json, Server, body
@@ -393,7 +393,7 @@ def test_a_killed_server_loses_no_item_and_tells_nothing_twice(
     events = follow(server, batch)
     assert [e["id"] for e in events] == sorted({e["id"] for e in events})
     told = [(e["index"], e["name"]) for e in events if e["type"] == "tensor.completed"]
-    assert len(told) == len(set(told)) == 6 + 2 * 8
+    assert len(told) == len(set(told)) == 6 + 2 * LARGE_TENSORS
     for index, job_id in enumerate(batch["job_ids"]):
         assert [e["type"] for e in events if e["index"] == index] == [e["type"] for e in server.follow(job_id)]
     large = [server.files(job_id) for job_id in batch["job_ids"][1:]]

@@ -52,7 +52,8 @@ def test_open_streams_slow_readers_and_waiting_calls_hold_nothing_up(
     server = start_server(max_running_jobs=1)
     # What has to be compiled is compiled: a compiler cannot be stopped half-way.
     server.run(body(model, "parquet"))
-    running, queued = (server.submit(body(large_model(model_root), "parquet")) for _ in range(2))
+    asked = body(large_model(model_root), "parquet", backend="reference")  # which takes a minute
+    running, queued = (server.submit(asked) for _ in range(2))
     server.wait_for(running["id"], "job.started")
     url = httpx.URL(server.base_url)
     answers: list[httpx.Response] = []

@@ -13,11 +13,14 @@ from tests.api.test_problems import problem_of
 from tests.conftest import StartServer
 from tests.server import Server, body
 
+#: Of `large_model`.
+LARGE_TENSORS = 16
+
 
 def large_model(root: Path) -> Path:
     """Large enough that a job on it is still running when the next call comes."""
     folder = root / "large"
-    return folder if folder.exists() else save_model(folder, layers=8, rows=2048, cols=2048)
+    return folder if folder.exists() else save_model(folder, layers=LARGE_TENSORS, rows=2048, cols=2048)
 
 
 def test_creating_answers_202_with_the_address_and_the_job(server: Server, model: Path) -> None:
