@@ -30,14 +30,15 @@ class Rates:
 class Card:
     """The first CUDA device."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, management_library: str = "libnvidia-ml.so.1") -> None:
+        """`management_library` is what counts energy."""
         import cupy
 
         self._cuda = cupy.cuda
         self.device = CupyDevice(0, 0, threads)
         self.name = self.device.name
         self._card = self._cuda.Device(0)
-        self._meter = EnergyMeter.of(self._card.pci_bus_id)
+        self._meter = EnergyMeter.of(self._card.pci_bus_id, management_library)
         with self._card:
             self._stream = self._cuda.Stream(non_blocking=True)
             self._memory = self._cuda.MemoryPool()
@@ -104,7 +105,7 @@ class EnergyMeter:
         self._library, self._card = library, card
 
     @classmethod
-    def of(cls, pci_bus_id: str, library: str = "libnvidia-ml.so.1") -> EnergyMeter | None:
+    def of(cls, pci_bus_id: str, library: str) -> EnergyMeter | None:
         """The meter of a card, or None where there is no library, or it does not count."""
         try:
             loaded = ctypes.CDLL(library)

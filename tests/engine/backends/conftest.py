@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.backends import cupy_device
 from service.engine.backends.cupy_device import _found
 from tests.engine.backends.fiber_cuda import FiberCuda
 
 
 @pytest.fixture(scope="session")
-def cubins() -> Path:
-    """Where compiled kernels are kept, for later runs as well: their names tell what they were made from."""
-    folder = Path(tempfile.gettempdir()) / "arrowquant-cubins"
+def home() -> Path:
+    """Below which compiled kernels are kept, for later runs as well: their names tell what they were made from."""
+    folder = Path(tempfile.gettempdir()) / "arrowquant-home"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -31,9 +30,9 @@ def look_again() -> Iterator[None]:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch, cubins: Path, look_again: None) -> FiberCuda:  # noqa: ARG001
+def cuda(monkeypatch: pytest.MonkeyPatch, home: Path, look_again: None) -> FiberCuda:  # noqa: ARG001
     """What `import cupy` gives while a test runs."""
     made = FiberCuda(devices=2)
     monkeypatch.setitem(sys.modules, "cupy", made)
-    monkeypatch.setattr(cupy_device, "_cache_folder", lambda: cubins)
+    monkeypatch.setenv("HOME", str(home))
     return made

@@ -68,7 +68,7 @@ COUNTING = """
 #include <string.h>
 static unsigned long long count = 1000;
 int nvmlInit_v2(void) { return 0; }
-int nvmlDeviceGetHandleByPciBusId_v2(const char* id, void** card) { *card = &count; return strcmp(id, "0000:01:00.0"); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char* id, void** card) { *card = &count; return strcmp(id, "0000:00:00.0"); }
 int nvmlDeviceGetTotalEnergyConsumption(void* card, unsigned long long* mj) {
     if (card != &count) return 1;
     *mj = count += 3000;
@@ -78,20 +78,19 @@ int nvmlDeviceGetTotalEnergyConsumption(void* card, unsigned long long* mj) {
 
 
 @pytest.mark.usefixtures("cuda")
-def test_joules_are_those_that_the_driver_counts_where_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joules_are_those_that_the_driver_counts_where_it_does(tmp_path: Path) -> None:
     library = tmp_path / "libnvidia-ml.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-xc", "-", "-o", str(library)], input=COUNTING.encode(), check=True)
-    assert gpu_card.EnergyMeter.of("0000:00:00.0", str(library)) is None, "there is no such card"
-    meter = gpu_card.EnergyMeter.of("0000:01:00.0", str(library))
+    assert gpu_card.EnergyMeter.of("0000:01:00.0", str(library)) is None, "there is no such card"
+    meter = gpu_card.EnergyMeter.of("0000:00:00.0", str(library))
     assert meter is not None
     assert meter.joules() == pytest.approx(7)
     assert meter.joules() == pytest.approx(10)
-    card = gpu_card.Card(1)
     calls: list[int] = []
-    assert card.joules(lambda: calls.append(1)) is None
-    monkeypatch.setattr(card, "_meter", meter)
-    monkeypatch.setattr(gpu_card, "ENERGY_S", 1e-4)
-    assert card.joules(lambda: calls.append(1)) == pytest.approx(3 / len(calls))
+    assert gpu_card.Card(1, str(tmp_path / "none.so")).joules(lambda: calls.append(1)) is None
+    assert not calls
+    found = gpu_card.Card(1, str(library)).joules(lambda: calls.append(1), least_s=1e-4)
+    assert found == pytest.approx(3 / len(calls))
 
 
 def test_both_refuse_without_a_card_and_say_why(capsys: pytest.CaptureFixture[str]) -> None:
