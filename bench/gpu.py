@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from bench import gpu_peers
 from bench.charts import Bar, Chart
 from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
 from bench.gpu_card import Card, Rates
-from bench.gpu_peers import GPU_PEERS, measured
+from bench.gpu_peers import measured
+from bench.peers import Peer
 from service.engine.backends.cpu import CpuBackend, Form
 from service.engine.backends.cuda import CudaBackend
 from service.engine.backends.cuda_many import QuantizeMany
@@ -162,10 +164,10 @@ def many(sizes: Sizes) -> Iterator[list[str]]:
             yield [f"int4 {method.id}", str(dtype), f"{rate:.2f}", f"{share:.2f}", f"{together.spread:.2f}"]
 
 
-def others(sizes: Sizes, device: str = "cuda") -> Iterator[list[str]]:
+def others(sizes: Sizes, peers: Sequence[Peer], device: str = "cuda") -> Iterator[list[str]]:
     """Rows of the table of what others do."""
     for dtype in DTYPES:
-        for peer, size, samples in measured(weights(dtype, sizes.others), device, sizes.calls):
+        for peer, size, samples in measured(peers, weights(dtype, sizes.others), device, sizes.calls):
             note(f"{peer.name} from {dtype}")
             yield [peer.name, str(dtype), *_rate(size, samples)]
 
@@ -191,7 +193,7 @@ def _tables(card: Card, rates: Rates, sizes: Sizes) -> tuple[list[str], list[Cha
             [[*line.cells(), _energy(line)] for line in calls],
         ),
         table(["small tensors", "input", "GB/s", "of one", "spread"], many(sizes)),
-        table(["others", "input", "GB/s", "spread"], others(sizes)),
+        table(["others", "input", "GB/s", "spread"], others(sizes, gpu_peers.GPU_PEERS)),
     ]
     charts = [
         Chart("Kernels", "share of a copy on the card", [line.bar() for line in on_card]),
@@ -217,7 +219,7 @@ def main(sizes: Sizes | None = None) -> int:
         small=sizes.small // 1024,
     )
     name = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
-    packages = ["numpy", "cupy-cuda12x", *sorted({peer.package for peer in GPU_PEERS})]
+    packages = ["numpy", "cupy-cuda12x", *sorted({peer.package for peer in gpu_peers.GPU_PEERS})]
     write_result(f"gpu-{name}", card.name, about, *tables, packages=packages, charts=charts)
     return 0
 

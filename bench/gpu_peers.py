@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.common import Samples, measure
@@ -22,9 +22,9 @@ def _bitsandbytes(x: Array, device: str) -> Callable[[], object]:
 GPU_PEERS = (*(p for p in PEERS if p.package in ON_GPUS), Peer("bitsandbytes: NF4", "bitsandbytes", _bitsandbytes))
 
 
-def measured(x: Array, device: str, repeats: int) -> Iterator[tuple[Peer, int, Samples | None]]:
+def measured(peers: Sequence[Peer], x: Array, device: str, repeats: int) -> Iterator[tuple[Peer, int, Samples | None]]:
     """Each peer with the bytes that it gets and the seconds of a call; None where it is absent or cannot run."""
-    for peer in GPU_PEERS:
+    for peer in peers:
         part = x[: len(x) // peer.share]
         yield peer, part.nbytes, _samples(peer, part, device, repeats)
 
