@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from service.engine.formats.base import FileEntry
-from service.engine.metrics import ErrorSums, Quality
+from service.engine.metrics import ErrorSums, OutputQuality, Quality
 from service.engine.progress import TensorCompleted
 from service.errors import NotFound
 
@@ -63,7 +63,9 @@ class TensorReport:
     def row(self) -> dict[str, Any]:
         """As a flat row, sums replaced by the figures."""
         quality = self.quality
+        output = OutputQuality.of(self.sums) if self.sums else None
         figures = _fields(quality) if quality else dict.fromkeys(Quality.__dataclass_fields__)
+        figures |= _fields(output) if output else dict.fromkeys(OutputQuality.__dataclass_fields__)
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "sums"}
         return fields | {"shape": list(self.shape)} | figures
 
@@ -115,25 +117,30 @@ class OutputReport:
         quantized = self.quantized_bytes
         counted = sum(t.original_bytes for t in self.tensors if t.sums)
         stored = sum(t.stored_bytes for t in self.tensors if t.sums)
-        return asdict(self.quality) | {
-            "name": self.name,
-            "format": self.format,
-            "bit_width": self.bit_width,
-            "original_bytes": self.original_bytes,
-            "quantized_bytes": quantized,
-            "compression_ratio": self.original_bytes / quantized if quantized else 1.0,
-            "weights_compression_ratio": counted / stored if stored else 1.0,
-            "tensors_quantized": sum(t.sums is not None for t in self.tensors),
-            "tensors_total": len(self.tensors),
-            "passed": self.passed,
-        }
+        output = OutputQuality.of(self.sums)
+        return (
+            asdict(self.quality)
+            | (asdict(output) if output else {})
+            | {
+                "name": self.name,
+                "format": self.format,
+                "bit_width": self.bit_width,
+                "original_bytes": self.original_bytes,
+                "quantized_bytes": quantized,
+                "compression_ratio": self.original_bytes / quantized if quantized else 1.0,
+                "weights_compression_ratio": counted / stored if stored else 1.0,
+                "tensors_quantized": sum(t.sums is not None for t in self.tensors),
+                "tensors_total": len(self.tensors),
+                "passed": self.passed,
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All of it, names of files and the worst tensors included."""
         return self.summary() | {
             "min_accuracy": self.min_accuracy,
             "worst_tensors": [t.name for t in self.worst],
-            "tensors": [_drop_none(t.row()) | {"sums": _fields(t.sums) if t.sums else None} for t in self.tensors],
+            "tensors": [_drop_none(t.row()) | {"sums": _sums(t.sums) if t.sums else None} for t in self.tensors],
             "files": [asdict(f) | {"path": str(f.path)} for f in self.files],
         }
 
@@ -242,6 +249,9 @@ TABLE_SCHEMA = pa.schema(
         ("sqnr_db", pa.float64()),
         ("relative_error", pa.float64()),
         ("max_abs_error", pa.float64()),
+        ("output_cosine_similarity", pa.float64()),
+        ("output_sqnr_db", pa.float64()),
+        ("output_relative_error", pa.float64()),
         ("seconds", pa.float64()),
     ]
 )
@@ -250,7 +260,7 @@ TABLE_SCHEMA = pa.schema(
 def tensor_to_json(report: TensorReport) -> dict[str, Any]:
     """For a checkpoint: just the fields that are set."""
     fields = _drop_none(_fields(report))
-    return fields | {"sums": _fields(report.sums)} if report.sums else fields
+    return fields | {"sums": _sums(report.sums)} if report.sums else fields
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
@@ -261,7 +271,13 @@ def tensor_from_json(data: dict[str, Any]) -> TensorReport:
     return replace(report, sums=ErrorSums(**sums)) if sums else report
 
 
-def _fields(value: TensorReport | Quality | ErrorSums) -> dict[str, Any]:
+def _sums(sums: ErrorSums) -> dict[str, Any]:
+    """Those of outputs only where outputs were compared."""
+    fields = _fields(sums)
+    return fields if sums.has_output else {k: v for k, v in fields.items() if not k.startswith("out_")}
+
+
+def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[str, Any]:
     """`asdict` copies deeply; this does not, for it is done for every tensor."""
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 

@@ -65,6 +65,11 @@ class Figures(Wire):
     sqnr_db: float | None = Field(default=None, description="Absent where nothing was lost.")
     relative_error: float | None = None
     max_abs_error: float
+    output_cosine_similarity: float | None = Field(
+        default=None, description="Of what the layers put out over their calibration, where it has Gram matrices."
+    )
+    output_sqnr_db: float | None = None
+    output_relative_error: float | None = None
     tensors_quantized: int
     tensors_total: int
     passed: bool = Field(description="Whether `min_accuracy` is reached, by each tensor and by all together.")

@@ -36,6 +36,10 @@ class ErrorSums(Wire):
     sum_dd: float
     max_abs: float
     finite: bool
+    out_xx: float | None = Field(default=None, description="The `out_` sums are there with a Gram matrix.")
+    out_yy: float | None = None
+    out_xy: float | None = None
+    out_dd: float | None = None
 
 
 class TensorFigures(Wire):
@@ -59,6 +63,9 @@ class TensorFigures(Wire):
     sqnr_db: float | None = None
     relative_error: float | None = None
     max_abs_error: float | None = None
+    output_cosine_similarity: float | None = Field(default=None, description="Of the layer's output; see `Figures`.")
+    output_sqnr_db: float | None = None
+    output_relative_error: float | None = None
     bits_per_weight: float | None = None
     sums: ErrorSums | None = None
 

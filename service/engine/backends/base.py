@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
+from service.engine.backends.output_error import with_output
 from service.engine.histogram import Histogram
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums
 from service.engine.schemes.base import Scheme
@@ -72,11 +74,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+    def quantize(
+        self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
+    ) -> QuantizedRows:
         """Quantize x (rows, cols) of a float dtype, with its errors measured in the same pass.
 
         `grid` is given exactly when the scheme's granularity is `tensor`. When x holds a NaN or an
-        infinity, `errors.finite` is False and the rest of the result is meaningless.
+        infinity, `errors.finite` is False and the rest of the result is meaningless. `inputs` are
+        those of the layer, with all fields that the method needs; with their Gram matrix the
+        errors tell of the output as well.
         """
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
@@ -94,6 +100,12 @@ class Backend(ABC):
     @abstractmethod
     def observe(self, x: Array) -> Histogram:
         """What one pass over a tensor keeps of x (rows, cols), for `tensor_grid`."""
+
+    def measure_output(self, x: Array, q: QuantizedRows, inputs: LayerInputs | None) -> QuantizedRows:
+        """q, which x was quantized to, with what it does to the layer's output, where a Gram matrix is at hand."""
+        if inputs is None or inputs.gram is None or not q.errors.finite or not x.size:
+            return q
+        return replace(q, errors=with_output(q.errors, x, self.dequantize(q), inputs.gram))
 
     def tensor_grid(self, seen: Histogram, scheme: Scheme, method: Method) -> Grid:
         """The one grid of a tensor from what `observe` has seen of all its blocks."""

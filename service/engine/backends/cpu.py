@@ -16,6 +16,7 @@ from service.engine.backends.base import Grid
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
@@ -123,11 +124,13 @@ class CpuBackend(ReferenceBackend):
         """See `Backend.slice_bytes`."""
         return 64 << 20 if isinstance(method, MinMax) else 4 << 20
 
-    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+    def quantize(
+        self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
+    ) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
-        if not x.size or not has_kernel(form, method, grid):
-            return super().quantize(x, scheme, method, grid)
+        if not x.size or not has_kernel(form, method, grid, inputs):
+            return super().quantize(x, scheme, method, grid, inputs)
         source, result = Input(x), _Result(form, grid, self._buffers)
 
         def fill(first: int, last: int) -> None:
@@ -139,7 +142,7 @@ class CpuBackend(ReferenceBackend):
             )
 
         self._split(fill, form.rows, form.tile_rows, form.cols, source)
-        return result.packed_rows()
+        return self.measure_output(x, result.packed_rows(), inputs)
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
@@ -306,13 +309,15 @@ class _Result:
         )
 
 
-def has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
+def has_kernel(form: Form, method: Method, grid: Grid | None, inputs: LayerInputs | None = None) -> bool:
+    """Whether the kernels compute what the method means."""
     # A subclass may mean something else, so only these very classes count.
     if type(form.scheme) not in (IntegerScheme, CodebookScheme):
         return False
     if grid is not None:
         return True
-    searched = type(method) is Mse and form.group <= SEARCH_ELEMENTS
+    weighs = inputs is not None and inputs.mean_square is not None
+    searched = type(method) is Mse and not weighs and form.group <= SEARCH_ELEMENTS
     return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
 
 

@@ -16,6 +16,7 @@ from service.engine.backends.cupy_device import CupyDevice, device_count, why_no
 from service.engine.backends.device import Device, DevicePool, Pieces
 from service.engine.buffers import Buffers
 from service.engine.histogram import Histogram
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
@@ -81,14 +82,16 @@ class CudaBackend(Backend):
         """See `Backend.slice_bytes`."""
         return 64 << 20 if isinstance(method, MinMax) else 32 << 20
 
-    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+    def quantize(
+        self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
+    ) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
-        if not _fits(x) or not has_kernel(form, method, grid):
-            return self._host.quantize(x, scheme, method, grid)
+        if not _fits(x) or not has_kernel(form, method, grid, inputs):
+            return self._host.quantize(x, scheme, method, grid, inputs)
         pieces = Quantize(x, form, method, grid, self._buffers, self._on_host)
         self._run(pieces, x)
-        return pieces.result()
+        return self.measure_output(x, pieces.result(), inputs)
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
         """See `Backend.quantize_many`."""

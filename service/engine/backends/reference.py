@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from service.engine.backends.base import Backend, Grid
 from service.engine.decode import dequantize, group_spans
 from service.engine.histogram import Histogram
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.metrics import ErrorSums
@@ -31,11 +33,16 @@ class ReferenceBackend(Backend):
         """See `Backend.slice_bytes`."""
         return 16 << 20 if isinstance(method, MinMax) else 512 << 10
 
-    def quantize(self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None) -> QuantizedRows:
+    def quantize(
+        self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
+    ) -> QuantizedRows:
         """See `Backend.quantize`."""
         # What overflows in a search is worse than what it is compared with, and so is not taken.
         with np.errstate(over="ignore", invalid="ignore"):
-            return _join([self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)])
+            if inputs is not None and grid is None:
+                return self.measure_output(x, self._solve(x, scheme, method, inputs), inputs)
+            tiles = [self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)]
+        return self.measure_output(x, _join(tiles), inputs)
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
@@ -49,6 +56,17 @@ class ReferenceBackend(Backend):
         """See `Backend.observe`."""
         tiles = [Histogram.of(_as_float32(x[tile])) for tile in _tiles(x)]
         return sum(tiles[1:], tiles[0])
+
+    def _solve(self, raw: Array, scheme: Scheme, method: Method, inputs: LayerInputs) -> QuantizedRows:
+        """All rows at once: how many of them suit a method is what `slice_bytes` says."""
+        x = _as_float32(raw)
+        finite = bool(np.isfinite(x).all())
+        found = method.solve(np, x if finite else np.zeros_like(x), scheme, inputs)
+        scale = found.scale.astype(SCALE_DTYPES[scheme.scale_dtype])
+        zero = None if scheme.symmetric else found.zero.astype(np.uint8)
+        packed = pack_rows(found.codes, scheme.bits)
+        q = QuantizedRows(scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False))
+        return replace(q, errors=self.compare(x, self.dequantize(q))) if finite else q
 
     def _quantize_tile(self, raw: Array, scheme: Scheme, method: Method, grid: Grid | None) -> QuantizedRows:
         x = _as_float32(raw)

@@ -1,13 +1,25 @@
-"""What a method is: the way from a group of weights to the scale and zero point of a scheme."""
+"""What a method is: the way from weights to the codes, scales and zero points of a scheme."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from service.engine.decode import group_spans, row_tiles
+from service.engine.inputs import LayerInputs
 from service.engine.schemes.base import AnyArray, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Rows of a tensor as a method has them: codes uint8 (rows, cols), scale and zero float32 (rows, groups)."""
+
+    codes: AnyArray
+    scale: AnyArray
+    zero: AnyArray
 
 
 class Method(BaseModel):
@@ -17,6 +29,10 @@ class Method(BaseModel):
 
     #: The public name; also the module's.
     id: ClassVar[str]
+    #: Fields of `LayerInputs` without which it cannot work.
+    needs: ClassVar[tuple[str, ...]] = ()
+    #: Whether the error of a column counts by the mean square of its inputs, where that is known.
+    is_weighted: ClassVar[bool] = True
 
     @abstractmethod
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
@@ -24,3 +40,24 @@ class Method(BaseModel):
 
         `weights` (broadcastable to x) say how much the squared error of each element counts.
         """
+
+    def solve(self, xp: Any, x: AnyArray, scheme: Scheme, inputs: LayerInputs) -> Solution:
+        """Codes and grids of whole rows x (rows, cols) float32 that are fed `inputs`.
+
+        The granularity is not `tensor`. By default each group goes through `find` on its own, and
+        its codes are the nearest; a method that weighs groups against each other has its own way.
+        """
+        rows, cols = x.shape
+        codes = xp.empty((rows, cols), dtype=xp.uint8)
+        scale = xp.empty((rows, scheme.groups(cols)), dtype=xp.float32)
+        zero = xp.empty_like(scale)
+        weights = xp.asarray(inputs.weights) if self.is_weighted and inputs.weights is not None else None
+        for tile in row_tiles(rows, cols):
+            for columns, groups in group_spans(scheme, cols):
+                count = groups.stop - groups.start
+                part = xp.reshape(x[tile, columns], (-1, count, (columns.stop - columns.start) // count))
+                counts_for = None if weights is None else xp.reshape(weights[columns], (count, -1))
+                scale[tile, groups], zero[tile, groups] = self.find(xp, part, scheme, counts_for)
+                coded = scheme.encode(xp, part, scale[tile, groups], zero[tile, groups])
+                codes[tile, columns] = xp.reshape(coded, (part.shape[0], -1))
+        return Solution(codes, scale, zero)

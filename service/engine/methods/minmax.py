@@ -12,6 +12,7 @@ class MinMax(Method):
     """The grid spans the group's smallest and largest weight. No parameters."""
 
     id: ClassVar[str] = "minmax"
+    is_weighted: ClassVar[bool] = False
 
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
         """An element of weight 0 does not count; all others count alike."""
