@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from service.engine.methods.hqq import Hqq
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.schemes.base import Scheme
@@ -52,3 +53,25 @@ def test_without_starts_or_iterations_mse_is_minmax(rng) -> None:
     idle = Mse(clips=(1.0,), max_iterations=0)
     for mine, theirs in zip(idle.find(np, x, IntegerScheme()), MinMax().find(np, x, IntegerScheme()), strict=True):
         assert np.array_equal(mine, theirs)
+
+
+def test_hqq_heeds_what_is_usual_more_than_mse_does_and_outliers_less(rng) -> None:
+    x = rng.standard_t(3, (400, 64)).astype(np.float32)
+    for bits in (2, 3, 4):
+        scheme = IntegerScheme(bits=bits)
+        norms = {}
+        for method in (MinMax(), Mse(), Hqq()):
+            scale, zero = method.find(np, x, scheme)
+            error = np.abs(x - scheme.decode(np, scheme.encode(np, x, scale, zero), scale, zero))
+            norms[method.id] = float((error**0.5).sum())
+        assert norms["hqq"] < 0.99 * norms["minmax"]
+        assert norms["hqq"] < 0.999 * norms["mse"]
+
+
+def test_hqq_gains_where_bits_are_few_and_without_iterations_is_minmax(rng) -> None:
+    x = rng.standard_normal((200, 64)).astype(np.float32)
+    for symmetric in (False, True):
+        scheme = IntegerScheme(bits=3, is_symmetric=symmetric)
+        idle = errors(x, scheme, Hqq(max_iterations=0)).sum()
+        assert idle == errors(x, scheme, MinMax()).sum()
+        assert errors(x, scheme, Hqq()).sum() < 0.95 * idle
