@@ -23,6 +23,7 @@ from service.engine.pipeline import quantize
 from service.engine.plan import OutputSpec, make_plan
 from service.engine.report import RunReport
 from service.engine.validation import validate
+from service.jobs.memory import set_aside
 
 #: What the service has when nothing else is set.
 BLOCK_BYTES = 64 << 20
@@ -61,9 +62,10 @@ class Comparison:
 
 
 def make_backend(threads: int, id_: str = "auto") -> Backend:
-    """What the service would choose here, compiled and ready."""
+    """What the service would choose here, compiled and ready, in a process that is set up like the service's."""
     backend = backends()[choose_backend(id_)](threads=threads)
     backend.warm_up()
+    set_aside()
     return backend
 
 

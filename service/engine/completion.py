@@ -51,10 +51,10 @@ class Completion:
         self._report(notice)
         self._told.append(notice.sentence)
 
-    def finished(self, reports: tuple[TensorReport, ...]) -> None:
-        """A tensor is whole in every output."""
-        self._group.append(reports)
-        self._group_bytes += reports[0].original_bytes
+    def finished(self, *tensors: tuple[TensorReport, ...]) -> None:
+        """Tensors are whole in every output: of each the reports."""
+        self._group += tensors
+        self._group_bytes += sum([reports[0].original_bytes for reports in tensors])
         if self._group_bytes >= GROUP_BYTES or time.monotonic() - self._begun >= GROUP_S:
             self.note()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
-from fnmatch import fnmatchcase
-from functools import lru_cache
+from fnmatch import fnmatchcase, translate
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -140,11 +141,25 @@ class ResolvedConfig(QuantizationConfig):
 
     def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:
         """What holds for the tensor of this name, and the pattern of the override that decided, if any."""
-        base = TensorConfig(**self.tensor_fields())
         for override in self.layers or ():
             if matches(name, override.match):
-                return base.overridden_by(override), override.match
-        return base, None
+                return self._base.overridden_by(override), override.match
+        return self._base, None
+
+    def skips(self, name: str) -> str | None:
+        """The first of the patterns in `skip` that matches, if one does."""
+        if not self.skip or not self._skipped.match(name):
+            return None
+        return next(pattern for pattern in self.skip if matches(name, pattern))
+
+    @cached_property
+    def _base(self) -> TensorConfig:
+        return TensorConfig(**self.tensor_fields())
+
+    @cached_property
+    def _skipped(self) -> re.Pattern[str]:
+        """All patterns in `skip` as one: most names match none, and it is asked of every tensor."""
+        return re.compile("|".join(map(translate, self.skip or ())))
 
 
 def matches(name: str, pattern: str) -> bool:

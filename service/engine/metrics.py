@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+from service.engine.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ErrorSums:
     """What a comparison of x with y adds up to, in float64. Sums of pieces are the sum of the whole.
 
@@ -83,7 +84,7 @@ class ErrorSums:
         return _sqnr_db(self.out_xx, self.out_dd)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Quality:
     """The figures that a user reads, of a tensor or of a model."""
 
@@ -106,7 +107,7 @@ class Quality:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class OutputQuality:
     """The figures of what layers put out over their calibration, of a tensor or of a model."""
 

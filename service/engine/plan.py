@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.progress import Notice
+from service.engine.records import record
 from service.engine.schemes.base import ScaleDtype, Scheme
 from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
@@ -69,7 +70,7 @@ class Decision:
         return (self.scheme, self.method) if self.scheme is not None and self.method is not None else None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TensorPlan:
     """A tensor with a decision for each output, in their order."""
 
@@ -130,12 +131,11 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
 def decide(info: TensorInfo, output: OutputPlan) -> Decision:
     """The rule that holds for this tensor in this output."""
     if reason := _not_quantizable(info):
-        return Decision(reason)
+        return _copied(reason)
     config, override = output.config.tensor_config(info.name)
     # An override that names a tensor means it; otherwise the skip patterns come first.
-    skipped = next((p for p in output.config.skip or () if matches(info.name, p)), None)
-    if skipped is not None and override is None:
-        return Decision(f"skip pattern {skipped!r}")
+    if override is None and (skipped := output.config.skips(info.name)) is not None:
+        return _copied(f"skip pattern {skipped!r}")
     if _is_too_wide(info):
         return Decision(f"rows of {info.cols} elements are too long", notable=True)
     scheme, regrouped = fit_group(build(config, info.dtype), info.cols, output.format)
@@ -146,7 +146,19 @@ def decide(info: TensorInfo, output: OutputPlan) -> Decision:
     rule = f"layers pattern {override!r}" if override is not None else f"profile {output.config.profile}"
     rule = f"{rule}; {regrouped}" if regrouped else rule
     auto_scale = config.scale_dtype in (None, "auto")
-    return Decision(rule, scheme, _method(config), notable=bool(regrouped), auto_scale=auto_scale)
+    return _quantized(rule, scheme, _method(config), bool(regrouped), auto_scale)
+
+
+@lru_cache(maxsize=256)
+def _copied(rule: str) -> Decision:
+    """One for all that are copied for the same reason: comparing them then takes no look at their fields."""
+    return Decision(rule)
+
+
+@lru_cache(maxsize=256)
+def _quantized(rule: str, scheme: Scheme, method: Method, notable: bool, auto_scale: bool) -> Decision:
+    """Likewise."""
+    return Decision(rule, scheme, method, notable, auto_scale)
 
 
 def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme, str | None]:
@@ -196,7 +208,7 @@ def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedCon
     """Nothing said about zero points means what the format's loaders read best; nf4 has none to say it of."""
     if config.symmetric is not None or config.scheme == "nf4" or config.number_format == "nf":
         return config
-    return config.model_copy(update={"symmetric": format_.prefers_symmetric})
+    return ResolvedConfig.model_validate(dict(config) | {"symmetric": format_.prefers_symmetric})
 
 
 def _not_quantizable(info: TensorInfo) -> str | None:

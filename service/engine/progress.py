@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from service.engine.records import record
+
 Stage = Literal["planning", "quantizing", "validating", "writing", "hashing"]
 
 
@@ -23,7 +25,7 @@ class Progress:
     eta_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TensorCompleted:
     """One tensor is finished in one output. A copy has the scheme `none` and no errors."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow as pa
 from service.engine.formats.base import FileEntry
 from service.engine.metrics import ErrorSums, OutputQuality, Quality
 from service.engine.progress import TensorCompleted
+from service.engine.records import record
 from service.errors import NotFound
 
 WORST = 10
@@ -19,7 +20,7 @@ WORST = 10
 WARNINGS_SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TensorReport:
     """One tensor in one output. Copies have the scheme `none` and no errors."""
 
@@ -46,15 +47,15 @@ class TensorReport:
 
     def completed(self, output: str) -> TensorCompleted:
         """What is told of it when it is finished in this output."""
-        quality = self.quality
+        sums = self.sums
         return TensorCompleted(
             output=output,
             name=self.name,
             shape=self.shape,
             scheme=self.scheme,
             bits=8.0 * self.stored_bytes / max(1, prod(self.shape)),
-            cosine_similarity=quality.cosine_similarity if quality else None,
-            sqnr_db=quality.sqnr_db if quality else None,
+            cosine_similarity=sums.cosine_similarity if sums else None,
+            sqnr_db=sums.sqnr_db if sums else None,
             bytes_in=self.original_bytes,
             bytes_out=self.stored_bytes,
             seconds=self.seconds,
@@ -259,8 +260,20 @@ TABLE_SCHEMA = pa.schema(
 
 def tensor_to_json(report: TensorReport) -> dict[str, Any]:
     """For a checkpoint: just the fields that are set."""
-    fields = _drop_none(_fields(report))
-    return fields | {"sums": _sums(report.sums)} if report.sums else fields
+    # Written out: it is done for every tensor, and most are copied, or small.
+    given: dict[str, Any] = {
+        "name": report.name,
+        "shape": report.shape,
+        "dtype": report.dtype,
+        "scheme": report.scheme,
+        "rule": report.rule,
+        "original_bytes": report.original_bytes,
+        "stored_bytes": report.stored_bytes,
+        "seconds": report.seconds,
+    }
+    if report.sums:
+        given |= {name: getattr(report, name) for name in _QUANTIZED} | {"sums": _sums(report.sums)}
+    return given
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
@@ -280,6 +293,10 @@ def _sums(sums: ErrorSums) -> dict[str, Any]:
 def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[str, Any]:
     """`asdict` copies deeply; this does not, for it is done for every tensor."""
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+#: What copies have none of: all that need not be given.
+_QUANTIZED = tuple(f.name for f in fields(TensorReport) if f.default is not MISSING and f.name != "sums")
 
 
 def _drop_none(row: dict[str, Any]) -> dict[str, Any]:

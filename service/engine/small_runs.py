@@ -10,7 +10,7 @@ import numpy as np
 
 from service.engine.backends.base import Backend
 from service.engine.completion import GROUP_BYTES
-from service.engine.plan import TensorPlan
+from service.engine.plan import Decision, TensorPlan
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
 from service.engine.tensor_run import Stations, TensorRun, Tools, Way, warn_of_notable
@@ -41,14 +41,16 @@ class CopyRun:
     def _write(self, data: Sequence[memoryview]) -> None:
         # Of the time of all together a like share for each.
         seconds = (time.monotonic() - self._started) / len(self.plans)
-        for plan, raw in zip(self.plans, data, strict=True):
-            reports = []
-            for writer, decision in zip(self._stations.writers, plan.decisions, strict=True):
-                writer.begin(plan.info, None)
-                writer.write_raw(raw)
-                reports.append(_copied(plan.info, decision.rule, writer.commit(None), seconds))
-            self._tools.clock.count("write", sum(report.stored_bytes for report in reports))
-            self._stations.completion.finished(tuple(reports))
+        infos = [plan.info for plan in self.plans]
+        stored = [writer.copy_all(infos, data) for writer in self._stations.writers]
+        self._tools.clock.count("write", sum(map(sum, stored)))
+        sizes = zip(*stored, strict=True)
+        self._stations.completion.finished(
+            *[
+                tuple([_copied(p.info, d.rule, size, seconds) for d, size in zip(p.decisions, each, strict=True)])
+                for p, each in zip(self.plans, sizes, strict=True)
+            ]
+        )
 
 
 class SmallRun:
@@ -79,8 +81,12 @@ def runs(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> Itera
     together: list[TensorPlan] = []
     ways: Ways | None = None
     nbytes = most_bytes = 0
+    decisions: tuple[Decision, ...] = ()
+    found: Ways | None = None
     for plan in plans:
-        these = _ways(plan)
+        if plan.decisions != decisions:
+            decisions, found = plan.decisions, _ways(plan.decisions)
+        these = found if plan.info.nbytes < SMALL_BYTES else None
         if together and (these != ways or nbytes + plan.info.nbytes > most_bytes or len(together) == MOST):
             yield _together(together, stations, tools)
             together, nbytes = [], 0
@@ -98,11 +104,9 @@ def runs(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> Itera
 Ways = tuple[Way | None, ...]
 
 
-def _ways(plan: TensorPlan) -> Ways | None:
-    """How each output stores a tensor that may share a run with others, or None."""
-    if plan.info.nbytes >= SMALL_BYTES:
-        return None
-    ways = tuple(decision.way for decision in plan.decisions)
+def _ways(decisions: Sequence[Decision]) -> Ways | None:
+    """How each output stores a tensor that may share a run with others if it is small, or None."""
+    ways = tuple(decision.way for decision in decisions)
     is_copied = not any(ways)
     in_one_pass = all(way is not None and way[0].granularity != "tensor" for way in ways)
     return ways if is_copied or in_one_pass else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from service.engine.records import record
 
 if TYPE_CHECKING:
     from service.engine.metrics import ErrorSums
@@ -37,7 +38,7 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as its model's header describes it.
 
@@ -75,7 +76,7 @@ class TensorInfo:
         return self.dtype in FLOAT_DTYPES
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class QuantizedRows:
     """Some rows of a tensor, quantized and packed.
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from service.engine import completion
+from service.engine import completion, small_runs
 from service.engine.backends.cpu import CpuBackend
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.formats import compressed_tensors_writer
@@ -183,6 +183,7 @@ def test_a_run_goes_on_behind_whatever_line_a_crash_has_left(
     model: Path, tmp_path: Path, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(completion, "GROUP_S", 0.0)  # a line for each tensor
+    monkeypatch.setattr(small_runs, "MOST", 1)
     run(model, tmp_path / "undisturbed", specs(*BOTH))
     seen: list[Happening] = []
     with pytest.raises(Cancelled):  # when all tensors are done

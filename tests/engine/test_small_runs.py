@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 
 from service.engine import small_runs
 from service.engine.backends.cpu import CpuBackend
+from service.engine.formats.registry import open_model
 from service.engine.progress import Happening, TensorCompleted
 from tests.engine.helpers import files_of, normal, run, save_folder, specs
 
@@ -61,3 +63,27 @@ def test_small_tensors_are_read_and_quantized_together(
     run(model, tmp_path / "work", specs("compressed-tensors"), backend=CpuBackend())
     assert sum(sizes) == 40
     assert max(sizes) > 20, "the library stores them by dtype, so that those alike follow each other"
+
+
+@pytest.mark.parametrize("max_shard_bytes", [700, 3000, 40_000])
+def test_together_or_alone_copies_lie_in_the_same_files(
+    tmp_path: Path, max_shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = int(np.random.default_rng().integers(1 << 32))
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    dtypes = (np.uint8, np.float16, np.float32, np.int64)
+    sizes = random.integers(0, 300, 200).tolist()
+    tensors = {f"t{i:03d}.weight": np.arange(n).astype(dtypes[random.integers(4)]) for i, n in enumerate(sizes)}
+    model = save_folder(tmp_path / "model", tensors)
+    outputs = specs(*BOTH[:1], options={"max_shard_bytes": max_shard_bytes})
+    run(model, tmp_path / "together", outputs)
+    monkeypatch.setattr(small_runs, "SMALL_BYTES", 0)
+    run(model, tmp_path / "alone", outputs)
+    for folder in ("together", "alone"):
+        (tmp_path / folder / "checkpoint.jsonl").unlink()
+    assert files_of(tmp_path / "together") == files_of(tmp_path / "alone")
+    with closing(open_model(tmp_path / "together" / BOTH[0])) as reader:
+        assert len({info.file for info in reader.tensors}) > 1, "in several files"
+        found = {info.name: bytes(reader.raw(info, 0, info.nbytes)) for info in reader.tensors}
+    assert found == {name: tensor.tobytes() for name, tensor in tensors.items()}

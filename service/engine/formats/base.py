@@ -137,6 +137,15 @@ class ModelWriter(ABC):
     def abandon(self) -> None:
         """Forget the tensor begun, as if `begin` had not been called."""
 
+    def copy_all(self, infos: Sequence[TensorInfo], data: Sequence[memoryview]) -> list[int]:
+        """`begin`, `write_raw` and `commit` for small tensors that are copied, `data` being all bytes of each."""
+        stored = []
+        for info, raw in zip(infos, data, strict=True):
+            self.begin(info, None)
+            self.write_raw(raw)
+            stored.append(self.commit(None))
+        return stored
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """JSON for `restore`, as of the last commit; small: what changed since the last call may be enough."""

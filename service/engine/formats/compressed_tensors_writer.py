@@ -62,7 +62,7 @@ class CompressedTensorsWriter(ModelWriter):
         else:
             self._tensor = _Weight(info, scheme, self._packing_of(scheme), self._shards, regions)
         if twice := self._names.intersection(self._tensor.names):
-            raise UnsupportedModel(f"two tensors would be named {twice.pop()!r} in the output", tensor=info.name)
+            raise _named_twice(twice.pop(), info)
 
     def write_rows(self, rows: QuantizedRows) -> None:
         """See `ModelWriter.write_rows`."""
@@ -85,11 +85,21 @@ class CompressedTensorsWriter(ModelWriter):
             group = self._modules[module] = Group.of(tensor.scheme, tensor.packing)
             self._new_modules.append([module, *_group_json(group)])
         elif tensor.info.name.endswith(WEIGHT) and len(tensor.info.shape) == 2:
-            self._untouched.append(module)
             self._new_untouched.append(module)
         self._names.update(tensor.names)
         self._tensor = None
         return self._shards.commit()
+
+    def copy_all(self, infos: Sequence[TensorInfo], data: Sequence[memoryview]) -> list[int]:
+        """See `ModelWriter.copy_all`."""
+        for info in infos:
+            if info.name in self._names:
+                raise _named_twice(info.name, info)
+            self._names.add(info.name)
+            if info.name.endswith(WEIGHT) and len(info.shape) == 2:
+                self._new_untouched.append(info.name.removesuffix(WEIGHT))
+        self._shards.put_all([(info.name, info.dtype, info.shape, info.nbytes) for info in infos], data)
+        return [info.nbytes for info in infos]
 
     def abandon(self) -> None:
         """See `ModelWriter.abandon`."""
@@ -99,6 +109,7 @@ class CompressedTensorsWriter(ModelWriter):
     def state(self) -> dict[str, Any]:
         """See `ModelWriter.state`."""
         new = {"modules": self._new_modules, "untouched": self._new_untouched}
+        self._untouched += self._new_untouched
         self._new_modules, self._new_untouched = [], []
         return self._shards.state() | new
 
@@ -120,7 +131,8 @@ class CompressedTensorsWriter(ModelWriter):
             if len(files) > 1:
                 self._write_json(f"{self.context.layout.stem}.safetensors.index.json", self._index(files))
             if self._modules:
-                described = {"quantization_config": quantization_config(self._modules, self._untouched)}
+                untouched = self._untouched + self._new_untouched
+                described = {"quantization_config": quantization_config(self._modules, untouched)}
                 self._write_json("config.json", self.context.layout.config | described)
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
@@ -233,6 +245,10 @@ class _Weight:
 
     def _put(self, region: Region, offset: int, data: Array) -> None:
         self._shards.write(region, offset, np.ascontiguousarray(data).view(np.uint8).data)
+
+
+def _named_twice(name: str, info: TensorInfo) -> UnsupportedModel:
+    return UnsupportedModel(f"two tensors would be named {name!r} in the output", tensor=info.name)
 
 
 def _group_json(group: Group) -> list[Any]:

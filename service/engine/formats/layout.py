@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,7 +90,7 @@ class Placement:
             fingerprint=_fingerprint(headers),
             modality_from=modality.found_in,
             tensor_count=len(names),
-            name_bytes=sum(len(json.dumps(name, ensure_ascii=False).encode()) for name in names),
+            name_bytes=len("".join(map(encode_basestring, names)).encode()),
             warnings=(*self.warnings, *warnings),
         )
 

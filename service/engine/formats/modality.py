@@ -93,8 +93,8 @@ def _from_words(words: Iterable[str]) -> tuple[str, bool] | None:
 
 
 def _from_tensors(names: Iterable[str]) -> tuple[str, bool] | None:
-    listed = list(names)
+    listed = "\n".join(names)
     for modality, parts in DIFFUSION_TENSORS:
-        if any(part in name for name in listed for part in parts):
+        if any(part in listed for part in parts):
             return modality, True
     return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ MAX_JSON_ITEMS = 5_000_000
 #: What NumPy can index.
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 1 << 59
+LARGEST = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Header:
 def read_header(file: OpenFile) -> Header:
     """Parse and check a header against itself and the file's size; raises CorruptModel or UnknownDtype."""
     raw = _header_bytes(file)
-    entries = parse_json(raw, file.name)
+    entries = _parse_header(raw, file.name)
     if not isinstance(entries, dict):
         _corrupt(file.name, "its header is not a JSON object")
     metadata = _metadata(entries.pop("__metadata__", {}), file.name)
@@ -51,10 +53,33 @@ def read_header(file: OpenFile) -> Header:
 
 def parse_json(raw: bytes, name: PurePosixPath) -> Any:
     """JSON without duplicate keys, lone surrogates or constants that JSON does not have; else CorruptModel."""
+    return _parse(raw, name, _unique)
+
+
+def _parse_header(raw: bytes, name: PurePosixPath) -> Any:
+    """As `parse_json`, and quickly where what was found is seen to be all that there is, under no key twice."""
+    if b"\\u" not in raw:  # which also is the only way to write a surrogate
+        found = _parse(raw, name, None)
+        # Colons stand behind keys and in strings. Where a key has dropped another, some are missing.
+        if isinstance(found, dict) and raw.count(b":") == _colons(found):
+            return found
+    return parse_json(raw, name)
+
+
+def _colons(header: dict[str, Any]) -> int:
+    """Those of a header's keys, and in its tensors' names and its metadata."""
+    entries = [entry for entry in header.values() if isinstance(entry, dict)]
+    metadata = header.get("__metadata__")
+    texts = [*header, *(metadata if isinstance(metadata, dict) else ())]
+    texts += [text for text in metadata.values() if isinstance(text, str)] if isinstance(metadata, dict) else []
+    return len(header) + sum(map(len, entries)) + "".join(texts).count(":")
+
+
+def _parse(raw: bytes, name: PurePosixPath, hook: Callable[[list[tuple[str, Any]]], Any] | None) -> Any:
     if (items := sum(map(raw.count, (b",", b"[", b"{")))) > MAX_JSON_ITEMS:
         _corrupt(name, f"its JSON has {items} items; at most {MAX_JSON_ITEMS} are read")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=hook, parse_constant=_no_constant)
     except RecursionError:
         _corrupt(name, "its JSON is nested too deeply")
     except ValueError as error:
@@ -65,11 +90,14 @@ def build_header(
     entries: Iterable[tuple[str, str, tuple[int, ...], int, int]], metadata: Mapping[str, str], size: int
 ) -> bytes:
     """Length and JSON, filled up with spaces to `size` bytes; entries are (name, dtype, shape, start, end)."""
-    body = {"__metadata__": dict(metadata)} | {
-        name: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    described = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
+    # Put together here: the encoder would take a list and two dictionaries for each, and other threads wait for it.
+    members = [f'"__metadata__":{described}'] + [
+        f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],'
+        f'"data_offsets":[{start},{end}]}}'
         for name, dtype, shape, start, end in entries
-    }
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+    ]
+    text = f"{{{','.join(members)}}}".encode()
     return (size - PREFIX_BYTES).to_bytes(PREFIX_BYTES, "little") + text.ljust(size - PREFIX_BYTES)
 
 
@@ -107,31 +135,34 @@ def _metadata(value: Any, file: PurePosixPath) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, file: PurePosixPath, data_start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    try:
+        dtype, sizes, ends = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError):
         _corrupt(file, "its entry has not `dtype`, `shape` and `data_offsets`", name)
-    shape = _integers(entry["shape"], "shape", file, name)
+    shape = _integers(sizes, "shape", file, name)
     if len(shape) > MAX_DIMENSIONS:
         _corrupt(file, f"its shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed", name)
+    count = math.prod(shape)
     # A zero among them makes a tensor of no bytes, whose other sizes nothing else would bound.
-    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+    if (count or math.prod([size or 1 for size in shape])) > MAX_ELEMENTS:
         _corrupt(file, f"its shape {list(shape)[:8]} is of more than {MAX_ELEMENTS} elements", name)
-    dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
         raise UnknownDtype(f"Tensor {name!r} in {file} has the dtype {dtype!r:.80}; known are {known}.", tensor=name)
-    offsets = _integers(entry["data_offsets"], "data_offsets", file, name)
+    offsets = _integers(ends, "data_offsets", file, name)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         _corrupt(file, f"its data_offsets {list(offsets)[:4]} are not a start and an end", name)
-    nbytes, odd_bits = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
+    nbytes, odd_bits = divmod(count * DTYPE_BITS[dtype], 8)
     if odd_bits or offsets[1] - offsets[0] != nbytes:
         _corrupt(file, f"its data_offsets span {offsets[1] - offsets[0]} bytes, its shape and dtype {nbytes}", name)
     return TensorInfo(name, dtype, shape, file, data_start + offsets[0], nbytes)
 
 
 def _integers(value: Any, what: str, file: PurePosixPath, tensor: str) -> tuple[int, ...]:
-    # `type`, because True is an int to isinstance.
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 1 << 63 for v in value):
-        _corrupt(file, f"its {what} is not a list of whole numbers from 0 to 2**63 - 1", tensor)
+    for v in value if isinstance(value, list) else [None]:
+        # `type`, because True is an int to isinstance.
+        if type(v) is not int or not 0 <= v <= LARGEST:
+            _corrupt(file, f"its {what} is not a list of whole numbers from 0 to 2**63 - 1", tensor)
     return tuple(value)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from json.encoder import encode_basestring
 
 from service.engine.formats.safetensors_header import MAX_HEADER_BYTES, build_header
@@ -100,6 +101,24 @@ class ShardLayout:
             ends[part] += nbytes
         return self.pending
 
+    def add_all(self, parts: Parts) -> list[Region]:
+        """Room, which is kept, for as many tensors of these as have it in one file, at least one."""
+        self.begin(parts[:1])
+        regions = self.commit()
+        shard = self.shards[-1]
+        room, header_room = self._max - shard.nbytes, self.reserve - FIXED_BYTES - shard.header_bytes
+        for name, dtype, shape, nbytes in parts[1:]:
+            header = _entry_bytes(name, shape)
+            room, header_room = room - nbytes, header_room - header
+            if room < 0 or header_room < 0:
+                break
+            part = BODY if nbytes % 8 == 0 else _part(nbytes)
+            regions.append(Region(name, dtype, shape, part, shard.sizes[part], nbytes))
+            shard.sizes[part] += nbytes
+            shard.header_bytes += header
+        shard.regions += regions[1:]
+        return regions
+
     def commit(self) -> list[Region]:
         """Keep what was begun."""
         shard, regions = self.shards[-1], self.pending
@@ -149,7 +168,12 @@ def header_reserve(tensor_count: int, name_bytes: int, parts_per_tensor: int) ->
 def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
     """Bytes of an entry, its offsets taken to be as long as can be."""
     # Put together here: a writer asks this several times a tensor, and the encoder takes longer than the tensor may.
-    return LONGEST_ENTRY_BYTES + len(encode_basestring(name).encode()) + len(str(list(shape)))
+    return LONGEST_ENTRY_BYTES + len(encode_basestring(name).encode()) + _shape_bytes(shape)
+
+
+@lru_cache(maxsize=256)
+def _shape_bytes(shape: tuple[int, ...]) -> int:
+    return len(str(list(shape)))
 
 
 def _part(nbytes: int) -> int:

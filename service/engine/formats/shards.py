@@ -38,7 +38,7 @@ class ShardWriter:
         self._files: dict[tuple[int, int], int] = {}  # descriptors of what is being written, by shard and part
         self._gathered = bytearray()
         self._gathered_for: tuple[int, int] | None = None  # the file, and where in it they begin
-        self._committed: list[dict[str, Any]] = []  # what `state` has not told yet
+        self._committed: list[tuple[int, list[Region]]] = []  # by shard's number, what `state` has not told yet
         self._foreseen: dict[int, bytes] = {}  # headers, by shard
         self._hashes: dict[int, TrailingHash] = {}  # by shard
         self._followed = 0  # of shards before this one all is told
@@ -81,8 +81,23 @@ class ShardWriter:
     def commit(self) -> int:
         """Keep what was begun; its bytes."""
         regions = self._layout.commit()
-        self._committed.append({"shard": self.shards[-1].number, "regions": [_region_json(r) for r in regions]})
+        self._committed.append((self.shards[-1].number, regions))
         return sum([r.nbytes for r in regions])
+
+    def put_all(self, tensors: Parts, data: Sequence[memoryview]) -> None:
+        """`begin`, `write` and `commit` for whole tensors, each by itself; what lies together is written at once."""
+        first = 0
+        while first < len(tensors):
+            last = self.shards[-1]
+            regions = self._layout.add_all(tensors[first:])
+            if self.shards[-1] is not last:
+                self._flush()
+                self._close_files()
+            for whole in _by_part(regions):
+                together = b"".join([data[first + index] for index in whole])
+                self.write(regions[whole[0]], 0, memoryview(together))
+            self._committed.append((self.shards[-1].number, regions))
+            first += len(regions)
 
     def abandon(self) -> None:
         """Forget what was begun; its bytes are overwritten by what comes next, or cut off."""
@@ -98,7 +113,7 @@ class ShardWriter:
         self._flush()
         self._follow()
         told, self._committed = self._committed, []
-        return {"tensors": told}
+        return {"tensors": [{"shard": n, "regions": [_region_json(r) for r in regions]} for n, regions in told]}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
         """Take up the files of an earlier process; raises StorageFailure when they are not there."""
@@ -256,8 +271,16 @@ class ShardWriter:
             os.close(self._files.popitem()[1])
 
 
-def _region_json(region: Region) -> list[Any]:
-    return [region.name, region.dtype, list(region.shape), region.part, region.start, region.nbytes]
+def _by_part(regions: Sequence[Region]) -> Iterable[list[int]]:
+    """Which of some regions lie in one part, for each."""
+    found: dict[int, list[int]] = {}
+    for index, region in enumerate(regions):
+        found.setdefault(region.part, []).append(index)
+    return found.values()
+
+
+def _region_json(region: Region) -> tuple[Any, ...]:
+    return region.name, region.dtype, region.shape, region.part, region.start, region.nbytes
 
 
 def _pwrite(file: int, data: memoryview, offset: int) -> None:

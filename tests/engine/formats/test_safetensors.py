@@ -115,6 +115,10 @@ BAD_HEADERS: dict[str, tuple[Any, type[ArrowQuantError], str]] = {
     "metadata list": ({"__metadata__": [], "w": F32}, CorruptModel, "__metadata__"),
     "duplicate": (f'{{"w":{F32_TEXT},"w":{F32_TEXT}}}', CorruptModel, "occurs twice"),
     "duplicate inside": ('{"w":{"dtype":"F32","dtype":"U8","shape":[4],"data_offsets":[0,16]}}', CorruptModel, "twice"),
+    "duplicate metadata": (
+        f'{{"__metadata__":{{"k:":"a:b","l":"c"}},"__metadata__":{{"k":"::"}},"w":{F32_TEXT}}}', CorruptModel, "twice",
+    ),
+    "duplicate behind an escape": (f'{{"w":{F32_TEXT},"\\u0077":{F32_TEXT}}}', CorruptModel, "twice"),
     "list": ([], CorruptModel, "not a JSON object"),
     "no json": ("{nonsense", CorruptModel, "no valid JSON"),
     "not utf-8": (b"\xff\xfe{}", CorruptModel, "no valid JSON"),
@@ -136,6 +140,13 @@ def test_a_header_that_lies_is_refused_with_the_file_and_the_tensor(tmp_path: Pa
     assert str(tmp_path) not in caught.value.detail
     if "Tensor" in caught.value.detail:
         assert caught.value.tensor in ("w", "v")
+
+
+@pytest.mark.parametrize("name", ["a:b", 'a\\"b', "a\\u003ab", "a\\ud83d\\ude00", "ä:::"])
+def test_a_name_with_colons_or_escapes_is_read_as_any_other(tmp_path: Path, name: str) -> None:
+    metadata = '{"format":"pt","notes":"{\\"a\\": \\"b:c\\"}"}'
+    path = craft(tmp_path / "m.safetensors", f'{{"__metadata__":{metadata},"{name}":{F32_TEXT}}}')
+    assert [info.name for info in open_model(path).tensors] == [json.loads(f'"{name}"')]
 
 
 @pytest.mark.parametrize("length", [0, 4, 7])
