@@ -71,7 +71,13 @@ def serve(
 def quantize(
     source: Annotated[str, typer.Argument(help="Model folder, safetensors file or index; with --server also a URI.")],
     out: Annotated[Path, typer.Option(help="Folder to make; each format gets a folder of its own in it.")],
-    bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8; or auto, with one of the targets.")
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="With --bits auto: bits per weight on average, scales and all counted.")
+    ] = None,
+    target_size: Annotated[int | None, typer.Option(help="With --bits auto: bytes of all tensors.")] = None,
     format_: Annotated[
         list[str] | None, typer.Option("--format", help="Output format; can be given again. [compressed-tensors]")
     ] = None,
@@ -103,7 +109,9 @@ def quantize(
     Exit status 1 when the result is below --min-accuracy, which it can be with `--on-failure warn`; it is written then.
     """
     config = _set(
-        bit_width=bits,
+        bit_width=int(bits) if bits is not None and bits.isdecimal() else bits,
+        target_bits_per_weight=target_bits,
+        target_size_bytes=target_size,
         group_size=group_size,
         symmetric=symmetric,
         scheme=scheme,

@@ -18,13 +18,15 @@ from service.cli.display import open_display
 from service.cli.target import new_folder, refuse_inside, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
+from service.engine.budget import plan_within_budgets
 from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
-from service.engine.plan import check_outputs, make_plan
+from service.engine.plan import check_outputs
 from service.engine.report import RunReport
+from service.engine.sensitivity import behind_measuring
 from service.engine.validation import validate
 from service.errors import InvalidConfig, ModelNotFound
 from service.jobs.admission import output_specs
@@ -72,13 +74,15 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
         interruptible() as cancelled,
         closing(_open(source)) as reader,
     ):
+        backend = means.backend(config)
+        plan = plan_within_budgets(reader, specs, backend=backend, memo=None, report=display, cancelled=cancelled)
         report = quantize(
-            make_plan(reader, specs),
+            plan,
             reader,
             folder,
-            backend=means.backend(config),
+            backend=backend,
             block_bytes=means.block_bytes,
-            report=display,
+            report=behind_measuring(display) if plan.budgets else display,
             cancelled=cancelled,
         )
         (folder / JOURNAL).unlink(missing_ok=True)

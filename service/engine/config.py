@@ -18,6 +18,9 @@ from service.engine.schemes.registry import build_scheme, schemes
 from service.errors import InvalidConfig
 
 BitWidth = TypeAliasType("BitWidth", Literal[2, 3, 4, 5, 6, 8])
+#: `auto` gives each tensor the scheme that serves the whole best under a target.
+AUTO: Literal["auto"] = "auto"
+BitWidthChoice = TypeAliasType("BitWidthChoice", Literal[2, 3, 4, 5, 6, 8, "auto"])
 NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf"])
 ScaleDtypeChoice = TypeAliasType("ScaleDtypeChoice", Literal["auto", "F32", "F16", "BF16"])
 OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
@@ -53,7 +56,11 @@ class TensorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bit_width: BitWidth | None = Field(default=None, description="Bits per code.")
+    bit_width: BitWidthChoice | None = Field(
+        default=None,
+        description="Bits per code. `auto` chooses for each tensor, within `target_bits_per_weight` or "
+        "`target_size_bytes`.",
+    )
     scheme: str | None = Field(default=None, description="A scheme named whole, one of `/v1/schemes`.")
     number_format: NumberFormat | None = Field(default=None, description="`int` or `nf` (4 bits only).")
     granularity: Granularity | None = Field(default=None, description="What shares one scale.")
@@ -79,6 +86,8 @@ class TensorConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.scheme and (self.bit_width or self.number_format):
             raise ValueError("`scheme` names format and width: leave out `bit_width` and `number_format`")
+        if self.number_format == "nf" and self.bit_width == AUTO:
+            raise ValueError("`bit_width` auto chooses the number format too: name formats in `candidates`")
         if self.number_format == "nf" and self.bit_width not in (None, 4):
             raise ValueError("`number_format` nf has 4 bits: `bit_width` cannot be another")
         if (self.scheme == "nf4" or self.number_format == "nf") and self.symmetric is False:
@@ -132,12 +141,47 @@ class QuantizationConfig(TensorConfig):
     enable_time_aware: bool | None = None
     enable_spatial: bool | None = None
     calibration_samples: int | None = Field(default=None, ge=1)
+    target_bits_per_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=64,
+        description="With `bit_width` auto: what the quantized weights may take on average, scales and all counted.",
+    )
+    target_size_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="With `bit_width` auto: what all tensors of the output may take, copied ones too.",
+    )
+    candidates: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="What `bit_width` auto chooses from, of `/v1/schemes`; by default all integers that the format "
+        "holds.",
+    )
+
+    @field_validator("candidates")
+    @classmethod
+    def _known_candidates(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or ():
+            _one_of(name, schemes())
+        return value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_bits_per_weight is not None and self.target_size_bytes is not None:
+            raise ValueError("`target_bits_per_weight` and `target_size_bytes` exclude each other: leave one out")
+        return self
 
 
 class ResolvedConfig(QuantizationConfig):
     """A configuration with nothing left open, and the profile it came from."""
 
     profile: Profile
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether there are tensors whose scheme is to be chosen under a target."""
+        return any(config.bit_width == AUTO for config in (self, *(self.layers or ())))
 
     def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:
         """What holds for the tensor of this name, and the pattern of the override that decided, if any."""
@@ -211,14 +255,48 @@ def _resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> R
     for layer in (COMMON_DEFAULTS, PROFILES[profile], *layers):
         if layer is not None:
             tensor = tensor.overridden_by(layer)
-            other |= {
+            new = {
                 k: v
                 for k in layer.model_fields_set - TensorConfig.model_fields.keys()
                 if (v := getattr(layer, k)) is not None
             }
-    for override in other["layers"]:
-        build(tensor.overridden_by(override), "F32")
-    return ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
+            if TARGETS & new.keys() or not {layer.scheme, layer.bit_width} <= {None, AUTO}:
+                # What is said now of widths replaces what was said of targets before.
+                other = {k: v for k, v in other.items() if k not in TARGETS}
+            other |= new
+    resolved = ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
+    _check_target(resolved)
+    for override in resolved.layers or ():
+        for candidate in candidates(tensor.overridden_by(override), resolved):
+            build(candidate, "F32")
+    return resolved
+
+
+#: What `auto` has to stay within.
+TARGETS = frozenset({"target_bits_per_weight", "target_size_bytes"})
+
+
+def _check_target(config: ResolvedConfig) -> None:
+    target = next((name for name in sorted(TARGETS) if getattr(config, name) is not None), None)
+    if config.is_auto and target is None:
+        raise InvalidConfig(
+            "`bit_width` auto needs a target: set `target_bits_per_weight` or `target_size_bytes`",
+            pointer="/config/bit_width",
+        )
+    if target is not None and not config.is_auto:
+        raise InvalidConfig(f"`{target}` goes with `bit_width` auto", pointer=f"/config/{target}")
+
+
+def candidates(config: TensorConfig, whole: ResolvedConfig) -> list[TensorConfig]:
+    """The configurations that a tensor's own one stands for: one, unless its width is `auto`."""
+    if config.bit_width != AUTO:
+        return [config]
+    names = whole.candidates or AUTO_CANDIDATES
+    return [config.overridden_by(TensorConfig(scheme=name)) for name in names]
+
+
+#: What `auto` chooses from where nothing is said.
+AUTO_CANDIDATES = ("int2", "int3", "int4", "int5", "int6", "int8")
 
 
 def build(config: TensorConfig, dtype: str) -> Scheme:

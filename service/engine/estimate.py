@@ -61,6 +61,7 @@ def describe(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> di
                 "config": output.config.model_dump(mode="json", exclude_none=True),
                 "tensors": [_row(t.info, t.decisions[index]) for t in plan.tensors],
             }
+            | ({"budget": asdict(budget)} if plan.budgets and (budget := plan.budgets[index]) else {})
             for index, output in enumerate(plan.outputs)
         ],
     }

@@ -20,6 +20,7 @@ from service.engine.backends.base import Backend
 from service.engine.checkpoint import JOURNAL, Journal
 from service.engine.clock import Clock, Part, Times
 from service.engine.completion import GROUP_BYTES, Completion
+from service.engine.config import AUTO
 from service.engine.formats.base import ModelReader, ModelWriter, WriterContext
 from service.engine.meter import Meter
 from service.engine.plan import OutputPlan, Plan
@@ -172,14 +173,16 @@ class _Run:
         with self._clock.during("hash"):
             entries = seal(folder, self._about(output), self._advancing("hashing", total), self._writers[index].digest)
         tensors = tuple(reports[index] for reports in self._completion.reports)
+        bits = output.config.bit_width
         return OutputReport(
             name=output.name,
             format=output.format.id,
-            bit_width=output.config.bit_width or _usual_bits(tensors),
+            bit_width=_usual_bits(tensors) if bits in (None, AUTO) else bits,
             min_accuracy=output.config.min_accuracy or 0.0,
             tensors=tensors,
             original_bytes=self._plan.source_bytes + companions,
             files=entries,
+            budget=self._plan.budgets[index] if self._plan.budgets else None,
         )
 
     def _advancing(self, stage: Stage, total: int) -> Advance:
@@ -216,4 +219,7 @@ def _fingerprint(plan: Plan, reader: ModelReader, tools: Tools) -> str:
     for output in plan.outputs:
         parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
         parts.append(output.config.model_dump(mode="json"))
+    if plan.budgets:
+        # What was chosen follows from what was measured, too.
+        parts.append([[d.scheme.id if d.scheme else None for d in tensor.decisions] for tensor in plan.tensors])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

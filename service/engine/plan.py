@@ -11,13 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.engine.backends.registry import choose_backend
-from service.engine.config import DEFAULT_SKIP, ResolvedConfig, TensorConfig, build, matches
+from service.engine.config import AUTO, DEFAULT_SKIP, ResolvedConfig, TensorConfig, build, candidates, matches
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.progress import Notice
 from service.engine.records import record
+from service.engine.report import Budget
 from service.engine.schemes.base import ScaleDtype, Scheme
 from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
@@ -88,6 +89,8 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
     warnings: tuple[Notice, ...]
+    #: Of each output what was chosen under its target, if it has one; empty as long as nothing was.
+    budgets: tuple[Budget | None, ...] = ()
 
     @property
     def source_bytes(self) -> int:
@@ -96,7 +99,8 @@ class Plan:
 
     def predicted_bytes(self, output: int) -> int:
         """Bytes of the tensors in an output if no fallback is taken, without headers and companions."""
-        return sum(_stored_bytes(t.info, t.decisions[output]) for t in self.tensors)
+        about = self.outputs[output]
+        return sum(stored_bytes(t.info, t.decisions[output], about) for t in self.tensors)
 
 
 def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
@@ -116,6 +120,7 @@ def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
 def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
     """Decide for every tensor of the model what each output does with it.
 
+    Tensors whose width is `auto` have the largest of their candidates: `budget.plan_within_budgets` knows more.
     Raises what `check_outputs` raises, and AlreadyQuantized when the model's weights are codes.
     """
     checked = check_outputs(outputs)
@@ -129,10 +134,24 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
 
 
 def decide(info: TensorInfo, output: OutputPlan) -> Decision:
-    """The rule that holds for this tensor in this output."""
+    """The rule that holds for this tensor in this output; of those that it may choose from the largest."""
+    return choices(info, output)[-1]
+
+
+def choices(info: TensorInfo, output: OutputPlan) -> list[Decision]:
+    """What may be done with this tensor in this output, by size: one thing, unless its width is `auto`."""
     if reason := _not_quantizable(info):
-        return _copied(reason)
+        return [_copied(reason)]
     config, override = output.config.tensor_config(info.name)
+    if config.bit_width != AUTO:
+        return [_decide(info, output, config, override)]
+    asked = [each for each in candidates(config, output.config) if _is_held(each, output)]
+    options = [_decide(info, output, each, override) for each in asked]
+    held = {option.scheme: option for option in options if option.scheme is not None}
+    return sorted(held.values(), key=lambda option: stored_bytes(info, option, output)) or options[:1]
+
+
+def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override: str | None) -> Decision:
     # An override that names a tensor means it; otherwise the skip patterns come first.
     if override is None and (skipped := output.config.skips(info.name)) is not None:
         return _copied(f"skip pattern {skipped!r}")
@@ -198,9 +217,12 @@ def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
     bases = [TensorConfig(**resolved.tensor_fields())]
     bases += [bases[0].overridden_by(override) for override in resolved.layers or ()]
     for config in bases:
-        scheme = build(config, "F32")
-        if reason := format_.refuses_scheme(scheme, options):
-            raise UnsupportedByFormat(f"{spec.format} cannot hold {scheme.id}: {reason}", pointer=f"{pointer}/format")
+        asked = candidates(config, resolved)
+        refused = {(s := build(each, "F32")).id: format_.refuses_scheme(s, options) for each in asked}
+        reason = next((f"{id_}: {text}" for id_, text in refused.items() if text), None)
+        # Candidates that nobody has named are those that the format holds.
+        if reason and (config.bit_width != AUTO or resolved.candidates or all(refused.values())):
+            raise UnsupportedByFormat(f"{spec.format} cannot hold {reason}", pointer=f"{pointer}/format")
     return OutputPlan(spec.name, format_, options, resolved)
 
 
@@ -226,6 +248,10 @@ def _is_too_wide(info: TensorInfo) -> bool:
     return min(info.rows, SMALLEST_BLOCK_ROWS) * row_bytes > MAX_SMALLEST_BLOCK_BYTES
 
 
+def _is_held(config: TensorConfig, output: OutputPlan) -> bool:
+    return output.format.refuses_scheme(build(config, "F32"), output.options) is None
+
+
 def _method(config: TensorConfig) -> Method:
     return _default_method(config.method or "minmax")
 
@@ -235,8 +261,9 @@ def _default_method(id_: str) -> Method:
     return methods()[id_]()
 
 
-def _stored_bytes(info: TensorInfo, decision: Decision) -> int:
-    return decision.scheme.stored_bytes(info.rows, info.cols) if decision.scheme else info.nbytes
+def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> int:
+    """What the tensor takes in this output, without headers."""
+    return output.format.stored_bytes(info, decision.scheme, output.options) if decision.scheme else info.nbytes
 
 
 def _notes(outputs: Sequence[OutputPlan]) -> tuple[str, ...]:

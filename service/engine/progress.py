@@ -8,7 +8,7 @@ from typing import Literal
 
 from service.engine.records import record
 
-Stage = Literal["planning", "quantizing", "validating", "writing", "hashing"]
+Stage = Literal["planning", "measuring", "quantizing", "validating", "writing", "hashing"]
 
 
 @dataclass(frozen=True, slots=True)

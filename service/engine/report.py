@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -72,6 +72,42 @@ class TensorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """The least error at one size of an output.
+
+    bits_per_weight  of its quantized weights, everything counted
+    size_bytes       of all its tensors, copied ones too
+    relative_error   root of the mean of the squared relative errors of its quantized tensors
+    schemes          how many tensors have which scheme
+    """
+
+    bits_per_weight: float
+    size_bytes: int
+    relative_error: float
+    schemes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What was chosen for an output under its target, and what else there was to choose.
+
+    `is_exact` tells that no choice of the candidates has a smaller error within the target; `curve` goes from the
+    smallest size to the largest.
+    """
+
+    chosen: BudgetPoint
+    is_exact: bool
+    curve: tuple[BudgetPoint, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            BudgetPoint(**data["chosen"]), data["is_exact"], tuple(BudgetPoint(**point) for point in data["curve"])
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class OutputReport:
     """All tensors of one output, and the files that hold them."""
 
@@ -82,6 +118,7 @@ class OutputReport:
     tensors: tuple[TensorReport, ...]
     original_bytes: int
     files: tuple[FileEntry, ...] = ()
+    budget: Budget | None = None
 
     @property
     def sums(self) -> ErrorSums:
@@ -138,12 +175,13 @@ class OutputReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, names of files and the worst tensors included."""
-        return self.summary() | {
+        fields = self.summary() | {
             "min_accuracy": self.min_accuracy,
             "worst_tensors": [t.name for t in self.worst],
             "tensors": [_drop_none(t.row()) | {"sums": _sums(t.sums) if t.sums else None} for t in self.tensors],
             "files": [asdict(f) | {"path": str(f.path)} for f in self.files],
         }
+        return fields if self.budget is None else fields | {"budget": asdict(self.budget)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OutputReport:
@@ -156,6 +194,7 @@ class OutputReport:
             tensors=tuple(tensor_from_json(t) for t in data["tensors"]),
             original_bytes=data["original_bytes"],
             files=tuple(FileEntry(**(f | {"path": PurePosixPath(f["path"])})) for f in data["files"]),
+            budget=Budget.from_json(data["budget"]) if "budget" in data else None,
         )
 
 

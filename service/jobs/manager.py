@@ -14,10 +14,11 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
+from service.engine.budget import plan_within_budgets
 from service.engine.config import QuantizationConfig
 from service.engine.estimate import describe
 from service.engine.formats.registry import formats
-from service.engine.plan import Plan, make_plan
+from service.engine.plan import Plan
 from service.errors import ArrowQuantError, Draining, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
 from service.jobs.admission import Admission, device_of, job_config, output_specs
@@ -294,7 +295,14 @@ class JobManager:
                 self._folders.scratch() as inputs,
                 self._sources.opened(request, tenant, inputs) as (reader,),
             ):
-                return make_plan(reader, output_specs(request, config))
+                return plan_within_budgets(
+                    reader,
+                    output_specs(request, config),
+                    backend=self.backends.get(config.backend or "auto"),
+                    memo=None,
+                    report=lambda happening: None,  # noqa: ARG005 - nobody follows it
+                    cancelled=lambda: False,
+                )
 
         with self.leases.held(*jobs_used(request)):
             is_remote = await asyncio.to_thread(self._admission.is_remote, request, tenant)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from service.engine.budget import plan_within_budgets
 from service.engine.clock import Clock, Part, Times
 from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
 from service.engine.pipeline import quantize
 from service.engine.plan import make_plan
 from service.engine.progress import Report
 from service.engine.report import RunReport
+from service.engine.sensitivity import MEASURED, behind_measuring
 from service.engine.validation import validate
 from service.errors import ArrowQuantError, Cancelled, InternalError, TimedOut
 from service.jobs.admission import job_config, output_specs
@@ -165,8 +167,18 @@ class Runner:
         # Readers ask from threads of their own, which must not take up the wish to park.
         with self._sources.opened(job.request, job.tenant, inputs, lambda: stop.reason is not None) as readers:
             if isinstance(job.request, QuantizeRequest):
-                plan = make_plan(readers[0], output_specs(job.request, config))
-                self._claim(job, need_to_quantize(plan, self._block_bytes))
+                specs = output_specs(job.request, config)
+                self._claim(job, need_to_quantize(make_plan(readers[0], specs), self._block_bytes))
+                plan = plan_within_budgets(
+                    readers[0],
+                    specs,
+                    backend=backend,
+                    memo=work / MEASURED,
+                    report=tools["report"],
+                    cancelled=stop.is_set,
+                )
+                if plan.budgets:
+                    tools["report"] = behind_measuring(tools["report"])
                 return quantize(plan, readers[0], work, **tools)
             self._claim(job, need_to_validate(readers[0], readers[1], self._block_bytes))
             return validate(readers[0], readers[1], work=work, min_accuracy=config.min_accuracy or 0.0, **tools)

@@ -31,3 +31,28 @@ def test_a_plan_is_refused_as_the_job_would_be(server: Server, model: Path, mode
     assert code(body(Path("/etc"), "parquet")) == (403, "path_forbidden")
     assert code(body(model, "vhs"))[0] == 422
     assert code({"kind": "validate"}) == (422, "invalid_request")
+
+
+def test_a_width_that_is_chosen_stays_within_its_target_in_plan_and_job(server: Server, model: Path) -> None:
+    asked = body(model, "parquet", bit_width="auto", target_bits_per_weight=3.5, min_accuracy=0.0)
+    response = server.client.post("/v1/plans", json=asked)
+    assert response.status_code == 200, response.text
+    [planned] = Plan.model_validate_json(response.content).outputs
+    assert planned.budget is not None
+    assert 3.0 < planned.budget.chosen.bits_per_weight <= 3.5
+    assert len(planned.budget.curve) > 5
+    job_id = server.submit(asked)["id"]
+    told = [e["progress"] for e in server.follow(job_id) if e["type"] == "job.progress"]
+    [output] = server.report(job_id)["outputs"]
+    assert output["budget"] == planned.budget.model_dump()
+    assert output["bits_per_weight"] == planned.budget.chosen.bits_per_weight
+    assert {t["name"]: t["scheme"] for t in output["tensors"]} == {t.name: t.scheme for t in planned.tensors}
+    fractions = [progress["fraction"] for progress in told]
+    assert fractions == sorted(fractions)
+
+
+def test_a_target_that_cannot_be_reached_fails_the_plan_with_what_can(server: Server, model: Path) -> None:
+    asked = body(model, "parquet", bit_width="auto", target_bits_per_weight=1.0)
+    response = server.client.post("/v1/plans", json=asked)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_config")
+    assert "bits per weight is the least" in response.json()["detail"]

@@ -34,6 +34,7 @@ def test_a_writable_format_round_trips_every_scheme_it_does_not_refuse(
     assert cls.refuses_tensor(item.info, scheme) is None
     made = Output(tmp_path, cls, [item, Item("layer.bias", normal(3))])
     sums = made.run()
+    assert made.stored["layer.weight"] == cls.stored_bytes(item.info, scheme, cls.options())
     reader = open_model(tmp_path)
     assert reader.format_id == format_id
     assert [t.name for t in reader.tensors] == ["layer.weight", "layer.bias"]

@@ -78,3 +78,23 @@ def test_layers_that_contradict_each_other_are_refused_with_a_pointer() -> None:
 def test_patterns_are_case_sensitive_and_cross_dots() -> None:
     assert matches("blocks.0.attn.q.weight", "blocks.*.weight")
     assert not matches("Blocks.0", "blocks.*")
+
+
+@pytest.mark.parametrize("fields", [{"target_bits_per_weight": 4.0}, {"target_size_bytes": 1000, "bit_width": 4}])
+def test_a_target_without_anything_to_choose_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(InvalidConfig, match="goes with `bit_width` auto"):
+        resolve(Profile.LOCAL, [QuantizationConfig(**fields)])
+
+
+def test_a_choice_without_a_target_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="needs a target"):
+        resolve(Profile.LOCAL, [QuantizationConfig(bit_width="auto")])
+    with pytest.raises(ValidationError, match="exclude each other"):
+        QuantizationConfig(bit_width="auto", target_bits_per_weight=4.0, target_size_bytes=1000)
+
+
+def test_an_output_with_a_width_of_its_own_has_no_target() -> None:
+    job = QuantizationConfig(bit_width="auto", target_bits_per_weight=4.0)
+    assert resolve(Profile.LOCAL, [job, QuantizationConfig(bit_width=8)]).target_bits_per_weight is None
+    by_size = resolve(Profile.LOCAL, [job, QuantizationConfig(target_size_bytes=1000)])
+    assert (by_size.target_bits_per_weight, by_size.target_size_bytes) == (None, 1000)

@@ -79,6 +79,26 @@ class ReportedFile(Wire):
     media_type: str
 
 
+class BudgetPoint(Wire):
+    """The least error at one size of an output."""
+
+    bits_per_weight: float = Field(description="Of its quantized weights, everything counted.")
+    size_bytes: int = Field(description="Of all its tensors, copied ones too.")
+    relative_error: float = Field(
+        description="Root of the mean of the squared relative errors of its quantized tensors, as far as rows of them "
+        "were measured."
+    )
+    schemes: dict[str, int] = Field(description="How many tensors have which scheme.")
+
+
+class Budget(Wire):
+    """What `bit_width` auto has chosen under its target."""
+
+    chosen: BudgetPoint
+    is_exact: bool = Field(description="Whether no other choice of the candidates has less error within the target.")
+    curve: list[BudgetPoint] = Field(description="The least error over size: what other targets would give.")
+
+
 class OutputReport(Figures):
     """One output in full."""
 
@@ -88,6 +108,7 @@ class OutputReport(Figures):
     worst_tensors: list[str] = Field(description="Names, the lowest cosine similarity first.")
     tensors: list[TensorFigures]
     files: list[ReportedFile]
+    budget: Budget | None = Field(default=None, description="With `bit_width` auto.")
 
 
 class Report(Wire):
@@ -130,6 +151,7 @@ class PlannedOutput(Wire):
     predicted_bytes: int
     config: ResolvedConfig
     tensors: list[PlannedTensor]
+    budget: Budget | None = Field(default=None, description="With `bit_width` auto.")
 
 
 class Estimate(Wire):

@@ -191,6 +191,8 @@ class Format(ABC):
     short_groups: ClassVar[bool] = False
     #: Whether weights go without zero points unless a request says otherwise.
     prefers_symmetric: ClassVar[bool] = False
+    #: Whether its loaders stack layers, whose weights have to be stored alike.
+    fuses: ClassVar[bool] = False
 
     @classmethod
     def recognizes(cls, source: ModelFiles) -> bool:
@@ -215,6 +217,12 @@ class Format(ABC):
         """Why this tensor is copied although it could be quantized, or None."""
         del info, scheme
         return None
+
+    @classmethod
+    def stored_bytes(cls, info: TensorInfo, scheme: Scheme, options: FormatOptions) -> int:
+        """What the tensor takes in this scheme, as a writer's `commit` will tell."""
+        del options
+        return scheme.stored_bytes(info.rows, info.cols)
 
     @classmethod
     def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:

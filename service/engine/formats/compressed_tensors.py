@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
-from service.engine.formats.compressed_tensors_config import Group, Packing, is_w8
+from service.engine.formats.compressed_tensors_config import Group, Packing, is_w8, parts_of
 from service.engine.formats.compressed_tensors_reader import CompressedTensorsReader
 from service.engine.formats.compressed_tensors_writer import WEIGHT, CompressedTensorsWriter
 from service.engine.formats.layout import find_placement
@@ -45,6 +45,7 @@ class CompressedTensorsFormat(Format):
     can_write: ClassVar[bool] = True
     #: transformers opens mixed groups only without zero points, and vLLM's kernels know these best.
     prefers_symmetric: ClassVar[bool] = True
+    fuses: ClassVar[bool] = True
     options: ClassVar[type[FormatOptions]] = CompressedTensorsOptions
 
     @classmethod
@@ -75,6 +76,12 @@ class CompressedTensorsFormat(Format):
         if _trips_the_library(info, scheme):
             return f"the library compressed-tensors cannot unpack 4-bit zero points in groups of {info.rows} rows"
         return None
+
+    @classmethod
+    def stored_bytes(cls, info: TensorInfo, scheme: Scheme, options: FormatOptions) -> int:
+        """All tensors that stand for this one: see `Format.stored_bytes`."""
+        assert isinstance(options, CompressedTensorsOptions)
+        return sum(nbytes for *_, nbytes in parts_of("", scheme, options.packing_of(scheme), info.rows, info.cols))
 
     @classmethod
     def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:

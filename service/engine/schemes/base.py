@@ -111,8 +111,12 @@ class Scheme(BaseModel):
         """Scales per row of `cols` elements; the last group of a row may be short."""
         return -(-cols // self.group_size) if self.granularity == "group" and self.group_size else 1
 
+    def scales(self, rows: int, cols: int) -> int:
+        """Scales of a (rows, cols) tensor."""
+        return 1 if self.granularity == "tensor" else rows * self.groups(cols)
+
     def stored_bytes(self, rows: int, cols: int) -> int:
         """Bytes of a (rows, cols) tensor in this scheme: codes, scales and zero points."""
-        scales = 1 if self.granularity == "tensor" else rows * self.groups(cols)
+        scales = self.scales(rows, cols)
         zero_bits = 0 if self.symmetric else scales * self.bits
         return rows * row_bytes(cols, self.bits) + scales * SCALE_DTYPES[self.scale_dtype].itemsize + -(-zero_bits // 8)

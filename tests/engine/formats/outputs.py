@@ -44,13 +44,14 @@ class Item:
 
 @dataclass
 class Output:
-    """A folder in the making."""
+    """A folder in the making; `stored` are the bytes of each tensor, as the writer tells."""
 
     folder: Path
     format: type[Format]
     items: Sequence[Item]
     options: Mapping[str, Any] = field(default_factory=dict)
     block_rows: int = BLOCK_ROWS
+    stored: dict[str, int] = field(default_factory=dict)
 
     def writer(self) -> ModelWriter:
         """A fresh writer, as another process would make it."""
@@ -95,7 +96,7 @@ class Output:
     def add(self, writer: ModelWriter, item: Item) -> ErrorSums:
         """Write and commit one tensor."""
         sums = self.write(writer, item)
-        writer.commit(Quality.of(sums, 1) if item.scheme else None)
+        self.stored[item.name] = writer.commit(Quality.of(sums, 1) if item.scheme else None)
         return sums
 
     def run(self) -> dict[str, ErrorSums]:
