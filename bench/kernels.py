@@ -36,9 +36,9 @@ INT4, INT8, NF4 = IntegerScheme(), IntegerScheme(bits=8), CodebookScheme()
 ABOUT = f"""
 Weights drawn from a normal distribution, {COLUMNS} columns; GB/s is bytes of input by the median time (of `dequantize`:
 bytes of its F32 output; of `compare`: bytes of both sides), *of copy* the share of `np.copyto` into pages already in
-use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. The
-size is what one call gets; slow ones get less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64;
-scales are F16. `dequantize` goes by what {BLOCK // MIB} MiB of weights became, as a run does. Ours packs, measures all
+use, split over the same number of threads, *spread* the distance between the quartiles as a share of the median. A
+call gets {BLOCK // MIB} MiB of weights, or what became of as many, as in a run, until the size is done; slow ones get
+less. int4 and int8 are asymmetric in groups of 128, nf4 has groups of 64; scales are F16. Ours packs, measures all
 errors and checks for finite values in the same pass; NumPy's six lines only pack.
 """
 
@@ -85,9 +85,15 @@ def copy(x: Array, threads: int) -> Samples:
 def quantize_line(
     backend: Backend, what: str, dtype: str, nbytes: int, scheme: Scheme, method: Method, repeats: int
 ) -> Line:
-    """One scheme and method on one backend."""
+    """One scheme and method on one backend, by blocks, as a run does it: what came of one is let go of for the next."""
     x = weights(dtype, nbytes)
-    return Line(what, dtype, x.nbytes, measure(lambda: backend.quantize(x, scheme, method), repeats=repeats))
+    rows = max(1, len(x) * BLOCK // x.nbytes)
+
+    def run() -> None:
+        for at in range(0, len(x), rows):
+            backend.quantize(x[at : at + rows], scheme, method)
+
+    return Line(what, dtype, x.nbytes, measure(run, repeats=repeats))
 
 
 def ours(cpu: Backend) -> Iterator[Line]:

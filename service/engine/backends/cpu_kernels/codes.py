@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
 
@@ -35,6 +37,23 @@ BLOCK = 256
 
 #: Adding and subtracting it rounds a float32 below 2**22 half to even; larger ones end at the clamp anyway.
 ROUNDER = 1.5 * 2.0**23
+#: Bins from 0 to 1 that numbers fall into, by rounding: so narrow that none has two midpoints, and its edges apart from
+#: them. As many as one permutation chooses from, by the low bits of a number that may be negative.
+NF4_BINS, NF4_NEAR = 15, 1.02
+
+
+def _nf4_bins() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """By bin, the midpoints below it, counted from ROUNDER; and the one that lies within, or infinity."""
+    below, within = np.full(2 * LANES, ROUNDER, np.float32), np.full(2 * LANES, np.inf, np.float32)
+    bins = np.rint(NF4_MIDPOINTS * np.float32(NF4_BINS)).astype(np.int64)
+    for number in range(-LANES, LANES):
+        below[number] += np.count_nonzero(bins < number)
+        for midpoint in NF4_MIDPOINTS[bins == number]:
+            within[number] = midpoint
+    return below, within
+
+
+_BELOW, _WITHIN = _nf4_bins()
 
 
 class Sums:
@@ -125,12 +144,17 @@ def integer_steps(x: Vec, inverse: Vec, lowest: Vec, highest: Vec, center: Vec |
     return shifted.cast(I32), shifted - (rounder if center is None else rounder + center)
 
 
-def nf4_index(t: Vec) -> Vec:
-    """Number of midpoints below t, in the low byte: a guess that is right or one short, and a comparison."""
-    near = t.within(t.const(1.0))
-    guess = near.fma(near.abs().fma(t.const(-4.55), t.const(11.95)), t.const(7.0 + ROUNDER)).cast(I32)
-    midpoints = Vec(t.builder, ir.Constant(t.type, [*NF4_MIDPOINTS.tolist(), float("inf")]))
-    return (t > guess.look_up(midpoints)).select(guess.plus(guess.const(1)), guess)
+def nf4_index(t: Vec, *, near: bool = False) -> Vec:
+    """Number of midpoints below t, in the low byte: those below its bin, and perhaps the one within.
+
+    `near`: t is known to be no farther from 0 than NF4_NEAR.
+    """
+    bins = (t if near else t.within(t.const(1.0))).fma(t.const(NF4_BINS), t.const(ROUNDER)).cast(I32)
+    kind = ir.VectorType(F32, len(_BELOW))
+    below, within = (Vec(t.builder, ir.Constant(kind, table.tolist())) for table in (_BELOW, _WITHIN))
+    # Counted as a float32 of which the last bit is worth 1: there is an instruction for that.
+    first = bins.look_up(below)
+    return (t > bins.look_up(within)).select(first + first.const(1.0), first).cast(I32)
 
 
 _F = types.float32

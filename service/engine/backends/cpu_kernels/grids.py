@@ -9,6 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from service.engine.backends.cpu_kernels.codes import NF4_NEAR
 from service.engine.backends.cpu_kernels.vector import (
     F16,
     F32,
@@ -27,6 +28,9 @@ from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS
 
 #: Scale dtypes as the kernels number them.
 SCALE_KINDS = {name: number for number, name in enumerate(SCALE_DTYPES)}
+
+#: Bits that a level takes, and that a scale has to leave of its mantissa where their product is to be exact.
+LEVEL_BITS = 10
 
 _P = types.intp
 #: What the kernels know of a scheme: see `Form`.
@@ -101,18 +105,34 @@ def _to_half(value: Vec) -> Vec:
 _ROUND = {"F32": lambda v: v, "F16": _to_half, "BF16": lambda v: _without_last_bits(v, 16)}
 
 
-@emitted(types.none, _P, _P, _P, _P, *FORM)
+@emitted(types.none, _P, _P, _P, _P, _P, types.boolean, *FORM)
 def make_grids(
-    builder: ir.IRBuilder, lows: ir.Value, highs: ir.Value, scales: ir.Value, zero_points: ir.Value,
-    divisor: ir.Value, top: ir.Value, implied: ir.Value, symmetric: ir.Value, scale_kind: ir.Value,
+    builder: ir.IRBuilder, lows: ir.Value, highs: ir.Value, scales: ir.Value, zero_points: ir.Value, fits: ir.Value,
+    codebook: ir.Value, divisor: ir.Value, top: ir.Value, implied: ir.Value, symmetric: ir.Value, scale_kind: ir.Value,
 ) -> None:  # fmt: skip
-    """LANES grids from the ranges at `lows` and `highs`."""
+    """LANES grids from the ranges at `lows` and `highs`; and at `fits` 1 where `_fits` says so, else 0."""
     first = ir.Constant(I64, 0)
     low, high = (Memory(builder, address, F32).load(first) for address in (lows, highs))
     form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
-    scale, zero, _ = form.grid(low, high)
-    Memory(builder, scales, F32).store(first, scale)
-    Memory(builder, zero_points, F32).store(first, zero)
+    scale, zero, inverse = form.grid(low, high)
+    fit = _fits(low * inverse, high * inverse, scale, zero, form, codebook)
+    for address, value in ((scales, scale), (zero_points, zero), (fits, fit.select(low.const(1.0), low.const(0.0)))):
+        Memory(builder, address, F32).store(first, value)
+
+
+def _fits(lowest: Vec, highest: Vec, scale: Vec, zero: Vec, form: Form, codebook: ir.Value) -> Vec:
+    """Whether levels from `lowest` to `highest` need no clamp; nor, on an integer grid, times the scale a rounding."""
+
+    def chosen(table: Vec, integer: Vec) -> Vec:
+        return Vec(scale.builder, scale.builder.select(codebook, table.value, integer.value))
+
+    half, near = scale.const(0.5), scale.const(NF4_NEAR)
+    inside = (lowest > chosen(scale.const(0.0) - near, scale.const(0.0) - zero - half)) & (
+        highest < chosen(near, form.top - zero + half)
+    )
+    last_bits = scale.cast(I32) & scale.cast(I32).const((1 << LEVEL_BITS) - 1)
+    short = last_bits.same(last_bits.const(0)) & (scale > scale.const(2.0**-100)) & (scale < scale.const(2.0**100))
+    return inside & chosen(inside, short)
 
 
 @emitted(types.none, _P, _P, _P, _P)

@@ -18,6 +18,7 @@ from service.engine.backends.cpu_kernels.spans import AHEAD, KIND_BF16, KIND_F16
 from service.engine.backends.cpu_kernels.vector import (
     F16,
     F32,
+    I1,
     I8,
     I16,
     I32,
@@ -26,8 +27,10 @@ from service.engine.backends.cpu_kernels.vector import (
     Memory,
     State,
     Vec,
+    either,
     emitted,
     loop,
+    processor_has,
     zeros,
 )
 from service.engine.schemes.codebook import NF4_TABLE
@@ -176,26 +179,36 @@ class Grids:
     """Where the grids of a run of elements are.
 
     Each serves `group` elements, a pair or more, and the next is `step` further on. Where a pair is two groups, the
-    grid of its second half is `second` further on than that of the first, else 0.
+    grid of its second half is `second` further on than that of the first, else 0. `fits` is as of `make_grids`.
     """
 
     scales: Memory
     zeros: Memory
+    fits: Memory
     group: ir.Value
     step: ir.Value
     second: ir.Value
+    may_fit: ir.Value
 
     @classmethod
-    def of(cls, builder: ir.IRBuilder, scales: ir.Value, zeros: ir.Value, group: ir.Value, step: ir.Value) -> Grids:
-        """From arguments: two addresses; the elements that a grid serves, from HALF_PAIR on; and its distance."""
+    def of(
+        cls, builder: ir.IRBuilder, scales: ir.Value, zeros: ir.Value, fits: ir.Value, group: ir.Value, step: ir.Value,
+        *, alone: bool = False,
+    ) -> Grids:  # fmt: skip
+        """From arguments: three addresses; the elements that a grid serves, from HALF_PAIR on; and its distance.
+
+        `alone`: none fits that shares a pair with another.
+        """
         pair, nothing = ir.Constant(I64, PAIR), ir.Constant(I64, 0)
         halves = builder.icmp_signed("<", group, pair)
         return cls(
             Memory(builder, scales, F32),
             Memory(builder, zeros, F32),
+            Memory(builder, fits, F32),
             builder.select(halves, pair, group),
             builder.select(halves, builder.add(step, step), step),
             builder.select(halves, step, nothing),
+            builder.not_(halves) if alone else ir.Constant(I1, 1),
         )
 
     def at(self, index: ir.Value) -> tuple[Vec, Vec, Vec]:
@@ -205,6 +218,12 @@ class Grids:
         scales, inverses, zero_points = (a.mixed(b, halves) for a, b in zip(ones, others, strict=True))
         return scales, inverses, zero_points
 
+    def fit(self, index: ir.Value) -> ir.Value:
+        """Whether those of a pair fit."""
+        other = self.scales.builder.add(index, self.second)
+        smaller = self.fits.load(index, 1).min(self.fits.load(other, 1))
+        return self.scales.builder.and_((smaller > smaller.const(0.0)).value, self.may_fit)
+
     def _lanes(self, index: ir.Value) -> list[Vec]:
         scale, zero = self.scales.load(index, 1), self.zeros.load(index, 1)
         return [value.splat() for value in (scale, scale.const(1.0) / scale, zero)]
@@ -212,28 +231,39 @@ class Grids:
 
 def _encode(
     builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, grids: Grids, target: ir.Value,
-    parts: ir.Value, bits: int, rule_of: Callable[[Vec, Vec, Vec], tuple[Rule, Join]],
+    parts: ir.Value, bits: int, rule_of: Callable[[bool, Vec, Vec, Vec], tuple[Rule, Join]],
 ) -> None:  # fmt: skip
-    """Write codes of `bits` (4 or 8), and add what they lose to `parts`; `rule_of` what `Grids.at` gives."""
+    """Write codes of `bits` (4 or 8), and add what they lose to `parts`.
+
+    `rule_of` is told whether a grid fits, and what `Grids.at` gives.
+    """
     read, outputs, sums = _read_pair(builder, source, kind), Memory(builder, target, I8), Memory(builder, parts, F32)
 
     def group(first: ir.Value, state: State) -> State:
         at = state[0]
-        rule, join = rule_of(*grids.at(at.value))
+        grid = grids.at(at.value)
 
-        def step(inside: ir.Value, state: State) -> State:
-            i = builder.add(first, inside)
-            codes, after = [], []
-            for x, part in zip(read(i), (state[:PARTS], state[PARTS:]), strict=True):
-                code, value = rule(x)
-                codes.append(code)
-                after += Sums.add_block(part, x, value)
-            outputs.store(builder.udiv(i, ir.Constant(I64, 8 // bits)), join(*codes).narrow(ir.IntType(2 * bits)))
-            return after
+        def encode(fits: bool) -> State:
+            rule, join = rule_of(fits, *grid)
+
+            def step(inside: ir.Value, state: State) -> State:
+                i = builder.add(first, inside)
+                codes, after = [], []
+                for x, part in zip(read(i), (state[:PARTS], state[PARTS:]), strict=True):
+                    code, value = rule(x)
+                    codes.append(code)
+                    after += Sums.add_block(part, x, value)
+                outputs.store(builder.udiv(i, ir.Constant(I64, 8 // bits)), join(*codes).narrow(ir.IntType(2 * bits)))
+                return after
+
+            return loop(builder, size, PAIR, state[1:], step)
 
         left = builder.sub(count, first)
         size = builder.select(builder.icmp_signed("<", left, grids.group), left, grids.group)
-        return [Vec(builder, builder.add(at.value, grids.step)), *loop(builder, size, PAIR, state[1:], step)]
+        return [
+            Vec(builder, builder.add(at.value, grids.step)),
+            *either(builder, grids.fit(at.value), encode, likely=True),
+        ]
 
     start = [Vec(builder, ir.Constant(I64, 0)), *(zeros(builder) for _ in range(2 * PARTS))]
     _, *found = loop(builder, count, grids.group, start, group)
@@ -248,53 +278,55 @@ def _encode_integer(
     target: ir.Value, parts: ir.Value, bits: int,
 ) -> None:  # fmt: skip
     tops = Vec(builder, top).splat()
-    # Two codes side by side as one whole number, far below 2**22, and the zero point in both.
-    shift = tops.const(float(1 << bits))
 
-    def rule_of(scales: Vec, inverses: Vec, offsets: Vec) -> tuple[Rule, Join]:
-        lowest, highest = offsets.const(0.0) - offsets, tops - offsets
-        both_offsets = (offsets * (shift + shift.const(1.0))).to_int(I32)
+    def rule_of(fits: bool, scales: Vec, inverses: Vec, offsets: Vec) -> tuple[Rule, Join]:
+        rounder = tops.const(ROUNDER)
+        lowest, highest, moved = offsets.const(0.0) - offsets, tops - offsets, scales.const(0.0) - rounder * scales
 
         def rule(x: Vec) -> tuple[Vec, Vec]:
-            steps, level = integer_steps(x, inverses, lowest, highest)
-            return steps.cast(F32), level * scales
+            if not (fits and processor_has("fma")):
+                steps, level = integer_steps(x, inverses, lowest, highest)
+                return steps, level * scales
+            # What is fused is exact.
+            steps = x * inverses + rounder
+            return steps.cast(I32), steps.fma(scales, moved)
 
-        def join(even: Vec, odd: Vec) -> Vec:
-            return (odd - odd.const(ROUNDER)).fma(shift, even).cast(I32).plus(both_offsets)
-
-        return rule, join
+        zero = offsets.to_int(I32)
+        return rule, lambda even, odd: (odd << bits).plus(even).plus(zero.plus(zero << bits))
 
     _for_each_kind(
         builder, kind, lambda each: _encode(builder, source, each, count, grids, target, parts, bits, rule_of)
     )
 
 
-@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
-def encode_integer_4(builder, source, kind, count, scales, zero_points, group, step, top, target, parts):
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
+def encode_integer_4(builder, source, kind, count, scales, zero_points, fits, group, step, top, target, parts):
     """`count` elements (whole pairs) on integer grids (see `Grids`), two codes to a byte."""
-    grids = Grids.of(builder, scales, zero_points, group, step)
+    grids = Grids.of(builder, scales, zero_points, fits, group, step)
     _encode_integer(builder, source, kind, count, grids, top, target, parts, 4)
 
 
-@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
-def encode_integer_8(builder, source, kind, count, scales, zero_points, group, step, top, target, parts):
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _F, _P, _P)
+def encode_integer_8(builder, source, kind, count, scales, zero_points, fits, group, step, top, target, parts):
     """`count` elements (whole pairs) on integer grids, a byte for each code."""
-    grids = Grids.of(builder, scales, zero_points, group, step)
+    grids = Grids.of(builder, scales, zero_points, fits, group, step)
     _encode_integer(builder, source, kind, count, grids, top, target, parts, 8)
 
 
-@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _P)
-def encode_nf4_4(builder, source, kind, count, scales, zero_points, group, step, target, parts):
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P)
+def encode_nf4_4(builder, source, kind, count, scales, zero_points, fits, group, step, target, parts):
     """`count` elements (whole pairs) on the NF4 table, two codes to a byte."""
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
-    grids = Grids.of(builder, scales, zero_points, group, step)
+    grids = Grids.of(builder, scales, zero_points, fits, group, step, alone=True)
 
-    def rule_of(scales: Vec, inverses: Vec, _: Vec) -> tuple[Rule, Join]:
+    def rule_of(fits: bool, scales: Vec, inverses: Vec, _: Vec) -> tuple[Rule, Join]:
+        values = table * scales
+
         def rule(x: Vec) -> tuple[Vec, Vec]:
-            index = nf4_index(x * inverses)
-            return index, index.look_up(table) * scales
+            index = nf4_index(x * inverses, near=fits)
+            return index, index.look_up(values) if fits else index.look_up(table) * scales
 
-        return rule, lambda even, odd: (odd << 4) | even
+        return rule, lambda even, odd: (odd << 4).plus(even)
 
     _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, grids, target, parts, 4, rule_of))
 

@@ -41,8 +41,10 @@ from service.engine.backends.cpu_kernels.spans import KIND_F32, SPAN, address_of
 from service.engine.backends.cpu_kernels.vector import LANES
 
 _ONE = np.float32(1.0)
-#: Float32 that `span_buffer` holds: a span; and in `range_buffer` the ranges of its groups.
-SPAN_BUFFER, RANGE_BUFFER = SPAN + LANES, 4 * (SPAN // LANES + LANES)
+#: Float32 that `span_buffer` holds: a span; and in `range_buffer`, of its groups, lows, highs, scales, zero points and
+#: whether they fit (see `make_grids`).
+GRID_NUMBERS = 5
+SPAN_BUFFER, RANGE_BUFFER = SPAN + LANES, GRID_NUMBERS * (SPAN // LANES + LANES)
 #: Bytes that `code_buffer` holds; and the float64 sums of a tile, with the float32 parts of a span behind them.
 CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, (SUMS + PARTS) * LANES
 
@@ -66,7 +68,7 @@ def _store_ranges(x, kind, first, count, group, paired, scratch, low, high):
 
 
 @njit(nogil=True)
-def _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratch, ranges):
+def _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, zero, scratch, ranges):
     """The grid of a row that is one group, longer than a span."""
     base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
@@ -74,25 +76,25 @@ def _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratc
         _store_ranges(x, kind, first + start, n, n, paired, scratch, base, base + 4 * LANES)
         lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
     ranges[0], ranges[LANES] = lowest, highest
-    _store_grids(ranges, LANES, 1, form, grids, scale, zero)
+    _store_grids(ranges, LANES, 1, form, codebook, grids, scale, zero)
 
 
 @njit(nogil=True)
-def _grids_of_span(x, kind, first, count, group, paired, form, grids, scale, zero, scratch, ranges):
+def _grids_of_span(x, kind, first, count, group, paired, form, codebook, grids, scale, zero, scratch, ranges):
     """The grids of the groups of a span."""
-    room = ranges.size // 4
+    room = ranges.size // GRID_NUMBERS
     base = address_of(ranges)
     _store_ranges(x, kind, first, count, group, paired, scratch, base, base + 4 * room)
     groups = (count + group - 1) // group
-    _store_grids(ranges, room, groups, form, grids, scale, zero)
+    _store_grids(ranges, room, groups, form, codebook, grids, scale, zero)
 
 
 @njit(nogil=True)
-def _store_grids(ranges, room, groups, form, grids, scale, zero):
+def _store_grids(ranges, room, groups, form, codebook, grids, scale, zero):
     base = address_of(ranges)
     for g in range(0, groups, LANES):
         low = base + 4 * g
-        make_grids(low, low + 4 * room, low + 8 * room, low + 12 * room, *form)
+        make_grids(low, low + 4 * room, low + 8 * room, low + 12 * room, low + 16 * room, codebook, *form)
     for g in range(groups):
         scale[grids + g] = ranges[2 * room + g]
         zero[grids + g] = ranges[3 * room + g]
@@ -113,32 +115,33 @@ def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale
 
 
 @njit(nogil=True, error_model="numpy")
-def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, top, scale, zero, target, parts):
+def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, top, scale, zero, fits, target, parts):
     """Codes of a span as it is stored; packed if they have 4 bits, else a byte each."""
     clear(parts)
     for at in range(0, count, RUN):
         n, size = min(RUN, count - at), min(group, RUN)
-        source, g = x + item_bytes(kind) * at, 4 * (first_grid + at // size * grid_step)
+        source, g = x + item_bytes(kind) * at, at // size * grid_step
+        fit, g = fits + 4 * g, 4 * (first_grid + g)
         scales, zeros = address_of(scale) + g, address_of(zero) + g
         if codebook:
-            encode_nf4_4(source, kind, n, scales, zeros, size, grid_step, target + at // 2, parts)
+            encode_nf4_4(source, kind, n, scales, zeros, fit, size, grid_step, target + at // 2, parts)
         elif bits == 4:
-            encode_integer_4(source, kind, n, scales, zeros, size, grid_step, top, target + at // 2, parts)
+            encode_integer_4(source, kind, n, scales, zeros, fit, size, grid_step, top, target + at // 2, parts)
         else:
-            encode_integer_8(source, kind, n, scales, zeros, size, grid_step, top, target + at, parts)
+            encode_integer_8(source, kind, n, scales, zeros, fit, size, grid_step, top, target + at, parts)
 
 
 @njit(nogil=True)
 def _quantize_span(
-    x, kind, at, count, group, paired, grid, grid_step, bits, codebook, top, scale, zero, target, nbytes,
-    scratch, codes, sums,
+    x, kind, at, count, group, paired, grid, grid_step, bits, codebook, top, scale, zero, fits, target,
+    nbytes, scratch, codes, sums,
 ):  # fmt: skip
     """Packed codes of `count` elements from `at` on, and what they lose added to the sums."""
     packs = paired and (bits == 4 or bits == 8)
     done = False
     if paired:
         source, place, parts = x + item_bytes(kind) * at, target if packs else codes, sums + 8 * SUMS * LANES
-        _encode_pairs(source, kind, count, group, grid, grid_step, bits, codebook, top, scale, zero, place, parts)
+        _encode_pairs(source, kind, count, group, grid, grid_step, bits, codebook, top, scale, zero, fits, place, parts)
         done = settle(parts, sums)
     if not done:
         span = as_f32(x, kind, at, count, scratch)
@@ -169,22 +172,24 @@ def quantize_rows(
     """
     scratch, codes, running = address_of(span_buffer), address_of(code_buffer), address_of(sum_buffer)
     wide, paired = group > SPAN, _is_paired(cols, group)
+    range_buffer[:] = 0.0  # of grids that are given, nothing is known
+    fits = address_of(range_buffer) + 16 * (LANES if wide else range_buffer.size // GRID_NUMBERS)
     for row in range(first_row, last_row):
         if (row - first_row) % tile_rows == 0:
             sum_buffer[:] = 0.0
         first, grids = row * cols, row * row_groups
         if find and wide:
-            _grids_of_row(x, kind, first, cols, paired, form, grids, scale, zero, scratch, range_buffer)
+            _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, zero, scratch, range_buffer)
         for start in range(0, cols, SPAN):
             at, count = first + start, min(SPAN, cols - start)
             g = grids if wide or row_groups == 0 else grids + start // group
             if find and not wide:
-                _grids_of_span(x, kind, at, count, group, paired, form, g, scale, zero, scratch, range_buffer)
+                _grids_of_span(x, kind, at, count, group, paired, form, codebook, g, scale, zero, scratch, range_buffer)
             out = start // 8 * bits
             nbytes = row_bytes - out if start + count == cols else count // 8 * bits
             _quantize_span(
                 x, kind, at, count, group, paired, g, 1 if row_groups > 1 else 0, bits, codebook, form[1],
-                scale, zero, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
+                scale, zero, fits, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
             )  # fmt: skip
         if row + 1 == last_row or (row + 1 - first_row) % tile_rows == 0:
             _finish_sums(sum_buffer, sums[row // tile_rows])

@@ -7,7 +7,7 @@ take turns: from pass to pass everything waits for the fit, and the other lot's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from service.engine.backends.cpu_kernels.vector import (
     Memory,
     State,
     Vec,
+    either,
     emitted,
     loop,
     zeros,
@@ -104,10 +105,13 @@ def _in_floats(state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form:
     center = form.either(none, (mean * inverse).rint().max(none - zero).min(form.top - zero))
     origin, lowest, highest = none - center, none - zero - center + rounder, form.top - zero - center + rounder
 
-    def sums(level_of: Callable[[Vec], Vec]) -> tuple[State, ir.Block]:
+    def sums(on_table: bool) -> State:
         def step(i: ir.Value, state: State) -> State:
             value = x.load(builder.mul(i, ir.Constant(I64, LANES))).fma(inverse, origin)
-            level = level_of(value)
+            if on_table:
+                level = nf4_index(value).look_up(table)
+            else:
+                level = (value + rounder).max(lowest).min(highest) - rounder
             rest = value - level
             return [
                 rest.fma(rest, state[0]),
@@ -116,14 +120,9 @@ def _in_floats(state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form:
                 level.fma(rest, state[3]),
             ]
 
-        return loop(builder, count, 1, [zeros(builder) for _ in range(4)], step), builder.block
+        return loop(builder, count, 1, [zeros(builder) for _ in range(4)], step)
 
-    with builder.if_else(codebook) as (then, otherwise):
-        with then:
-            found, last = sums(lambda value: nf4_index(value).look_up(table))
-        with otherwise:
-            other, other_last = sums(lambda value: (value + rounder).max(lowest).min(highest) - rounder)
-    rest, levels, squares, products = _merged(found, last, other, other_last)
+    rest, levels, squares, products = either(builder, codebook, sums)
     mean_level = form.either(none, levels / size)
     rests = size * (mean * inverse - center) - levels
     spread = squares - mean_level * levels
@@ -179,12 +178,13 @@ def advance(
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
     step, limit, number, sizes = state[STEP], *(Vec(builder, value).splat() for value in (steps, starts, size))
     none, one = step.const(0.0), step.const(1.0)
-    with builder.if_else(fixed) as (then, otherwise):
-        with then:
-            found, last = _in_fixed_point(state, source, count, sizes, one / sizes, form), builder.block
-        with otherwise:
-            other, other_last = _in_floats(state, source, count, sizes, form, codebook), builder.block
-    error, spread, fitted, mean_level = _merged(found, last, other, other_last)
+
+    def find(is_fixed: bool) -> State:
+        if is_fixed:
+            return list(_in_fixed_point(state, source, count, sizes, one / sizes, form))
+        return list(_in_floats(state, source, count, sizes, form, codebook))
+
+    error, spread, fitted, mean_level = either(builder, fixed, find)
     best = error < state[BEST_ERROR]
     for name, value in ((BEST_SCALE, state[SCALE]), (BEST_ZERO, state[ZERO]), (BEST_ERROR, error)):
         state[name] = best.select(value, state[name])
@@ -202,17 +202,6 @@ def advance(
     state[START], state[STEP] = start, goes_on.select(step + one, none)
     state[SCALE], state[ZERO], state[INVERSE] = scale, form.zero_point(offset, inverse), inverse
     return (start < number).any()
-
-
-def _merged(values: Sequence[Vec], block: ir.Block, others: Sequence[Vec], other_block: ir.Block) -> list[Vec]:
-    """Those of the block that the code came from."""
-    merged = []
-    for value, other in zip(values, others, strict=True):
-        phi = value.builder.phi(value.type)
-        phi.add_incoming(value.value, block)
-        phi.add_incoming(other.value, other_block)
-        merged.append(Vec(value.builder, phi))
-    return merged
 
 
 def _clipped(state: Lanes, clips: Memory, start: Vec) -> tuple[Vec, Vec]:

@@ -103,6 +103,10 @@ class Vec:
         """Whether lanes are different numbers."""
         return self._new(self.builder.fcmp_ordered("!=", self.value, other.value))
 
+    def same(self, other: Vec) -> Vec:
+        """Whether lanes are the same integer."""
+        return self._new(self.builder.icmp_signed("==", self.value, other.value))
+
     def plus(self, other: Vec) -> Vec:
         """The sum of integers."""
         return self._new(self.builder.add(self.value, other.value))
@@ -263,10 +267,18 @@ class Vec:
         return self._new(one).shuffle([0] * lanes)
 
     def look_up(self, table: Vec) -> Vec:
-        """The lanes of a table that the low four bits of integers name."""
+        """The lanes of a table, of LANES or twice as many, that the low bits of integers name."""
+        count = table.type.count
         if processor_has("avx512f") and self.type.count == LANES:
-            return self._new(call(self.builder, "llvm.x86.avx512.permvar.sf.512", table.type, table.value, self.value))
-        out, low = ir.Constant(table.type, ir.Undefined), self & self.const(LANES - 1)
+            if count == LANES:
+                return self._new(
+                    call(self.builder, "llvm.x86.avx512.permvar.sf.512", table.type, table.value, self.value)
+                )
+            low, high = (table.shuffle(range(at, at + LANES)) for at in (0, LANES))
+            values = low.value, self.value, high.value
+            return self._new(call(self.builder, "llvm.x86.avx512.vpermi2var.ps.512", low.type, *values))
+        kind = ir.VectorType(table.type.element, self.type.count)
+        out, low = ir.Constant(kind, ir.Undefined), self & self.const(count - 1)
         for i in range(self.type.count):
             lane = ir.Constant(I32, i)
             index = self.builder.extract_element(low.value, lane)
@@ -354,6 +366,24 @@ def loop(
     builder.branch(head)
     builder.position_at_end(after)
     return [Vec(builder, phi) for phi in phis]
+
+
+def either(
+    builder: ir.IRBuilder, condition: ir.Value, body: Callable[[bool], State], likely: bool | None = None
+) -> State:
+    """Emit `body(True) if condition else body(False)` as a branch, and return what the one taken gives."""
+    with builder.if_else(condition, likely=likely) as (then, otherwise):
+        with then:
+            found, last = body(True), builder.block
+        with otherwise:
+            others, other_last = body(False), builder.block
+    merged = []
+    for value, other in zip(found, others, strict=True):
+        phi = builder.phi(value.type)
+        phi.add_incoming(value.value, last)
+        phi.add_incoming(other.value, other_last)
+        merged.append(Vec(builder, phi))
+    return merged
 
 
 Emitter = Callable[..., "Vec | tuple[Vec, ...] | None"]
