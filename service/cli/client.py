@@ -83,6 +83,13 @@ class Server:
         """The quality report."""
         return self._json("GET", f"/v1/jobs/{job_id}/report")
 
+    def report_page(self, job_id: str) -> str:
+        """The quality report as a page."""
+        with self._reaching():
+            response = self._http.get(f"/v1/jobs/{job_id}/report", headers={"Accept": "text/html"})
+            _check(response)
+            return response.text
+
     def artifacts(self, job_id: str) -> list[dict[str, Any]]:
         """Every file that the job wrote."""
         files: list[dict[str, Any]] = []

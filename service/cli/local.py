@@ -26,6 +26,7 @@ from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
 from service.engine.plan import check_outputs
 from service.engine.report import RunReport
+from service.engine.report_page import report_page
 from service.engine.sensitivity import behind_measuring
 from service.engine.validation import validate
 from service.errors import InvalidConfig, ModelNotFound
@@ -86,7 +87,7 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
             cancelled=cancelled,
         )
         (folder / JOURNAL).unlink(missing_ok=True)
-        write_report(folder, report.to_json())
+        write_report(folder, report.to_json(), report_page(report))
     return _job(report)
 
 

@@ -62,7 +62,7 @@ def _fetch(server: Server, job_id: str, folder: Path) -> None:
     for artifact in server.artifacts(job_id):
         print(f"fetching {artifact['path']} ({mib(artifact['size_bytes'])})", file=sys.stderr)
         server.download(job_id, artifact, _inside(folder, artifact["path"]))
-    write_report(folder, server.report(job_id))
+    write_report(folder, server.report(job_id), server.report_page(job_id))
 
 
 def _inside(folder: Path, path: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from service.engine.publish import publish
 from service.errors import InvalidConfig, TargetInUse
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 
 
 def refuse_occupied(out: Path) -> None:
@@ -41,7 +41,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         publish(folder, out)
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Put the quality report beside the outputs."""
+def write_report(folder: Path, report: dict[str, Any], page: str) -> None:
+    """Put the quality report beside the outputs, for programs and for eyes."""
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report in its three forms."""
+"""The report in its four forms."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_the_table_of_one_output(server: Server, finished: dict[str, Any]) -> No
 
 def test_each_form_has_its_own_entity_tag(server: Server, finished: dict[str, Any]) -> None:
     tags = set()
-    for media_type in ("application/json", PARQUET, ARROW):
+    for media_type in ("application/json", "text/html", PARQUET, ARROW):
         headers = {"Accept": media_type}
         etag = server.client.get(finished["links"]["report"], headers=headers).headers["etag"]
         again = server.client.get(finished["links"]["report"], headers=headers | {"If-None-Match": etag})
         assert again.status_code == 304
         tags.add(etag)
-    assert len(tags) == 3
+    assert len(tags) == 4
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,12 @@ def test_another_form_is_not_acceptable(server: Server, finished: dict[str, Any]
     response = server.client.get(finished["links"]["report"], headers={"Accept": "text/csv"})
     assert (response.status_code, response.json()["code"]) == (406, "not_acceptable")
     assert PARQUET in response.json()["detail"]
+
+
+def test_a_browser_gets_a_page_that_needs_nothing_else(server: Server, finished: dict[str, Any]) -> None:
+    accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+    response = server.client.get(finished["links"]["report"], headers={"Accept": accept})
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src" not in response.headers["content-security-policy"]
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    assert response.text.count("blocks.3.weight: int4") == 4  # a bar of error and one of bits in each output

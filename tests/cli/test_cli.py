@@ -88,7 +88,7 @@ def test_quantize_in_the_process_writes_a_folder_for_each_format(models: Path, t
     done = run("quantize", models / "small", "--bits", "4", *formats, "--out", tmp_path / "new" / "out")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "new" / "out"
-    assert {p.name for p in out.iterdir()} == {"compressed-tensors", "parquet", "report.json"}
+    assert {p.name for p in out.iterdir()} == {"compressed-tensors", "parquet", "report.json", "report.html"}
     assert json.loads((out / "report.json").read_text())["passed"]
     assert "compressed-tensors, cosine similarity 0.99" in done.stdout
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -231,6 +231,7 @@ def test_a_reader_of_progress_that_goes_away_stops_nothing(models: Path, tmp_pat
         assert "cosine similarity" in process.stdout.read()
         assert process.wait() == 0
     assert (tmp_path / "out" / "report.json").exists()
+    assert "Error by layer" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("where", ["here", "there"])

@@ -141,6 +141,7 @@ def test_an_upload_that_is_cut_goes_on_by_itself(start_server: StartServer, mode
     assert proxy.has_cut
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "report.json").read_text())["passed"]
+    assert "Error by layer" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_upload_needs_a_server_and_a_model(server: Server, model: Path, tmp_path: Path) -> None:

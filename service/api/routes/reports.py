@@ -1,4 +1,4 @@
-"""What a job measured: all of it as JSON, or the per-tensor table as Parquet or Arrow."""
+"""What a job measured: all of it as JSON or as a page, or the per-tensor table as Parquet or Arrow."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from service.api.problems import documented
 from service.api.replies import JSON, NOT_MODIFIED, etag_of, tagged
 from service.api.schemas.results import Report
 from service.engine.report import RunReport
+from service.engine.report_page import report_page
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[KnownParameters])
 
 PARQUET = "application/vnd.apache.parquet"
+HTML = "text/html"
+#: The page is whole by itself: nothing that a name of a tensor might smuggle in would be run or fetched.
+HTML_POLICY = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The report, or its per-tensor table.", "content": {PARQUET: _BINARY, ARROW_STREAM: _BINARY}}
+    200: {
+        "description": "The report, a page that shows it, or its per-tensor table.",
+        "content": {HTML: {"schema": {"type": "string"}}, PARQUET: _BINARY, ARROW_STREAM: _BINARY},
+    }
 }
 
 
@@ -44,15 +51,18 @@ async def get_job_report(
     output: Annotated[str | None, Query(max_length=64, description="Only this output; for the table.")] = None,
 ) -> Response:
     """The quality report."""
-    media_type = choose(request.headers.get("accept"), (JSON, PARQUET, ARROW_STREAM))
+    media_type = choose(request.headers.get("accept"), (JSON, HTML, PARQUET, ARROW_STREAM))
     report = await manager.jobs.report(job_id, caller.reach)
     content, etag = await run_sync(_encode, report, media_type, output)
-    return tagged(request, content, etag, media_type, {"Vary": "Accept"})
+    headers = HTML_POLICY if media_type == HTML else {}
+    return tagged(request, content, etag, media_type, headers | {"Vary": "Accept"})
 
 
 def _encode(report: RunReport, media_type: str, output: str | None) -> tuple[bytes, str]:
     if media_type == JSON:
         content = json.dumps(_without_none(report.to_json()), separators=(",", ":"), allow_nan=False).encode()
+    elif media_type == HTML:
+        content = report_page(report).encode()
     elif media_type == PARQUET:
         content = _parquet(report.table(output))
     else:
