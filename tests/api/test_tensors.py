@@ -124,3 +124,15 @@ def test_tables_have_a_limit_of_their_own(start_server: StartServer) -> None:
     many = pa.concat_tables([swollen] * 9)
     response = call(server, "dequantize", many)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_table")
+
+
+def test_a_table_arrives_whole_whether_or_not_its_length_is_told(server: Server, rng: np.random.Generator) -> None:
+    content = bytes(write_table(weights(rng.standard_normal((700, 1000), np.float32))))
+    pieces = (content[start : start + 300_007] for start in range(0, len(content), 300_007))
+    headers = {"Content-Type": ARROW}
+    untold = server.client.post("/v1/tensors:quantize?bit_width=8", content=pieces, headers=headers)
+    assert untold.request.headers["Transfer-Encoding"] == "chunked"
+    assert answer(call(server, "quantize", content, bit_width=8)).equals(answer(untold))
+    back = answer(call(server, "dequantize", answer(untold)))
+    sent, came = (table["weights"].combine_chunks().flatten().to_numpy() for table in (read_table(content), back))
+    np.testing.assert_allclose(came, sent, atol=0.05)
