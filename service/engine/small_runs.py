@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,11 +11,22 @@ import numpy as np
 
 from service.engine.backends.base import Backend
 from service.engine.completion import GROUP_BYTES
+from service.engine.metrics import ErrorSums
 from service.engine.plan import Decision, TensorPlan
+from service.engine.progress import Notice
 from service.engine.publish import stop_when
-from service.engine.report import TensorReport
-from service.engine.tensor_run import Stations, TensorRun, Tools, Way, warn_of_notable
-from service.engine.tensors import FLOAT_DTYPES, Array, TensorInfo
+from service.engine.schemes.base import SCALE_RANGES
+from service.engine.tensor_run import (
+    Stations,
+    TensorRun,
+    Tools,
+    Way,
+    fits_scale,
+    missed_accuracy,
+    report_of,
+    warn_of_notable,
+)
+from service.engine.tensors import FLOAT_DTYPES, Array, QuantizedRows, TensorInfo
 
 #: A tensor from this size on goes alone.
 SMALL_BYTES = 256 << 10
@@ -22,13 +34,33 @@ SMALL_BYTES = 256 << 10
 MOST = 1024
 
 
-class CopyRun:
-    """Copies some tensors into every output; `execute` once."""
+class _Together:
+    """Some tensors that are finished together."""
 
     def __init__(self, plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> None:
         self.plans = plans
         self._stations, self._tools = stations, tools
         self._started = time.monotonic()
+
+    def _finish(
+        self, plans: Sequence[TensorPlan], stored: Sequence[Sequence[int]], sums: Sequence[Sequence[ErrorSums]]
+    ) -> None:
+        """They are whole: `stored` has the bytes of each in each output, `sums` the errors likewise."""
+        # Of the time of all together a like share for each.
+        seconds = (time.monotonic() - self._started) / len(self.plans)
+        self._tools.clock.count("write", sum(map(sum, stored)))
+        reports = [
+            [
+                report_of(plan.info, plan.decisions[output], nbytes, seconds, errors)
+                for plan, nbytes, errors in zip(plans, *found, strict=True)
+            ]
+            for output, found in enumerate(zip(stored, sums, strict=True))
+        ]
+        self._stations.completion.finished(*zip(*reports, strict=True))
+
+
+class CopyRun(_Together):
+    """Copies some tensors into every output; `execute` once."""
 
     def execute(self) -> None:
         """Have the tensors copied."""
@@ -39,38 +71,75 @@ class CopyRun:
         self._stations.behind.put(partial(self._write, data), sum(raw.nbytes for raw in data))
 
     def _write(self, data: Sequence[memoryview]) -> None:
-        # Of the time of all together a like share for each.
-        seconds = (time.monotonic() - self._started) / len(self.plans)
         infos = [plan.info for plan in self.plans]
         stored = [writer.copy_all(infos, data) for writer in self._stations.writers]
-        self._tools.clock.count("write", sum(map(sum, stored)))
-        sizes = zip(*stored, strict=True)
-        self._stations.completion.finished(
-            *[
-                tuple([_copied(p.info, d.rule, size, seconds) for d, size in zip(p.decisions, each, strict=True)])
-                for p, each in zip(self.plans, sizes, strict=True)
-            ]
-        )
+        self._finish(self.plans, stored, [[ErrorSums()] * len(infos)] * len(stored))
 
 
-class SmallRun:
+class SmallRun(_Together):
     """Quantizes some tensors, each output all of them in one way; `execute` once."""
-
-    def __init__(self, plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> None:
-        self.plans = plans
-        self._stations, self._tools = stations, tools
 
     def execute(self) -> None:
         """Have the tensors stored; see `TensorRun.execute`."""
         stop_when(self._tools.cancelled)
         data = _read(self.plans, self._stations, self._tools)
         xs = [_matrix(plan.info, raw) for plan, raw in zip(self.plans, data, strict=True)]
-        ways = {decision.way: decision.way for decision in self.plans[0].decisions}
-        ready = {way: self._tools.backend.quantize_many(xs, *way) for way in ways if way is not None}
+        ways = list(dict.fromkeys(decision.way for decision in self.plans[0].decisions))
+        ready = [self._tools.backend.quantize_many(xs, *way) for way in ways if way is not None]
         self._tools.clock.count("quantize", len(ready) * sum(raw.nbytes for raw in data))
-        for index, plan in enumerate(self.plans):
-            quantized = {way: rows[index] for way, rows in ready.items()}
-            TensorRun(plan, self._stations, self._tools, quantized).execute()
+        each_output = [ready[ways.index(decision.way)] for decision in self.plans[0].decisions]
+        self._put_all(list(zip(*each_output, strict=True)))
+
+    def _put_all(self, found: Sequence[tuple[QuantizedRows, ...]]) -> None:
+        """Hand on what came of each tensor, for each output; those that stand together, up to one that does not."""
+        for text in self._tools.backend.take_notices():
+            self._stations.warn(Notice("device_lacking", text, self.plans[0].info.name))
+        fits = zip(*(_fit(rows) for rows in zip(*found, strict=True)), strict=True)
+        first = 0
+        for index, (plan, rows, fitting) in enumerate(zip(self.plans, found, fits, strict=True)):
+            if not self._stand(plan.decisions, rows, fitting):
+                self._put(first, index, found)
+                ready = {decision.way: q for decision, q in zip(plan.decisions, rows, strict=True) if decision.way}
+                TensorRun(plan, self._stations, self._tools, ready).execute()
+                first = index + 1
+        self._put(first, len(found), found)
+
+    def _stand(self, decisions: Sequence[Decision], rows: Sequence[QuantizedRows], fitting: Sequence[bool]) -> bool:
+        """Whether nothing has to be told or done anew in any output."""
+        return all(
+            q.errors.finite
+            and (fits or not decision.auto_scale)
+            and missed_accuracy(q.errors, q.scheme, output.config) is None
+            for decision, q, fits, output in zip(decisions, rows, fitting, self._stations.outputs, strict=True)
+        )
+
+    def _put(self, first: int, last: int, found: Sequence[tuple[QuantizedRows, ...]]) -> None:
+        plans, rows = self.plans[first:last], found[first:last]
+        for plan in plans:
+            warn_of_notable(plan.info, plan.decisions, self._stations)
+        if plans:
+            nbytes = sum([q.nbytes for each in rows for q in each])
+            self._stations.behind.put(partial(self._write, plans, list(zip(*rows, strict=True))), nbytes)
+
+    def _write(self, plans: Sequence[TensorPlan], rows: Sequence[Sequence[QuantizedRows]]) -> None:
+        infos = [plan.info for plan in plans]
+        stored = [
+            writer.store_all(list(zip(infos, each, strict=True)))
+            for writer, each in zip(self._stations.writers, rows, strict=True)
+        ]
+        self._finish(plans, stored, [[q.errors for q in each] for each in rows])
+
+
+def _fit(rows: Sequence[QuantizedRows]) -> Sequence[bool]:
+    """Whether the scales of each have all the digits of their dtype."""
+    scheme = rows[0].scheme
+    if SCALE_RANGES[scheme.scale_dtype] == (0.0, math.inf):
+        return [True] * len(rows)
+    # Of two bytes, and none is negative: as whole numbers, for NumPy is slow with their dtype.
+    scales = [q.scale.reshape(-1).view(np.uint16) for q in rows]
+    starts = np.cumsum([0, *(scale.size for scale in scales[:-1])])
+    largest = np.maximum.reduceat(np.concatenate(scales), starts).view(rows[0].scale.dtype)
+    return [fits_scale(scheme, scale) for scale in largest.astype(np.float32).tolist()]
 
 
 Run = TensorRun | CopyRun | SmallRun
@@ -119,7 +188,7 @@ def _most_bytes(ways: Ways, backend: Backend) -> int:
 
 
 def _together(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> CopyRun | SmallRun:
-    kind = SmallRun if plans[0].decisions[0].scheme else CopyRun
+    kind: type[CopyRun | SmallRun] = SmallRun if plans[0].decisions[0].scheme else CopyRun
     return kind(plans, stations, tools)
 
 
@@ -130,16 +199,3 @@ def _read(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> list
 
 def _matrix(info: TensorInfo, raw: memoryview) -> Array:
     return np.frombuffer(raw, FLOAT_DTYPES[info.dtype]).reshape(info.rows, info.cols)
-
-
-def _copied(info: TensorInfo, rule: str, stored: int, seconds: float) -> TensorReport:
-    return TensorReport(
-        name=info.name,
-        shape=info.shape,
-        dtype=info.dtype,
-        scheme="none",
-        rule=rule,
-        original_bytes=info.nbytes,
-        stored_bytes=stored,
-        seconds=seconds,
-    )

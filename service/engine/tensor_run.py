@@ -215,12 +215,12 @@ class TensorRun:
         if not attempt.sums.finite:
             warn(Notice("non_finite_copied", f"{non_finite(self._info)}: copied as it was", name, where))
             return Decision(non_finite(self._info))
-        if attempt.decision.auto_scale and not _fits_scale(scheme, attempt.largest_scale):
+        if attempt.decision.auto_scale and not fits_scale(scheme, attempt.largest_scale):
             wide = with_scale(scheme, "F32")
             text = f"its scales are out of the range of {scheme.scale_dtype}: they are stored in F32"
             warn(Notice("scale_widened", text, name, where))
             return replace(attempt.decision, rule=f"{attempt.decision.rule}; {text}", scheme=wide)
-        missed = _missed(attempt.sums, scheme, config.min_accuracy or 0.0)
+        missed = missed_accuracy(attempt.sums, scheme, config)
         if missed is None:
             return None
         if config.on_failure == "fail":
@@ -241,32 +241,12 @@ class TensorRun:
 
     def _commit(self, attempt: _Attempt, output: int) -> None:
         decision, info = attempt.decision, self._info
-        scheme, method = decision.scheme, decision.method
+        scheme = decision.scheme
         quality = Quality.of(attempt.sums, scheme.stored_bytes(info.rows, info.cols)) if scheme else None
         stored = self._stations.writers[output].commit(quality)
         self._tools.clock.count("write", stored)
-        report = TensorReport(
-            name=info.name,
-            shape=info.shape,
-            dtype=info.dtype,
-            scheme=scheme.id if scheme else "none",
-            rule=decision.rule,
-            original_bytes=info.nbytes,
-            stored_bytes=stored,
-            seconds=time.monotonic() - self._started,
-        )
-        if scheme and method:
-            report = replace(
-                report,
-                method=method.id,
-                bits=scheme.bits,
-                symmetric=scheme.symmetric,
-                granularity=scheme.granularity,
-                group_size=scheme.group_size if scheme.granularity == "group" else None,
-                scale_dtype=scheme.scale_dtype,
-                sums=attempt.sums,
-            )
-        self._reports[output] = report
+        seconds = time.monotonic() - self._started
+        self._reports[output] = report_of(info, decision, stored, seconds, attempt.sums)
 
     def _config(self, output: int) -> ResolvedConfig:
         return self._outputs[output].config
@@ -281,6 +261,30 @@ class TensorRun:
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         return row_blocks(self._info, self._tools.block_bytes)
+
+
+def report_of(info: TensorInfo, decision: Decision, stored: int, seconds: float, sums: ErrorSums) -> TensorReport:
+    """Of a tensor that takes so many bytes in an output; `sums` are of no account where it is copied."""
+    scheme, method = decision.scheme, decision.method
+    if scheme is None or method is None:
+        return TensorReport(info.name, info.shape, info.dtype, "none", decision.rule, info.nbytes, stored, seconds)
+    return TensorReport(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        scheme=scheme.id,
+        rule=decision.rule,
+        original_bytes=info.nbytes,
+        stored_bytes=stored,
+        seconds=seconds,
+        method=method.id,
+        bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        granularity=scheme.granularity,
+        group_size=scheme.group_size if scheme.granularity == "group" else None,
+        scale_dtype=scheme.scale_dtype,
+        sums=sums,
+    )
 
 
 def warn_of_notable(info: TensorInfo, decisions: Sequence[Decision], stations: Stations) -> None:
@@ -311,9 +315,9 @@ def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
     return list(attempts.values())
 
 
-def _missed(sums: ErrorSums, scheme: Scheme, floor: float) -> str | None:
+def missed_accuracy(sums: ErrorSums, scheme: Scheme, config: ResolvedConfig) -> str | None:
     """Why these errors are too large, or None."""
-    cosine = sums.cosine_similarity
+    cosine, floor = sums.cosine_similarity, config.min_accuracy or 0.0
     if cosine < floor:
         return f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
     if not sums.keeps_magnitude:
@@ -328,7 +332,7 @@ def _largest(scale: Array) -> float:
     return float(scale.reshape(-1)[int(scale.view(np.uint16).argmax())])
 
 
-def _fits_scale(scheme: Scheme, largest: float) -> bool:
+def fits_scale(scheme: Scheme, largest: float) -> bool:
     """Whether scales of up to this size are stored with all the digits of their dtype."""
     smallest_normal, limit = SCALE_RANGES[scheme.scale_dtype]
     return smallest_normal <= largest < limit

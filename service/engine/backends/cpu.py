@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,11 +55,15 @@ Fill = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How groups lie in a row, and the numbers by which the kernels know a scheme."""
+    """How groups lie in a row, and the numbers by which the kernels know a scheme.
+
+    `tensor_rows` is there when the rows are those of several tensors, as many of each.
+    """
 
     scheme: Scheme
     rows: int
     cols: int
+    tensor_rows: int | None = None
 
     @property
     def group(self) -> int:
@@ -85,7 +89,7 @@ class Form:
     @property
     def tile_rows(self) -> int:
         """Rows whose errors are summed up together."""
-        return max(1, TILE_ELEMENTS // self.cols)
+        return self.tensor_rows or max(1, TILE_ELEMENTS // self.cols)
 
     def numbers(self) -> tuple[np.float32, np.float32, np.float32, bool, int]:
         """See `cpu_kernels.grids.Form`."""
@@ -103,6 +107,7 @@ class CpuBackend(ReferenceBackend):
 
     id: ClassVar[str] = "cpu"
     description: ClassVar[str] = "Numba on all cores, with the codes packed and the errors measured in one pass"
+    batch_bytes: ClassVar[int] = 4 << 20
 
     def __init__(self, threads: int = 1, device_memory_bytes: int = 0) -> None:
         super().__init__(threads, device_memory_bytes)
@@ -131,6 +136,31 @@ class CpuBackend(ReferenceBackend):
         form = Form(scheme, *x.shape)
         if not x.size or not has_kernel(form, method, grid, inputs):
             return super().quantize(x, scheme, method, grid, inputs)
+        return self.measure_output(x, self._computed(x, form, method, grid).packed_rows(), inputs)
+
+    def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
+        """See `Backend.quantize_many`."""
+        alike: dict[tuple[tuple[int, ...], np.dtype[Any]], list[int]] = {}
+        for index, x in enumerate(xs):
+            alike.setdefault((x.shape, x.dtype), []).append(index)
+        found: dict[int, QuantizedRows] = {}
+        for indices in alike.values():
+            found |= zip(indices, self._quantize_alike([xs[i] for i in indices], scheme, method), strict=True)
+        return [found[index] for index in range(len(xs))]
+
+    def _quantize_alike(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
+        """Tensors of one shape and dtype: under each other, where the errors of each are those of one tile."""
+        rows, cols = xs[0].shape
+        alone = Form(scheme, rows, cols)
+        if not rows * cols or rows > alone.tile_rows or not has_kernel(alone, method, None):
+            return [self.quantize(x, scheme, method) for x in xs]
+        form = Form(scheme, rows * len(xs), cols, rows)
+        x = self._buffers.empty((form.rows, cols), xs[0].dtype)
+        # As bytes: NumPy copies dtypes that it does not know one by one.
+        np.concatenate([x.view(np.uint8) for x in xs], out=x.view(np.uint8))
+        return self._computed(x, form, method, None).packed_tensors()
+
+    def _computed(self, x: Array, form: Form, method: Method, grid: Grid | None) -> _Result:
         source, result = Input(x), _Result(form, grid, self._buffers)
 
         def fill(first: int, last: int) -> None:
@@ -142,7 +172,7 @@ class CpuBackend(ReferenceBackend):
             )
 
         self._split(fill, form.rows, form.tile_rows, form.cols, source)
-        return self.measure_output(x, result.packed_rows(), inputs)
+        return result
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
@@ -294,19 +324,32 @@ class _Result:
 
     def packed_rows(self) -> QuantizedRows:
         """All of it."""
+        form = self.form
+        scale, zero = self._stored()
+        errors = error_sums(form.rows * form.cols, self.sums)
+        return QuantizedRows(form.scheme, form.cols, self.packed, scale, zero, errors)
+
+    def packed_tensors(self) -> list[QuantizedRows]:
+        """Of each tensor; a tile is one."""
+        form, count = self.form, len(self.sums)
+        scale, zero = self._stored()
+        scales = scale.reshape(count, -1, form.row_groups)
+        zeros = [None] * count if zero is None else zero.reshape(scales.shape)
+        packed = self.packed.reshape(count, -1, self.packed.shape[1])
+        sums = [_tile_sums(form.rows * form.cols // count, *tile) for tile in self.sums.tolist()]
+        each = zip(packed, scales, zeros, sums, strict=True)
+        return [QuantizedRows(form.scheme, form.cols, *parts) for parts in each]
+
+    def _stored(self) -> tuple[Array, CodeArray | None]:
+        """Scales and zero points."""
         form, scheme = self.form, self.form.scheme
         shape = (1, 1) if self.grid is not None else (form.rows, form.row_groups)
         dtype = SCALE_DTYPES[scheme.scale_dtype]
         scale = self.scale_bits.view(dtype) if self.scale_bits.size else self.scale.astype(dtype, copy=False)
+        if scheme.symmetric:
+            return scale.reshape(shape), None
         zero = self.zero_codes if self.zero_codes.size else self.zero.astype(np.uint8)
-        return QuantizedRows(
-            scheme=scheme,
-            cols=form.cols,
-            packed=self.packed,
-            scale=scale.reshape(shape),
-            zero_point=None if scheme.symmetric else zero.reshape(shape),
-            errors=error_sums(form.rows * form.cols, self.sums),
-        )
+        return scale.reshape(shape), zero.reshape(shape)
 
 
 def has_kernel(form: Form, method: Method, grid: Grid | None, inputs: LayerInputs | None = None) -> bool:
@@ -323,8 +366,12 @@ def has_kernel(form: Form, method: Method, grid: Grid | None, inputs: LayerInput
 
 def error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:
     """Of the sums of tiles, (tiles, SUMS)."""
-    xx, yy, xy, dd = (float(v) for v in sums[:, :-1].sum(axis=0))
+    xx, yy, xy, dd = sums[:, :-1].sum(axis=0).tolist()
+    return _tile_sums(count, xx, yy, xy, dd, float(sums[:, -1].max()))
+
+
+def _tile_sums(count: int, xx: float, yy: float, xy: float, dd: float, largest: float) -> ErrorSums:
     # A NaN or an infinity anywhere is one in a sum: no square of a finite float32 overflows a float64.
     if not (math.isfinite(xx) and math.isfinite(yy)):
         return ErrorSums(count=count, finite=False)
-    return ErrorSums(count, xx, yy, xy, dd, float(sums[:, -1].max()))
+    return ErrorSums(count, xx, yy, xy, dd, largest)

@@ -146,6 +146,15 @@ class ModelWriter(ABC):
             stored.append(self.commit(None))
         return stored
 
+    def store_all(self, tensors: Sequence[tuple[TensorInfo, QuantizedRows]]) -> list[int]:
+        """`begin`, `write_rows` and `commit` for small tensors that are quantized in one scheme, given all rows."""
+        stored = []
+        for info, rows in tensors:
+            self.begin(info, rows.scheme)
+            self.write_rows(rows)
+            stored.append(self.commit(Quality.of(rows.errors, rows.scheme.stored_bytes(info.rows, info.cols))))
+        return stored
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """JSON for `restore`, as of the last commit; small: what changed since the last call may be enough."""

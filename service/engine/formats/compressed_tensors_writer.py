@@ -11,6 +11,7 @@ import numpy as np
 
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
 from service.engine.formats.compressed_tensors_config import Group, Packing, parts_of, quantization_config
+from service.engine.formats.compressed_tensors_parts import signed, stored_parts
 from service.engine.formats.shard_layout import Parts, Region, header_reserve
 from service.engine.formats.shards import ShardWriter
 from service.engine.metrics import Quality
@@ -98,8 +99,28 @@ class CompressedTensorsWriter(ModelWriter):
             self._names.add(info.name)
             if info.name.endswith(WEIGHT) and len(info.shape) == 2:
                 self._new_untouched.append(info.name.removesuffix(WEIGHT))
-        self._shards.put_all([(info.name, info.dtype, info.shape, info.nbytes) for info in infos], data)
+        self._shards.put_all([self._parts(info, None) for info in infos], data)
         return [info.nbytes for info in infos]
+
+    def store_all(self, tensors: Sequence[tuple[TensorInfo, QuantizedRows]]) -> list[int]:
+        """See `ModelWriter.store_all`."""
+        scheme = tensors[0][1].scheme
+        packing = self._packing_of(scheme)
+        group = Group.of(scheme, packing)
+        described = _group_json(group)
+        found = []
+        for info, rows in tensors:
+            module = info.name.removesuffix(WEIGHT)
+            parts = parts_of(module, scheme, packing, rows.rows, rows.cols)
+            for name, *_ in parts:
+                if name in self._names:
+                    raise _named_twice(name, info)
+                self._names.add(name)
+            self._modules[module] = group
+            self._new_modules.append([module, *described])
+            found.append(parts)
+        self._shards.put_all(found, stored_parts([rows for _, rows in tensors], packing))
+        return [sum([nbytes for *_, nbytes in parts]) for parts in found]
 
     def abandon(self) -> None:
         """See `ModelWriter.abandon`."""
@@ -199,7 +220,9 @@ class _Weight:
     def write(self, q: QuantizedRows) -> None:
         """The next rows."""
         codes = (
-            q.packed if self.packing == "pack-quantized" else self._signed(unpack_rows(q.packed, q.scheme.bits, q.cols))
+            q.packed
+            if self.packing == "pack-quantized"
+            else signed(unpack_rows(q.packed, q.scheme.bits, q.cols), q.scheme.bits)
         )
         self._put_rows(self._codes, self.info.rows, codes)
         if self.scheme.granularity != "tensor":
@@ -220,9 +243,9 @@ class _Weight:
     def _write_zeros(self, region: Region, zeros: CodeArray, last: bool) -> None:
         if self.scheme.granularity == "tensor":
             if self._rows == 0:
-                self._put(region, 0, self._signed(zeros))
+                self._put(region, 0, signed(zeros, self.scheme.bits))
         elif self.packing == "int-quantized":
-            self._put_rows(region, self.info.rows, self._signed(zeros))
+            self._put_rows(region, self.info.rows, signed(zeros, self.scheme.bits))
         else:
             self._write_packed_zeros(region, zeros, last)
 
@@ -236,9 +259,6 @@ class _Weight:
             self._put(region, offset, words)
         self._zero_rows += ready
         self._pending = waiting[ready:]
-
-    def _signed(self, codes: CodeArray) -> Array:
-        return (codes - np.uint8(1 << (self.scheme.bits - 1))).view(np.int8)  # modulo 256: one pass, a byte each
 
     def _put_rows(self, region: Region, rows: int, data: Array) -> None:
         self._put(region, self._rows * (region.nbytes // rows), data)

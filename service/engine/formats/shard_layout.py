@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from json.encoder import encode_basestring
 
 from service.engine.formats.safetensors_header import MAX_HEADER_BYTES, build_header
@@ -101,23 +102,26 @@ class ShardLayout:
             ends[part] += nbytes
         return self.pending
 
-    def add_all(self, parts: Parts) -> list[Region]:
-        """Room, which is kept, for as many tensors of these as have it in one file, at least one."""
-        self.begin(parts[:1])
-        regions = self.commit()
-        shard = self.shards[-1]
+    def add_all(self, tensors: Sequence[Parts]) -> tuple[int, list[Region]]:
+        """Room, which is kept, for as many of these as have it in one file, at least one: how many, and where."""
+        self.begin(tensors[0])
+        first = self.commit()
+        shard, regions, count = self.shards[-1], list[Region](), 1
         room, header_room = self._max - shard.nbytes, self.reserve - FIXED_BYTES - shard.header_bytes
-        for name, dtype, shape, nbytes in parts[1:]:
-            header = _entry_bytes(name, shape)
-            room, header_room = room - nbytes, header_room - header
+        for parts in islice(tensors, 1, None):
+            for name, _, shape, nbytes in parts:
+                room -= nbytes
+                header_room -= _entry_bytes(name, shape)
             if room < 0 or header_room < 0:
                 break
-            part = BODY if nbytes % 8 == 0 else _part(nbytes)
-            regions.append(Region(name, dtype, shape, part, shard.sizes[part], nbytes))
-            shard.sizes[part] += nbytes
-            shard.header_bytes += header
-        shard.regions += regions[1:]
-        return regions
+            for name, dtype, shape, nbytes in parts:
+                part = BODY if nbytes % 8 == 0 else _part(nbytes)
+                regions.append(Region(name, dtype, shape, part, shard.sizes[part], nbytes))
+                shard.sizes[part] += nbytes
+            shard.header_bytes = self.reserve - FIXED_BYTES - header_room
+            count += 1
+        shard.regions += regions
+        return count, first + regions
 
     def commit(self) -> list[Region]:
         """Keep what was begun."""

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +85,22 @@ class ShardWriter:
         self._committed.append((self.shards[-1].number, regions))
         return sum([r.nbytes for r in regions])
 
-    def put_all(self, tensors: Parts, data: Sequence[memoryview]) -> None:
-        """`begin`, `write` and `commit` for whole tensors, each by itself; what lies together is written at once."""
+    def put_all(self, tensors: Sequence[Parts], data: Sequence[memoryview]) -> None:
+        """`begin`, `write` and `commit` for each, given the bytes of all parts; what is adjacent is written at once."""
+        waiting = iter(data)
         first = 0
         while first < len(tensors):
             last = self.shards[-1]
-            regions = self._layout.add_all(tensors[first:])
+            count, regions = self._layout.add_all(tensors[first:])
             if self.shards[-1] is not last:
                 self._flush()
                 self._close_files()
+            pieces = list(islice(waiting, len(regions)))
             for whole in _by_part(regions):
-                together = b"".join([data[first + index] for index in whole])
+                together = b"".join([pieces[index] for index in whole])
                 self.write(regions[whole[0]], 0, memoryview(together))
             self._committed.append((self.shards[-1].number, regions))
-            first += len(regions)
+            first += count
 
     def abandon(self) -> None:
         """Forget what was begun; its bytes are overwritten by what comes next, or cut off."""
