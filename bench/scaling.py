@@ -38,12 +38,13 @@ CORES, GPUS = (2, 8, 64), (1, 8)
 UPLOAD, KERNELS = 55e9, {"minmax": 2.5e12, "mse": 150e9}
 
 ABOUT = f"""
-Seconds of a job = those of its kernels on all cores + so many for the run, for each tensor of each output, for each
-byte read and each written. The kernels are timed on a block in the cache, as `/v1/plans` does; the other four rates
-come from the runs below by least squares of relative errors. *Fitted* is what the formula says with these rates, of
-one output. *Plan* is what `/v1/plans` says: the same formula with rates that the service takes from runs of models of
-less than 40 MB when it is first asked. Models are generated, BF16, in so many tensors, in the page cache, to 4 bits in
-groups of 128, in blocks of {BLOCK_BYTES // MIB} MiB; times are medians of {REPEATS}, synced files included.
+Seconds of a job = those of its kernels on all cores + so many for the run, for each tensor that an output copies and
+each that it quantizes, for each byte read and each written. The kernels are timed on a block in the cache, as
+`/v1/plans` does; the other five rates come from the runs below by least squares of relative errors. *Fitted* is what
+the formula says with these rates, of one output. *Plan* is what `/v1/plans` says: the same formula with rates that the
+service takes from runs of models of less than 40 MB when it is first asked. Models are generated, BF16, in so many
+tensors, in the page cache, to 4 bits in groups of 128, in blocks of {BLOCK_BYTES // MIB} MiB; times are medians of
+{REPEATS}, synced files included.
 """
 
 MEMORY = """
@@ -104,7 +105,10 @@ def main(sizes: Sequence[int] = SIZES) -> None:
         ABOUT,
         table(("job", "took", "spread", "fitted", "off by", "plan", "off by"), (_cells(row, rates) for row in rows)),
         found,
-        table(("rates", "run", "tensor", "read", "written"), (_rate_cells(name, r) for name, r in rates.items())),
+        table(
+            ("rates", "run", "copied", "quantized", "read", "written"),
+            (_rate_cells(name, r) for name, r in rates.items()),
+        ),
         MEMORY,
         table(("job", "took", "plan", "of plan"), memory),
         PAPER.format(upload=UPLOAD / GB),
@@ -147,7 +151,7 @@ def _cells(row: Row, rates: dict[str, Rates]) -> list[str]:
 
 def _rate_cells(name: str, r: Rates) -> list[str]:
     moved = (f"{1 / rate / GB:.2f} GB/s" if rate else "nothing" for rate in (r.read_s, r.write_s))
-    return [name, f"{r.run_s * 1e3:.1f} ms", f"{r.tensor_s * 1e3:.2f} ms", *moved]
+    return [name, f"{r.run_s * 1e3:.1f} ms", f"{r.copied_s * 1e6:.0f} µs", f"{r.quantized_s * 1e6:.0f} µs", *moved]
 
 
 def _memory(row: Row) -> list[str]:
@@ -177,7 +181,7 @@ def _paper_cells(model: Model, method: str, backend: Backend, rates: Rates) -> l
         f"{model.nbytes / 2 / 1e9:.0f}B",
         f"{work.read_bytes / GB:.0f} GB",
         f"{work.written_bytes / GB:.1f} GB",
-        str(work.tensors),
+        str(work.copied + work.quantized),
         f"{need_to_quantize(plan, BLOCK_BYTES).nbytes / MIB:.0f} MiB",
         *(_duration(rates.seconds(replace(work, compute_s=s))) for s in computing),
     ]

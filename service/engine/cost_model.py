@@ -1,7 +1,8 @@
 """What a run costs: a formula of a few rates, and how the rates follow from runs that were measured.
 
-Seconds are those of the kernels on all cores, and beside them so many for the run, for each tensor of each output, for
-each byte that is read and each that is written. Reading and writing go on beside the kernels, but take cores from them.
+Seconds are those of the kernels on all cores, and beside them so many for the run, for each tensor that an output
+copies and each that it quantizes, for each byte that is read and each that is written. Reading and writing go on beside
+the kernels, but take cores from them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ TIMED_S, RUNS = 0.1, 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do; `tensors` are counted in each output, `compute_s` is of kernels on all cores."""
+    """What there is to do; tensors are counted in each output, `compute_s` is of kernels on all cores."""
 
-    tensors: int
+    copied: int
+    quantized: int
     read_bytes: int
     written_bytes: int
     compute_s: float
@@ -37,25 +39,27 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds for a run, a tensor of an output, a byte read and a byte written."""
+    """Seconds for a run, a tensor that an output copies, one that it quantizes, a byte read and a byte written."""
 
     run_s: float = 0.0
-    tensor_s: float = 0.0
+    copied_s: float = 0.0
+    quantized_s: float = 0.0
     read_s: float = 0.0
     write_s: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """How long the work takes."""
         moved_s = work.read_bytes * self.read_s + work.written_bytes * self.write_s
-        return self.run_s + work.tensors * self.tensor_s + moved_s + work.compute_s
+        tensors_s = work.copied * self.copied_s + work.quantized * self.quantized_s
+        return self.run_s + tensors_s + moved_s + work.compute_s
 
 
 def fit(measured: Sequence[tuple[Work, float]]) -> Rates:
     """The rates, none below zero, whose relative errors against these seconds are least in the sum of squares."""
-    rows = np.array([(1, w.tensors, w.read_bytes, w.written_bytes) for w, _ in measured], np.float64)
+    rows = np.array([(1, w.copied, w.quantized, w.read_bytes, w.written_bytes) for w, _ in measured], np.float64)
     seconds = np.array([s for _, s in measured])
     matrix, target = rows / seconds[:, None], 1 - np.array([w.compute_s for w, _ in measured]) / seconds
-    used, rates = [0, 1, 2, 3], np.zeros(4)
+    used, rates = [0, 1, 2, 3, 4], np.zeros(5)
     while used:
         found = np.linalg.lstsq(matrix[:, used], target, rcond=None)[0]
         if (found >= 0).all():
@@ -72,8 +76,10 @@ def work_of(plan: Plan, backend: Backend) -> Work:
         info, ways = tensor.info, {(d.scheme, d.method) for d in tensor.decisions}
         coded = [(s, m) for s, m in ways if s is not None and m is not None]
         compute_s += sum(info.size * seconds_per_weight(backend, s, m, info.dtype) for s, m in coded)
-    written = sum(plan.predicted_bytes(index) for index in range(len(plan.outputs)))
-    return Work(len(plan.tensors) * len(plan.outputs), plan.source_bytes, written, compute_s)
+    outputs = range(len(plan.outputs))
+    written = sum(map(plan.predicted_bytes, outputs))
+    quantized = sum(map(plan.quantized, outputs))
+    return Work(len(plan.tensors) * len(outputs) - quantized, quantized, plan.source_bytes, written, compute_s)
 
 
 @cache

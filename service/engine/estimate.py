@@ -30,7 +30,9 @@ def estimate(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> Es
     common = Rates(run_s=max(cost.run_s for cost in costs), read_s=max(cost.read_s for cost in costs))
     seconds = common.seconds(work_of(plan, backend))
     for index, cost in enumerate(costs):
-        seconds += len(plan.tensors) * cost.tensor_s + plan.predicted_bytes(index) * cost.write_s
+        quantized = plan.quantized(index)
+        seconds += (len(plan.tensors) - quantized) * cost.copied_s + quantized * cost.quantized_s
+        seconds += plan.predicted_bytes(index) * cost.write_s
     return Estimate(seconds, need_to_quantize(plan, block_bytes).nbytes)
 
 

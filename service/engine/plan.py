@@ -97,6 +97,10 @@ class Plan:
         """Bytes of all tensors as the source stores them."""
         return sum(t.info.nbytes for t in self.tensors)
 
+    def quantized(self, output: int) -> int:
+        """How many tensors an output quantizes."""
+        return sum([t.decisions[output].scheme is not None for t in self.tensors])
+
     def predicted_bytes(self, output: int) -> int:
         """Bytes of the tensors in an output if no fallback is taken, without headers and companions."""
         about = self.outputs[output]

@@ -19,17 +19,23 @@ from service.engine.pipeline import quantize
 from service.engine.plan import OutputSpec, make_plan
 from service.storage.faults import storage_faults
 
-#: Tensors of a model, and the shape of each: one and many small ones tell what a run and a tensor cost, a few large
-#: ones, quantized and copied, what bytes do.
-_SMALL, _LARGE = (64, 128), (1024, 2048)
-_RUNS = ((1, _SMALL, False), (64, _SMALL, False), (4, _LARGE, False), (4, _LARGE, True))
+#: Tensors of a model, the shape of each, and whether they are copied: one and many small ones tell what a run and a
+#: tensor cost, a few large ones what bytes do.
+_SMALL, _TINY, _LARGE = (64, 128), (8, 128), (1024, 2048)
+_RUNS = (
+    (1, _SMALL, False),
+    (500, _SMALL, False),
+    (1500, _TINY, True),
+    (4, _LARGE, False),
+    (4, _LARGE, True),
+)
 REPEATS = 2
-HEADER_BYTES = 16 << 10
+HEADER_BYTES = 4096 + 120 * 1500
 
 
 @cache
 def rates(backend: Backend, format_id: str, block_bytes: int, folder: Path) -> Rates:
-    """What an output in this format costs beside the kernels; the first call writes some 40 MB below `folder`.
+    """What an output in this format costs beside the kernels; the first call writes some 90 MB below `folder`.
 
     Raises DiskFull or StorageFailure where it cannot.
     """

@@ -18,11 +18,12 @@ from tests.engine.helpers import normal, save, specs
 
 BLOCK_BYTES = 1 << 20
 RUNS = (
-    Work(1, 32_000, 5_000, 0.001),
-    Work(64, 2_000_000, 300_000, 0.01),
-    Work(4, 32_000_000, 5_000_000, 0.2),
-    Work(4, 32_000_000, 32_000_000, 0.0),
-    Work(400, 900_000_000, 150_000_000, 5.0),
+    Work(0, 1, 32_000, 5_000, 0.001),
+    Work(0, 64, 2_000_000, 300_000, 0.01),
+    Work(64, 0, 500_000, 500_000, 0.0),
+    Work(0, 4, 32_000_000, 5_000_000, 0.2),
+    Work(4, 0, 32_000_000, 32_000_000, 0.0),
+    Work(100, 300, 900_000_000, 150_000_000, 5.0),
 )
 
 
@@ -31,11 +32,16 @@ def plan(source: Path, *formats: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    "given", [Rates(0.01, 1e-4, 3e-10, 2e-9), Rates(0.0, 2e-5, 0.0, 1e-9), Rates(0.02, 0.0, 1e-10, 0.0)]
+    "given",
+    [
+        Rates(0.01, 2e-5, 1e-4, 3e-10, 2e-9),
+        Rates(0.0, 2e-5, 5e-5, 0.0, 1e-9),
+        Rates(0.02, 0.0, 1e-5, 1e-10, 0.0),
+    ],
 )
 def test_rates_are_found_again_in_runs_that_follow_them(given: Rates) -> None:
     found = fit([(work, given.seconds(work)) for work in RUNS])
-    for name in ("run_s", "tensor_s", "read_s", "write_s"):
+    for name in ("run_s", "copied_s", "quantized_s", "read_s", "write_s"):
         assert getattr(found, name) == pytest.approx(getattr(given, name), rel=1e-6, abs=1e-14)
 
 
@@ -45,12 +51,12 @@ def test_no_rate_is_below_zero_whatever_was_measured() -> None:
     random = np.random.default_rng(seed)
     for _ in range(200):
         found = fit([(work, random.uniform(0.001, 3)) for work in RUNS])
-        assert min(found.run_s, found.tensor_s, found.read_s, found.write_s) >= 0
+        assert min(found.run_s, found.copied_s, found.quantized_s, found.read_s, found.write_s) >= 0
 
 
 def test_rates_of_this_machine_leave_nothing_behind(tmp_path: Path) -> None:
     found = rates(ReferenceBackend(), "compressed-tensors", BLOCK_BYTES, tmp_path)
-    assert found.run_s + found.tensor_s + found.read_s + found.write_s > 0
+    assert found.run_s + found.copied_s + found.quantized_s + found.read_s + found.write_s > 0
     assert list(tmp_path.iterdir()) == []
 
 
