@@ -325,8 +325,8 @@ def tensor_from_json(data: dict[str, Any]) -> TensorReport:
 
 def _sums(sums: ErrorSums) -> dict[str, Any]:
     """Those of outputs only where outputs were compared."""
-    fields = _fields(sums)
-    return fields if sums.has_output else {k: v for k, v in fields.items() if not k.startswith("out_")}
+    names = _SUMS if sums.has_output else _WEIGHT_SUMS
+    return {name: getattr(sums, name) for name in names}
 
 
 def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[str, Any]:
@@ -334,6 +334,8 @@ def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[s
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
+_SUMS = tuple(f.name for f in fields(ErrorSums))
+_WEIGHT_SUMS = tuple(name for name in _SUMS if not name.startswith("out_"))
 #: What copies have none of: all that need not be given.
 _QUANTIZED = tuple(f.name for f in fields(TensorReport) if f.default is not MISSING and f.name != "sums")
 

@@ -12,7 +12,7 @@ import pytest
 from service.engine import small_runs
 from service.engine.backends.cpu import CpuBackend
 from service.engine.formats.registry import open_model
-from service.engine.progress import Happening, TensorCompleted
+from service.engine.progress import Happening, Notice, TensorCompleted
 from tests.engine.helpers import files_of, normal, run, save_folder, specs
 
 BOTH = ("compressed-tensors", "parquet")
@@ -87,3 +87,27 @@ def test_together_or_alone_copies_lie_in_the_same_files(
         assert len({info.file for info in reader.tensors}) > 1, "in several files"
         found = {info.name: bytes(reader.raw(info, 0, info.nbytes)) for info in reader.tensors}
     assert found == {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+def test_what_one_of_many_needs_is_done_to_that_one_alone(tmp_path: Path) -> None:
+    tensors = {f"l.{i:02d}.weight": normal(64, 128, seed=i) for i in range(30)}
+    tensors["l.07.weight"][3, 5] = np.nan
+    tensors["l.11.weight"] *= np.float32(1e-9)  # too small for scales in F16
+    tensors["l.29.weight"][:, 0] *= 30
+    source = save_folder(tmp_path / "model", tensors)
+    seen: list[Happening] = []
+    outputs = specs(*BOTH, bit_width=4, min_accuracy=0.99, on_non_finite="copy")
+    report = run(source, tmp_path / "work", outputs, backend=CpuBackend(), happenings=seen)
+    for output in report.outputs:
+        stored = {t.name: (t.scheme, t.scale_dtype) for t in output.tensors}
+        assert list(stored) == sorted(tensors)
+        assert stored.pop("l.07.weight") == ("none", None)
+        assert stored.pop("l.11.weight") == ("int4", "F32")
+        assert stored.pop("l.29.weight")[0] in ("int5", "int6", "int8")
+        assert set(stored.values()) == {("int4", "F16")}
+    told = {h.tensor: h.code for h in seen if isinstance(h, Notice)}
+    assert told == {
+        "l.07.weight": "non_finite_copied",
+        "l.11.weight": "scale_widened",
+        "l.29.weight": "fallback_taken",
+    }

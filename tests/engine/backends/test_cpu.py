@@ -111,6 +111,34 @@ def test_groups_of_half_a_pair_of_vectors_have_the_bytes_of_the_reference(cols: 
         assert_same(CPU.quantize(x, scheme, MinMax()), REFERENCE.quantize(x, scheme, MinMax()))
 
 
+SMALL_SHAPES = st.lists(st.tuples(st.integers(1, 40), COLUMNS), min_size=1, max_size=3)
+
+
+@settings(SHAPED, max_examples=60)
+@given(
+    schemes(), st.sampled_from(DTYPES), SMALL_SHAPES, st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    st.sampled_from(["copies", "adjacent", "turned"]), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@example(IntegerScheme(group_size=32), DTYPES[0], [(64, 1024), (64, 1056)], [0, 1] * 4, "adjacent", 0)
+def test_many_small_tensors_get_to_the_bit_what_each_of_them_would(scheme, dtype, shapes, order, lie, seed) -> None:
+    chosen = [shapes[i % len(shapes)] for i in order]
+    xs = [values("normal", seed + i, *shape, dtype) for i, shape in enumerate(chosen)]
+    if lie == "adjacent":
+        together = np.concatenate([x.reshape(-1).view(np.uint8) for x in xs])
+        ends = np.cumsum([x.nbytes for x in xs])
+        pieces = zip(np.split(together, ends[:-1]), xs, strict=True)
+        xs = [piece.view(dtype).reshape(x.shape) for piece, x in pieces]
+    elif lie == "turned":
+        xs = [np.asfortranarray(x) for x in xs]
+    xs[0][-1, -1] = np.nan if seed % 3 == 0 else 1.0
+    for method in (MinMax(), Mse(clips=(1.0, 0.8), max_iterations=2)):
+        for mine, x in zip(CPU.quantize_many(xs, scheme, method), xs, strict=True):
+            alone = CPU.quantize(x, scheme, method)
+            assert mine.errors == alone.errors
+            if alone.errors.finite:
+                assert_same(mine, alone)
+
+
 @SHAPED
 @given(schemes(), st.sampled_from(DTYPES), st.integers(1, 40), COLUMNS, st.integers(0, 2**32 - 1))
 @example(IntegerScheme(bits=3, group_size=16), DTYPES[0], 1, 8209, 1)
