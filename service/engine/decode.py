@@ -40,7 +40,7 @@ def dequantize_codes(codes: CodeArray, scheme: Scheme, scale: Array, zero_point:
 def row_tiles(rows: int, cols: int) -> Iterator[slice]:
     """Slices of rows, each of about TILE_ELEMENTS elements."""
     step = max(1, TILE_ELEMENTS // max(1, cols))
-    return (slice(start, start + step) for start in range(0, rows, step))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def group_spans(scheme: Scheme, cols: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,180 @@
+"""GPTQ and the descent after it, by the exact error of a layer's output."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+
+from service.engine.backends.base import Backend
+from service.engine.inputs import LayerInputs
+from service.engine.methods.base import Method, Solution
+from service.engine.methods.gptq import Gptq
+from service.engine.methods.minmax import MinMax
+from service.engine.methods.mse import Mse
+from service.engine.schemes.base import Scheme
+from service.engine.schemes.codebook import CodebookScheme
+from service.engine.schemes.integer import IntegerScheme
+from tests.contract.cases import backend, usable_backends
+from tests.golden.cases import parts
+
+BACKENDS = pytest.mark.parametrize("id_", usable_backends())
+
+
+def fed(rng: np.random.Generator, cols: int) -> LayerInputs:
+    """Inputs as layers have them: correlated columns of very different sizes."""
+    mixed = rng.standard_normal((cols // 2, cols)) + 0.3 * rng.standard_normal((1, cols))
+    x = rng.standard_t(5, (4 * cols, cols // 2)) @ mixed + 0.5 * rng.standard_normal((4 * cols, cols))
+    x *= np.exp(rng.standard_normal(cols))
+    return LayerInputs(cols, gram=(x.T @ x / len(x)).astype(np.float32))
+
+
+def weights(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    """Heavy-tailed, as trained ones."""
+    return (rng.standard_t(5, (rows, cols)) * 0.05).astype(np.float32)
+
+
+def values_of(scheme: Scheme, found: Solution) -> np.ndarray:
+    """What a solution stands for, float64."""
+    group = scheme.group_size if scheme.granularity == "group" else found.codes.shape[1]
+    where = np.arange(found.codes.shape[1]) // group
+    codes = found.codes[..., None]
+    shape = found.codes.shape
+    scale, zero = (np.ascontiguousarray(a[:, where]) for a in (found.scale, found.zero))
+    return scheme.decode(np, codes, scale, zero).reshape(shape).astype(np.float64)
+
+
+def row_errors(x: np.ndarray, scheme: Scheme, inputs: LayerInputs, found: Solution) -> np.ndarray:
+    """Squared output error of each row over that of its output, in float64."""
+    gram = inputs.gram.astype(np.float64)  # type: ignore[union-attr]
+    error = x - values_of(scheme, found)
+    return ((error @ gram) * error).sum(1) / ((x @ gram) * x).sum(1)
+
+
+def as_published(x: np.ndarray, scheme: IntegerScheme, inputs: LayerInputs) -> Solution:
+    """GPTQ as in the paper: minmax grids, a damping of 1%, activation order, the inverse's factor, no lazy batches."""
+    start = MinMax().solve(np, x, scheme, inputs)
+    gram = inputs.gram.astype(np.float64)  # type: ignore[union-attr]
+    order = np.argsort(-np.diagonal(gram), kind="stable")
+    damped = gram[np.ix_(order, order)] + 0.01 * np.diagonal(gram).mean() * np.eye(len(gram))
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    left, codes = x[:, order].astype(np.float64), np.empty_like(start.codes)
+    for step, column in enumerate(order):
+        group = column // scheme.group_size
+        grid = start.scale[:, group], start.zero[:, group]
+        q = scheme.encode(np, left[:, step : step + 1].astype(np.float32), *grid)
+        codes[:, column] = q[:, 0]
+        error = (left[:, step] - scheme.decode(np, q, *grid)[:, 0]) / upper[step, step]
+        left[:, step:] -= error[:, None] * upper[step, step:]
+    return Solution(codes, start.scale, start.zero)
+
+
+@pytest.mark.parametrize(("bits", "to_minmax", "to_mse", "to_published"), [(2, 0.2, 0.3, 0.6), (4, 0.2, 0.3, 0.8)])
+def test_calibration_gains_much_over_mse_and_the_descent_over_gptq_as_published(
+    bits: int, to_minmax: float, to_mse: float, to_published: float, rng: np.random.Generator
+) -> None:
+    scheme = IntegerScheme(bits=bits, group_size=32)
+    for cols in (96, 80):
+        inputs, x = fed(rng, cols), weights(rng, 24, cols)
+        unaware = Mse().solve(np, x, scheme, LayerInputs(cols))
+        found = {m.id: m.solve(np, x, scheme, inputs) for m in (MinMax(), Mse(), Gptq())}
+        errors = {id_: row_errors(x, scheme, inputs, solution) for id_, solution in found.items()}
+        published = row_errors(x, scheme, inputs, as_published(x, scheme, inputs))
+        assert errors["mse"].sum() < 0.95 * row_errors(x, scheme, inputs, unaware).sum()
+        assert errors["gptq"].sum() < to_minmax * errors["minmax"].sum()
+        assert errors["gptq"].sum() < to_mse * errors["mse"].sum()
+        assert errors["gptq"].sum() < to_published * published.sum()
+        assert (errors["gptq"] <= errors["mse"]).all()
+
+
+SCHEMES = [
+    *(IntegerScheme(bits=b, is_symmetric=s, group_size=32) for b, s in product((2, 3, 5, 8), (False, True))),
+    *(IntegerScheme(bits=4, granularity=g, group_size=size) for g, size in (("channel", None), ("group", 256))),
+    CodebookScheme(group_size=64),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.id}-{s.symmetric}-{s.group_size}")
+def test_every_scheme_gains(scheme: Scheme, rng: np.random.Generator) -> None:
+    inputs, x = fed(rng, 272), weights(rng, 6, 272)
+    found = Gptq(sweeps=1, dampings=(1e-3,)).solve(np, x, scheme, inputs)
+    assert np.array_equal(found.scale, scheme.store_scale(np, found.scale))
+    assert np.array_equal(found.zero, np.clip(np.rint(found.zero), 0, (1 << scheme.bits) - 1))
+    mine = row_errors(x, scheme, inputs, found)
+    assert mine.sum() < 0.7 * row_errors(x, scheme, inputs, Mse().solve(np, x, scheme, inputs)).sum()
+
+
+def test_two_columns_of_two_bits_come_near_the_best_that_there_is(rng: np.random.Generator) -> None:
+    scheme = IntegerScheme(bits=2, group_size=16, scale_dtype="F32")
+    x = rng.standard_normal((200, 2)).astype(np.float32)
+    gram = np.array([[1.0, 0.9], [0.9, 1.5]], np.float32)
+    mine = row_errors(x, scheme, LayerInputs(2, gram=gram), Gptq().solve(np, x, scheme, LayerInputs(2, gram=gram)))
+    best = np.full(len(x), np.inf)
+    size = ((x @ gram) * x).sum(1)
+    for levels in product(range(-3, 4), repeat=2):
+        v = np.array(levels, np.float64)
+        if not v.any() or v.max() - v.min() > 3 or max(v.max(), -v.min()) > 3:
+            continue
+        scale = np.maximum((x @ gram @ v) / (v @ gram @ v), 0)
+        error = x - scale[:, None] * v
+        best = np.minimum(best, ((error @ gram) * error).sum(1) / size)
+    assert (mine >= best - 1e-6).all(), "nothing is better than the best"
+    assert mine.mean() < best.mean() + 0.01
+
+
+def test_columns_that_are_never_fed_keep_their_weights(rng: np.random.Generator) -> None:
+    scheme = IntegerScheme(bits=4, group_size=32)
+    inputs, x = fed(rng, 64), weights(rng, 8, 64)
+    dead = np.arange(64) % 4 == 1
+    gram = np.where(dead[:, None] | dead[None, :], 0, inputs.gram)
+    found = Gptq().solve(np, x, scheme, LayerInputs(64, gram=gram))
+    where = np.arange(64) // 32
+    nearest = scheme.encode(np, x[..., None], found.scale[:, where], found.zero[:, where])[..., 0]
+    assert np.array_equal(found.codes[:, dead], nearest[:, dead])
+    for nothing in (np.zeros_like(gram), np.ones_like(gram)):
+        with np.errstate(all="ignore"):
+            plain = Gptq().solve(np, x, scheme, LayerInputs(64, gram=nothing))
+        assert np.isfinite(values_of(scheme, plain)).all()
+
+
+def quantized(one: Backend, x: np.ndarray, scheme: Scheme, method: Method, inputs: LayerInputs) -> dict[str, Any]:
+    """The stored parts of what a backend makes of x, with fresh inputs so that nothing is shared."""
+    return parts(one.quantize(x, scheme, method, None, LayerInputs(inputs.cols, gram=inputs.gram)))
+
+
+@BACKENDS
+def test_rows_are_solved_alike_in_any_block_by_any_number_of_threads(id_: str, rng: np.random.Generator) -> None:
+    inputs, x = fed(rng, 160), weights(rng, 72, 160)
+    for scheme in (IntegerScheme(bits=3, group_size=64), CodebookScheme(group_size=32)):
+        whole = quantized(backend(id_), x, scheme, Gptq(sweeps=1), inputs)
+        threaded = quantized(backend(id_, threads=3), x, scheme, Gptq(sweeps=1), inputs)
+        cut = [slice(0, 8), slice(8, 56), slice(56, 72)]
+        pieces = [quantized(backend(id_), x[rows], scheme, Gptq(sweeps=1), inputs) for rows in cut]
+        for part, content in whole.items():
+            assert np.array_equal(threaded[part], content), part
+            assert np.array_equal(np.concatenate([piece[part] for piece in pieces]), content), part
+
+
+@BACKENDS
+def test_a_backend_comes_as_close_as_the_reference(id_: str, rng: np.random.Generator) -> None:
+    inputs, x = fed(rng, 200), weights(rng, 40, 200)
+    for scheme in (IntegerScheme(bits=2, group_size=32), IntegerScheme(granularity="channel", group_size=None)):
+        mine, theirs, mse = (
+            backend(name).quantize(x, scheme, method, None, inputs).errors
+            for name, method in ((id_, Gptq(sweeps=2)), ("reference", Gptq(sweeps=2)), ("reference", Mse()))
+        )
+        assert mine.out_dd <= 1.01 * theirs.out_dd
+        assert mine.out_dd < 0.5 * mse.out_dd
+
+
+def test_the_strictest_library_solves_what_numpy_solves(rng: np.random.Generator) -> None:
+    inputs, x = fed(rng, 48), weights(rng, 6, 48)
+    for scheme in (IntegerScheme(bits=3, group_size=32, scale_dtype="F32"), CodebookScheme(scale_dtype="F32")):
+        method = Gptq(sweeps=1, dampings=(1e-3,))
+        expected = method.solve(np, x, scheme, inputs)
+        found = method.solve(array_api_strict, array_api_strict.asarray(x), scheme, inputs)
+        for name in ("codes", "scale", "zero"):
+            assert np.array_equal(np.asarray(getattr(found, name)), getattr(expected, name)), name
