@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase, translate
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
 
 from service.engine.methods.registry import methods
 from service.engine.schemes.base import Granularity, GroupSize, Scheme
+from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.errors import InvalidConfig
 
@@ -25,6 +26,8 @@ NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf"])
 ScaleDtypeChoice = TypeAliasType("ScaleDtypeChoice", Literal["auto", "F32", "F16", "BF16"])
 OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
 OnNonFinite = TypeAliasType("OnNonFinite", Literal["fail", "copy"])
+#: Of groups with nested scales, which are small.
+NESTED_SIZES = get_args(NestedScheme.model_fields["group_size"].annotation)
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 #: The sensitive layers: embeddings, norms, output heads; of a diffusion model also its first and last layers.
@@ -41,6 +44,11 @@ def _one_of(value: str | None, known: Iterable[str]) -> str | None:
     if value is not None and value not in names:
         raise ValueError(f"{value!r} does not exist; there are {', '.join(names)}")
     return value
+
+
+def is_nested(scheme: str | None) -> bool:
+    """Whether this id is of a scheme with nested scales."""
+    return scheme is not None and issubclass(schemes().get(scheme, Scheme), NestedScheme)
 
 
 class Profile(StrEnum):
@@ -92,9 +100,17 @@ class TensorConfig(BaseModel):
             raise ValueError("`number_format` nf has 4 bits: `bit_width` cannot be another")
         if (self.scheme == "nf4" or self.number_format == "nf") and self.symmetric is False:
             raise ValueError("nf4 has no zero point: `symmetric` cannot be false")
+        if is_nested(self.scheme):
+            self._check_nested()
         if self.group_size and self.granularity not in (None, "group"):
             raise ValueError(f"`group_size` goes with granularity group, not {self.granularity}")
         return self
+
+    def _check_nested(self) -> None:
+        if self.symmetric:
+            raise ValueError(f"{self.scheme} has zero points: `symmetric` cannot be true")
+        if self.granularity not in (None, "group") or self.group_size not in (None, *NESTED_SIZES):
+            raise ValueError(f"{self.scheme} has groups of {' or '.join(map(str, NESTED_SIZES))}")
 
     def overridden_by(self, upper: TensorConfig) -> TensorConfig:
         """This, with the fields that `upper` sets; one way to name a thing replaces the other ways."""
@@ -108,6 +124,9 @@ class TensorConfig(BaseModel):
             fields.pop("number_format", None)
         if "number_format" in new and "bit_width" not in new and new["number_format"] == "nf":
             fields.pop("bit_width", None)
+        if is_nested(new.get("scheme")):
+            for name in ("granularity", "group_size", "symmetric"):
+                fields.pop(name, None)
         if "granularity" in new and new["granularity"] != "group":
             fields.pop("group_size", None)
         if "group_size" in new and "granularity" not in new:
@@ -305,11 +324,13 @@ def build(config: TensorConfig, dtype: str) -> Scheme:
     id_ = config.scheme or ("nf4" if number_format == "nf" else f"int{config.bit_width}")
     granularity = config.granularity or "group"
     scale_dtype = config.scale_dtype or "auto"
+    # Groups of nobody's choice are as the scheme has them.
+    size = {} if granularity == "group" and not config.group_size else {"group_size": config.group_size}
     return _built(
         id_,
         symmetric=bool(config.symmetric) if id_ != "nf4" else True,
         granularity=granularity,
-        group_size=config.group_size if granularity == "group" else None,
+        **size if granularity == "group" else {"group_size": None},
         scale_dtype=AUTO_SCALE[dtype] if scale_dtype == "auto" else scale_dtype,
     )
 

@@ -62,8 +62,7 @@ def _of_rows(rows: slice, scale: Array, zero_point: CodeArray | None) -> tuple[A
 
 def _decode(out: FloatArray, codes: CodeArray, scheme: Scheme, scale: Array, zero_point: CodeArray | None) -> None:
     rows, cols = codes.shape
-    s = scale.astype(np.float32)
-    z = np.full_like(s, scheme.implied_zero) if zero_point is None else zero_point.astype(np.float32)
+    s, z = scheme.float_grid(scale, zero_point, cols)
     for columns, groups in group_spans(scheme, cols):
         part = codes[:, columns].reshape(rows, groups.stop - groups.start, -1)  # (rows, groups, g)
         part_scale = np.broadcast_to(s[:, groups], part.shape[:2])

@@ -11,7 +11,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.engine.backends.registry import choose_backend
-from service.engine.config import AUTO, DEFAULT_SKIP, ResolvedConfig, TensorConfig, build, candidates, matches
+from service.engine.config import (
+    AUTO,
+    DEFAULT_SKIP,
+    ResolvedConfig,
+    TensorConfig,
+    build,
+    candidates,
+    is_nested,
+    matches,
+)
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
@@ -231,8 +240,9 @@ def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
 
 
 def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
-    """Nothing said about zero points means what the format's loaders read best; nf4 has none to say it of."""
-    if config.symmetric is not None or config.scheme == "nf4" or config.number_format == "nf":
+    """Nothing said about zero points means what the format's loaders read best, where the scheme leaves a choice."""
+    has_no_choice = config.scheme == "nf4" or config.number_format == "nf" or is_nested(config.scheme)
+    if config.symmetric is not None or has_no_choice:
         return config
     return ResolvedConfig.model_validate(dict(config) | {"symmetric": format_.prefers_symmetric})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.table_io import binaries, matrix_shape, optional_integers, shapes, text_column
 from service.engine.tensors import Array, CodeArray
@@ -23,8 +23,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     scheme: Scheme
     data: memoryview
-    scales: Array  # (rows, groups), or (1, 1) where one scale serves the tensor
-    zero_points: CodeArray | None  # shaped like scales; None where the scheme is symmetric
+    scales: Array  # as in `QuantizedRows`
+    zero_points: CodeArray | None
 
     @property
     def count(self) -> int:
@@ -71,10 +71,9 @@ def _stored(
 ) -> StoredTensor:
     rows, cols = matrix_shape(shape)
     data, scales, zeros = parts
-    grid = (1, 1) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
-    grids = grid[0] * grid[1] if rows * cols else 0
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    expected = {"data": -(-rows * cols * scheme.bits // 8), "scales": grids * dtype.itemsize, "zero_points": grids}
+    times = 0 if not rows * cols else 1 if scheme.granularity == "tensor" else rows
+    scale_bytes, zero_bytes = (times * nbytes for nbytes in scheme.grid_bytes(cols)) if times else (0, 0)
+    expected = {"data": -(-rows * cols * scheme.bits // 8), "scales": scale_bytes, "zero_points": zero_bytes}
     for column, part in (("data", data), ("scales", scales), ("zero_points", zeros)):
         if part is None and column != "zero_points":
             raise InvalidTable(f"{where}: {column!r} is null")
@@ -82,7 +81,6 @@ def _stored(
             raise InvalidTable(f"{where}: {column!r} has {len(part)} bytes; {list(shape)} takes {expected[column]}")
     assert data is not None
     assert scales is not None
-    if not grids:
-        return StoredTensor(name, shape, scheme, data, np.empty((0, 0), dtype), None)
-    zero_points = None if zeros is None else np.frombuffer(zeros, np.uint8).reshape(grid)
-    return StoredTensor(name, shape, scheme, data, np.frombuffer(scales, dtype).reshape(grid), zero_points)
+    if not times:
+        return StoredTensor(name, shape, scheme, data, np.empty((0, 0), np.float32), None)
+    return StoredTensor(name, shape, scheme, data, *scheme.grid_arrays(scales, zeros, cols))

@@ -27,7 +27,8 @@ from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
 from service.engine.schemes.base import SCALE_RANGES, Scheme
-from service.engine.schemes.registry import build_scheme
+from service.engine.schemes.nested import NestedScheme
+from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
 from service.engine.write_behind import WriteBehind
 from service.errors import AccuracyTooLow, NonFiniteWeights
@@ -164,7 +165,7 @@ class TensorRun:
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors
         if attempt.decision.auto_scale:
-            attempt.largest_scale = max(attempt.largest_scale, _largest(rows.scale))
+            attempt.largest_scale = max(attempt.largest_scale, rows.scheme.largest_scale(rows.scale, rows.cols))
         if not rows.errors.finite and any(self._config(o).on_non_finite == "fail" for o in attempt.outputs):
             raise NonFiniteWeights(
                 f"tensor {self._info.name} {non_finite(self._info)}; mend it, name it in `skip`,"
@@ -325,13 +326,6 @@ def missed_accuracy(sums: ErrorSums, scheme: Scheme, config: ResolvedConfig) -> 
     return None
 
 
-def _largest(scale: Array) -> float:
-    """The largest of scales, none of which is negative: as whole numbers, where NumPy is slow with their dtype."""
-    if scale.dtype.itemsize != 2:
-        return float(scale.max())
-    return float(scale.reshape(-1)[int(scale.view(np.uint16).argmax())])
-
-
 def fits_scale(scheme: Scheme, largest: float) -> bool:
     """Whether scales of up to this size are stored with all the digits of their dtype."""
     smallest_normal, limit = SCALE_RANGES[scheme.scale_dtype]
@@ -339,11 +333,14 @@ def fits_scale(scheme: Scheme, largest: float) -> bool:
 
 
 def _wider(scheme: Scheme, info: TensorInfo, format_: type[Format]) -> Scheme | None:
-    """The same granularity at the next width that the format holds, as integers, or None behind the last."""
+    """The same granularity at the next width that the format holds, or None behind the last: as integers, with nested
+    scales where these were."""
     parameters = scheme.model_dump(include={"granularity", "group_size", "scale_dtype"})
     for bits in FALLBACK_BITS:
         if bits > scheme.bits:
-            wider = build_scheme(f"int{bits}", symmetric=scheme.symmetric, **parameters)
+            nested = f"int{bits}_nested"
+            id_ = nested if isinstance(scheme, NestedScheme) and nested in schemes() else f"int{bits}"
+            wider = build_scheme(id_, symmetric=scheme.symmetric, **parameters)
             if format_.refuses_tensor(info, wider) is None:
                 return wider
     return None

@@ -84,7 +84,8 @@ class QuantizedRows:
                 endian, every row filled up with zero bits to a multiple of 32
     scale       (rows, groups) in the scheme's scale dtype; (1, 1) where one scale serves the tensor
     zero_point  uint8, shaped like scale, in the codes' own unsigned range; None where the scheme
-                is symmetric (the integer schemes then mean 2**(b-1))
+                is symmetric (the integer schemes then mean 2**(b-1)); of nested schemes, scale and zero_point are
+                bytes (rows, n), see `NestedScheme.stored_grid`
     errors      what these rows lost
     """
 

@@ -41,6 +41,11 @@ def group_schemes() -> Iterator[Scheme]:
             continue
 
 
+def plain_schemes() -> Iterator[Scheme]:
+    """Those of them in which groups of a row share nothing."""
+    return (scheme for scheme in group_schemes() if scheme.free == scheme)
+
+
 def full_label(scheme: Scheme) -> str:
     """For the reader of a test's output: the dtype of the scales as well."""
     return f"{label(scheme)}-{scheme.scale_dtype}"

@@ -25,6 +25,7 @@ from service.engine.packing import row_bytes
 from service.engine.schemes.base import SCALE_DTYPES, Scheme
 from service.engine.schemes.codebook import CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.nested import NestedScheme
 from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
 
 #: Elements of a tile: its errors are summed up on their own, so that sums do not depend on the threads.
@@ -185,14 +186,12 @@ class CpuBackend(ReferenceBackend):
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
         form = Form(q.scheme, q.rows, q.cols)
-        if not q.rows * q.cols or type(q.scheme) not in (IntegerScheme, CodebookScheme):
+        if not q.rows * q.cols or type(q.scheme) not in (IntegerScheme, CodebookScheme, NestedScheme):
             return super().dequantize(q)
         out = self._buffers.empty((q.rows, q.cols), np.float32)
         packed = np.ascontiguousarray(q.packed)
-        scale = q.scale.astype(np.float32).reshape(-1)  # a copy: a read-only array would be another signature
-        zero = np.full_like(scale, q.scheme.implied_zero)
-        if q.zero_point is not None:
-            zero[:] = q.zero_point.reshape(-1)
+        # Copies: a read-only array would be another signature.
+        scale, zero = (part.reshape(-1) for part in q.scheme.float_grid(q.scale, q.zero_point, q.cols))
 
         def fill(first: int, last: int) -> None:
             rows = self._rows

@@ -16,7 +16,7 @@ from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.metrics import ErrorSums
 from service.engine.packing import pack_rows
-from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
 
 #: Elements worked on at once; keeps the temporaries of a block small.
@@ -62,8 +62,7 @@ class ReferenceBackend(Backend):
         x = _as_float32(raw)
         finite = bool(np.isfinite(x).all())
         found = method.solve(np, x if finite else np.zeros_like(x), scheme, inputs)
-        scale = found.scale.astype(SCALE_DTYPES[scheme.scale_dtype])
-        zero = None if scheme.symmetric else found.zero.astype(np.uint8)
+        scale, zero = scheme.stored_grid(found.scale, found.zero, x.shape[1])
         packed = pack_rows(found.codes, scheme.bits)
         q = QuantizedRows(scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False))
         return replace(q, errors=self.compare(x, self.dequantize(q))) if finite else q
@@ -90,12 +89,13 @@ class ReferenceBackend(Backend):
             scale[:, groups], zero[:, groups] = s, z
         if grid is not None:
             scale, zero = scale[:1, :1], zero[:1, :1]
+        stored_scale, stored_zero = scheme.stored_grid(scale, zero, cols)
         return QuantizedRows(
             scheme=scheme,
             cols=cols,
             packed=pack_rows(codes, scheme.bits),
-            scale=scale.astype(SCALE_DTYPES[scheme.scale_dtype]),
-            zero_point=None if scheme.symmetric else zero.astype(np.uint8),
+            scale=stored_scale,
+            zero_point=stored_zero,
             errors=_sums(x, decoded) if finite else ErrorSums(count=x.size, finite=False),
         )
 

@@ -15,6 +15,8 @@ from service.engine.formats.layout import find_placement
 from service.engine.formats.safetensors import quantization_config
 from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
+from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.nested import NestedScheme
 from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
 
@@ -62,8 +64,12 @@ class CompressedTensorsFormat(Format):
     def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
         """Only integers are known to its loaders."""
         del options
-        if scheme.id.startswith("int"):
+        if isinstance(scheme, IntegerScheme):
             return None
+        if isinstance(scheme, NestedScheme):
+            return (
+                f"its loaders know a scale for each group, and no nested ones as {scheme.id} has; `parquet` holds them"
+            )
         return f"its loaders know integers only, not the code table of {scheme.id}; the format `parquet` holds it"
 
     @classmethod

@@ -110,12 +110,11 @@ class ParquetReader(ModelReader):
         self, tensor: StoredTensor, scheme: Scheme, chunk: StoredChunk, first: int, last: int
     ) -> FloatArray:
         """Rows first to last of the tensor, which lie in this chunk."""
-        cols, bits, groups = tensor.info.cols, scheme.bits, scheme.groups(tensor.info.cols)
+        cols, bits = tensor.info.cols, scheme.bits
         data, scales, zeros = self._files[chunk.file].cells(chunk.at, chunk.sha256)
         if data.nbytes != -(-(chunk.stop - chunk.start) * bits // 8):
             _corrupt(tensor.info, f"`data` has {data.nbytes} bytes for {chunk.stop - chunk.start} codes of {bits} bits")
-        scale = np.frombuffer(scales, SCALE_DTYPES[scheme.scale_dtype]).reshape(-1, groups)
-        zero = None if scheme.symmetric else np.frombuffer(zeros, np.uint8).reshape(-1, groups)
+        scale, zero = scheme.grid_arrays(scales, zeros, cols)
         if scheme.granularity != "tensor":
             row = chunk.start // cols
             scale = scale[first - row : last - row]
@@ -200,13 +199,19 @@ def _scheme(info: TensorInfo, cells: Mapping[str, Any]) -> Scheme | None:
     if size is not None and size not in GROUP_SIZES:
         raise UnsupportedModel(f"tensor {info.name!r} has groups of {size}, which are not read", tensor=info.name)
     channel = "channel" if cells["quant_axis"] is not None else "tensor"
-    scheme = build_scheme(
-        kind,
-        symmetric=cells["zero_points_bytes"] is None,
-        granularity="group" if size else channel,
-        group_size=size,
-        scale_dtype=cells["scale_dtype"],
-    )
+    try:
+        scheme = build_scheme(
+            kind,
+            symmetric=cells["zero_points_bytes"] is None,
+            granularity="group" if size else channel,
+            group_size=size,
+            scale_dtype=cells["scale_dtype"],
+        )
+    except ValueError as error:
+        raise CorruptModel(
+            f"tensor {info.name!r} in {info.file} is damaged: {kind} cannot have its zero points or groups of {size}",
+            tensor=info.name,
+        ) from error
     if scheme.bits != cells["bit_width"] or not info.size:
         _corrupt(info, f"`bit_width` is {cells['bit_width']} for {kind}, `num_params` {info.size}")
     return scheme
@@ -223,11 +228,11 @@ def _check_chunk(
     if chunk.start % info.cols or chunk.stop % info.cols:
         _corrupt(info, f"a chunk begins or ends within a row, at element {chunk.start} or {chunk.stop}")
     rows = (chunk.stop - chunk.start) // info.cols
-    scales = 1 if scheme.granularity == "tensor" else rows * scheme.groups(info.cols)
-    expected = scales * SCALE_DTYPES[scheme.scale_dtype].itemsize
-    if cells["scales_bytes"] != expected or cells["zero_points_bytes"] != (None if scheme.symmetric else scales):
+    times = 1 if scheme.granularity == "tensor" else rows
+    scales, zeros = (times * nbytes for nbytes in scheme.grid_bytes(info.cols))
+    if cells["scales_bytes"] != scales or cells["zero_points_bytes"] != (None if scheme.symmetric else zeros):
         found = f"{cells['scales_bytes']} and {cells['zero_points_bytes']}"
-        _corrupt(info, f"`scales` and `zero_points` have {found} bytes; {scales} of each are due")
+        _corrupt(info, f"`scales` and `zero_points` have {found} bytes; {scales} and {zeros} are due")
 
 
 def _corrupt(info: TensorInfo, what: str) -> NoReturn:

@@ -32,20 +32,21 @@ class Hqq(Method):
 
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
         """The grid of the least Lp norm on the way, of those whose squared error is no larger than `minmax` has."""
-        scale, zero = MinMax().find(xp, x, scheme, weights)
+        free = scheme.free
+        scale, zero = MinMax().find(xp, x, free, weights)
         best_scale, best_zero = scale, zero
-        best, limit = self._norms(xp, x, scheme, scale, zero, weights)
+        best, limit = self._norms(xp, x, free, scale, zero, weights)
         beta = self.beta
         for _ in range(self.max_iterations):
-            codes = scheme.encode(xp, x, scale, zero)
-            rest = x - self._outliers(xp, x - scheme.decode(xp, codes, scale, zero), scale, beta)
-            scale, zero = scheme.refit(xp, rest, codes, scale, zero, weights)
-            norm, square = self._norms(xp, x, scheme, scale, zero, weights)
+            codes = free.encode(xp, x, scale, zero)
+            rest = x - self._outliers(xp, x - free.decode(xp, codes, scale, zero), scale, beta)
+            scale, zero = free.refit(xp, rest, codes, scale, zero, weights)
+            norm, square = self._norms(xp, x, free, scale, zero, weights)
             better = (norm < best) & (square <= limit)
             best_scale, best_zero = xp.where(better, scale, best_scale), xp.where(better, zero, best_zero)
             best = xp.where(better, norm, best)
             beta *= self.growth
-        return best_scale, best_zero
+        return scheme.settle(xp, x, best_scale, best_zero, weights)
 
     def _outliers(self, xp: Any, error: AnyArray, scale: AnyArray, beta: float) -> AnyArray:
         """What of the errors stands out: the generalised soft threshold of the Lp norm."""

@@ -27,16 +27,17 @@ class Mse(Method):
         """The best of all starts, the unclipped range among them, so never worse than `minmax`."""
         counted = x if weights is None else xp.where(weights > 0, x, 0.0)
         lo, hi = xp.minimum(xp.min(counted, axis=-1), 0), xp.maximum(xp.max(counted, axis=-1), 0)
-        best_scale, best_zero = scheme.grid(xp, lo, hi)
-        best_error = self._error(xp, x, scheme, best_scale, best_zero, weights)
+        free = scheme.free
+        best_scale, best_zero = free.grid(xp, lo, hi)
+        best_error = self._error(xp, x, free, best_scale, best_zero, weights)
         for low_clip, high_clip in self.starts(scheme):
-            scale, zero = scheme.grid(xp, lo * low_clip, hi * high_clip)
-            scale, zero, error = self._descend(xp, x, scheme, scale, zero, weights)
+            scale, zero = free.grid(xp, lo * low_clip, hi * high_clip)
+            scale, zero, error = self._descend(xp, x, free, scale, zero, weights)
             better = error < best_error
             best_scale = xp.where(better, scale, best_scale)
             best_zero = xp.where(better, zero, best_zero)
             best_error = xp.where(better, error, best_error)
-        return best_scale, best_zero
+        return scheme.settle(xp, x, best_scale, best_zero, weights)
 
     def starts(self, scheme: Scheme) -> list[tuple[float, float]]:
         """Clips (low, high) to start from: all pairs, or equal ones where the scheme is symmetric."""

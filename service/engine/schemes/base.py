@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypeAliasType
 
 from service.engine.packing import row_bytes
+from service.engine.tensors import Array, CodeArray, FloatArray
 
 # Named types, so that they have their names in the OpenAPI document as well.
 Granularity = TypeAliasType("Granularity", Literal["tensor", "channel", "group"])
@@ -96,6 +97,21 @@ class Scheme(BaseModel):
     ) -> tuple[AnyArray, AnyArray]:
         """The scale and zero point of least weighted squared error with the codes held, where one exists."""
 
+    @property
+    def free(self) -> Scheme:
+        """The scheme in which a method looks for the grid of each group on its own, before `settle`."""
+        return self
+
+    def settle(
+        self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
+    ) -> tuple[AnyArray, AnyArray]:
+        """Grids that a row can have, from those that each of its groups x (..., groups, g) would have on its own.
+
+        What groups of a row share is chosen for the least weighted squared error. By default they share nothing.
+        """
+        del xp, x, weights
+        return scale, zero
+
     def store_scale(self, xp: Any, scale: AnyArray) -> AnyArray:
         """`scale` as it reads back after being stored: rounded to the scale dtype, float32.
 
@@ -114,6 +130,38 @@ class Scheme(BaseModel):
     def scales(self, rows: int, cols: int) -> int:
         """Scales of a (rows, cols) tensor."""
         return 1 if self.granularity == "tensor" else rows * self.groups(cols)
+
+    def grid_bytes(self, cols: int) -> tuple[int, int]:
+        """Bytes of `scale` and of `zero_point` as `QuantizedRows` has them: of a row, or of a tensor with one grid."""
+        groups = self.groups(cols)
+        return groups * SCALE_DTYPES[self.scale_dtype].itemsize, 0 if self.symmetric else groups
+
+    def grid_arrays(
+        self, scale: bytes | memoryview, zero: bytes | memoryview | None, cols: int
+    ) -> tuple[Array, CodeArray | None]:
+        """`scale` and `zero_point` of `QuantizedRows` from their bytes, for all rows that there are."""
+        groups = self.groups(cols)
+        zeros = None if zero is None or self.symmetric else np.frombuffer(zero, np.uint8).reshape(-1, groups)
+        return np.frombuffer(scale, SCALE_DTYPES[self.scale_dtype]).reshape(-1, groups), zeros
+
+    def stored_grid(self, scale: FloatArray, zero: FloatArray, cols: int) -> tuple[Array, CodeArray | None]:
+        """`scale` and `zero_point` of `QuantizedRows` from what a method has found, (rows, groups)."""
+        del cols
+        return scale.astype(SCALE_DTYPES[self.scale_dtype]), None if self.symmetric else zero.astype(np.uint8)
+
+    def float_grid(self, scale: Array, zero: CodeArray | None, cols: int) -> tuple[FloatArray, FloatArray]:
+        """The inverse of `stored_grid`."""
+        del cols
+        scales = scale.astype(np.float32)
+        return scales, np.full_like(scales, self.implied_zero) if zero is None else zero.astype(np.float32)
+
+    def largest_scale(self, scale: Array, cols: int) -> float:
+        """The largest of the stored scales, none of which is negative."""
+        del cols
+        if scale.dtype.itemsize != 2:
+            return float(scale.max())
+        # As whole numbers: NumPy is slow with dtypes of two bytes.
+        return float(scale.reshape(-1)[int(scale.view(np.uint16).argmax())])
 
     def stored_bytes(self, rows: int, cols: int) -> int:
         """Bytes of a (rows, cols) tensor in this scheme: codes, scales and zero points."""
