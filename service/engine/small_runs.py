@@ -135,6 +135,8 @@ def _fit(rows: Sequence[QuantizedRows]) -> Sequence[bool]:
     scheme = rows[0].scheme
     if SCALE_RANGES[scheme.scale_dtype] == (0.0, math.inf):
         return [True] * len(rows)
+    if rows[0].scale.dtype.itemsize != 2:
+        return [fits_scale(scheme, scheme.largest_scale(q.scale, q.cols)) for q in rows]
     # Of two bytes, and none is negative: as whole numbers, for NumPy is slow with their dtype.
     scales = [q.scale.reshape(-1).view(np.uint16) for q in rows]
     starts = np.cumsum([0, *(scale.size for scale in scales[:-1])])

@@ -31,6 +31,18 @@ def test_a_width_replaces_a_scheme_named_in_the_layer_below() -> None:
     assert build(config, "F32").id == "int8"
 
 
+def test_a_nested_scheme_has_small_groups_whatever_the_profile_says() -> None:
+    config = resolve(Profile.LOCAL, [QuantizationConfig(symmetric=True), QuantizationConfig(scheme="int4_nested")])
+    scheme = build(config, "F32")
+    assert (scheme.id, scheme.symmetric, scheme.group_size) == ("int4_nested", False, 16)
+    larger = resolve(Profile.LOCAL, [QuantizationConfig(scheme="int4_nested", group_size=32)])
+    assert build(larger, "F32").group_size == 32
+    layers = [{"match": "head.*", "bit_width": 8}]
+    mixed = resolve(Profile.LOCAL, [QuantizationConfig(scheme="int4_nested", layers=layers)])
+    other = build(mixed.tensor_config("head.weight")[0], "F32")
+    assert (other.id, other.granularity, other.group_size) == ("int8", "group", 128)
+
+
 def test_a_granularity_without_groups_drops_the_group_size_of_the_profile() -> None:
     scheme = build(resolve(Profile.LOCAL, [QuantizationConfig(granularity="channel")]), "F32")
     assert scheme.group_size is None
@@ -56,6 +68,9 @@ def test_the_first_matching_override_decides() -> None:
         {"method": "magic"},
         {"scheme": "int4", "bit_width": 4},
         {"scheme": "nf4", "symmetric": False},
+        {"scheme": "int4_nested", "symmetric": True},
+        {"scheme": "int4_nested", "group_size": 64},
+        {"scheme": "int4_nested", "granularity": "channel"},
         {"number_format": "nf", "bit_width": 8},
         {"granularity": "channel", "group_size": 128},
         {"min_accuracy": 1.5},

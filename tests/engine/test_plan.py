@@ -95,9 +95,10 @@ def test_a_format_copies_what_it_cannot_hold_and_says_so() -> None:
     assert decision.notable
 
 
-def test_a_format_that_cannot_hold_the_scheme_is_refused_before_any_work() -> None:
-    with pytest.raises(UnsupportedByFormat) as caught:
-        check_outputs(specs("parquet", "compressed-tensors", scheme="nf4"))
+@pytest.mark.parametrize("scheme", ["nf4", "int4_nested"])
+def test_a_format_that_cannot_hold_the_scheme_is_refused_before_any_work(scheme: str) -> None:
+    with pytest.raises(UnsupportedByFormat, match=scheme) as caught:
+        check_outputs(specs("parquet", "compressed-tensors", scheme=scheme))
     assert caught.value.pointer == "/outputs/1/format"
 
 

@@ -47,7 +47,7 @@ def over_the_wire(value: pa.Table) -> pa.Table:
 @given(
     rows=st.integers(1, 40),
     cols=st.integers(1, 300),
-    scheme=st.sampled_from(["int2", "int3", "int4", "int5", "int6", "int8", "nf4"]),
+    scheme=st.sampled_from(["int2", "int3", "int4", "int5", "int6", "int8", "nf4", "int3_nested", "int4_nested"]),
     symmetric=st.booleans(),
     granularity=st.sampled_from(["tensor", "channel", "group"]),
     seed=st.integers(0, 1 << 32),
@@ -56,7 +56,8 @@ def test_a_table_holds_what_the_backend_computes(
     rows: int, cols: int, scheme: str, symmetric: bool, granularity: str, seed: int
 ) -> None:
     x = np.random.default_rng(seed).standard_normal((rows, cols), np.float32)
-    fields = {} if scheme == "nf4" else {"symmetric": symmetric}
+    fields = {} if scheme == "nf4" or scheme.endswith("_nested") else {"symmetric": symmetric}
+    granularity = "group" if scheme.endswith("_nested") else granularity
     chosen = config(scheme=scheme, granularity=granularity, **fields)
     quantized = over_the_wire(quantize_table(over_the_wire(table(x)), chosen, TOOLS))
     back = dequantize_table(quantized, TOOLS, MAX_BYTES)

@@ -32,10 +32,15 @@ def test_the_page_dequantizes_every_scheme_as_the_service_does(output: Callable[
         build_scheme("nf4", symmetric=True, granularity=granularity, group_size=size, scale_dtype=scale_dtype)
         for granularity, size in (("tensor", None), ("channel", None), ("group", 64))
     ]
+    schemes += [
+        build_scheme(f"int{bits}_nested", symmetric=False, group_size=size, scale_dtype=scale_dtype)
+        for bits in (2, 3, 4, 5, 6)
+        for size in (16, 32)
+    ]
     items = [
         Item(f"{i}.{j}", normal(*shape, seed=i), scheme)
         for i, scheme in enumerate(schemes)
-        for j, shape in enumerate([(33, 96), (5, 7, 11)])
+        for j, shape in enumerate([(33, 96), (5, 7, 11), (2, 1100)])
     ]
     made = output("parquet", items)
     made.run()

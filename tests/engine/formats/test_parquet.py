@@ -34,12 +34,13 @@ NF4 = [
     build_scheme("nf4", symmetric=True, granularity="channel", group_size=None),
     build_scheme("nf4", symmetric=True, granularity="tensor", group_size=None),
 ]
+NESTED = [build_scheme(f"int{bits}_nested", symmetric=False) for bits in (2, 3, 4, 5, 6)]
 #: Of chunks, of cells that do not wait for others, of pages and of row groups.
 SMALL = {"CHUNK_BYTES": 720, "DIRECT_BYTES": 500, "PAGE_BYTES": 600, "ROW_GROUP_BYTES": 2400, "ROW_GROUP_ROWS": 5}
 MakeOutput = Callable[..., Output]
 
 
-@pytest.mark.parametrize("scheme", [*all_integer_schemes(), *NF4], ids=label)
+@pytest.mark.parametrize("scheme", [*all_integer_schemes(), *NF4, *NESTED], ids=label)
 def test_what_is_written_reads_back_with_the_same_errors(output: MakeOutput, scheme: Scheme) -> None:
     items = [Item(f"a{i}.weight", normal(*shape, seed=i), scheme) for i, shape in enumerate(SHAPES)]
     made = output(FORMAT, [*items, Item("b", normal(7))])
