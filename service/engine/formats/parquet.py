@@ -13,9 +13,8 @@ from service.engine.formats.parquet_reader import ParquetReader
 from service.engine.formats.parquet_schema import SUFFIX
 from service.engine.formats.parquet_writer import CHUNK_BYTES, REPACKED_CODES, ParquetWriter
 from service.engine.formats.weights import WEIGHTS_SUFFIX
-from service.engine.packing import WORD_BITS, row_bytes
+from service.engine.packing import WORD_BITS
 from service.engine.schemes.base import Scheme
-from service.engine.schemes.integer import IntegerScheme
 from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
 
@@ -58,12 +57,9 @@ class ParquetFormat(Format):
     @classmethod
     def stored_bytes(cls, info: TensorInfo, scheme: Scheme, options: FormatOptions) -> int:
         """Codes without the bits that fill up a row, and a byte for each zero point: see `Format.stored_bytes`."""
-        nbytes = super().stored_bytes(info, scheme, options)
-        if not isinstance(scheme, IntegerScheme):
-            return nbytes
-        filling = info.rows * row_bytes(info.cols, scheme.bits) - -(-info.size * scheme.bits // 8)
-        zeros = 0 if scheme.symmetric else scheme.scales(info.rows, info.cols)
-        return nbytes - filling + zeros - -(-zeros * scheme.bits // 8)
+        del options
+        times = 1 if scheme.granularity == "tensor" else info.rows
+        return -(-info.size * scheme.bits // 8) + times * sum(scheme.grid_bytes(info.cols))
 
     @classmethod
     def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:
