@@ -54,7 +54,8 @@ def scope_for(method: str, path: str) -> Scope:
     return Scope.READ if method in READING else Scope.SUBMIT
 
 
-def _caller(request: Request) -> Principal:
+async def _caller(request: Request) -> Principal:
+    # Not a plain function, which the framework would call in a thread.
     principal: Principal = request.scope.get("principal", ANYBODY)
     return principal
 

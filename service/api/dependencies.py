@@ -1,4 +1,7 @@
-"""What routes ask for: the manager, a page of a list, a body of the right type."""
+"""What routes ask for: the manager, a page of a list, a body of the right type.
+
+All of them are coroutines although none waits: the framework calls plain functions in a thread, each in its turn.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from service.jobs.manager import JobManager
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 
 
-def _state(request: Request) -> ApiState:
+async def _state(request: Request) -> ApiState:
     state: ApiState = request.app.state.api
     return state
 
 
-def _manager(request: Request) -> JobManager:
-    return _state(request).manager
+async def _manager(request: Request) -> JobManager:
+    state: ApiState = request.app.state.api
+    return state.manager
 
 
 def _takes(media_type: str, request: Request) -> None:
@@ -32,12 +36,12 @@ def _takes(media_type: str, request: Request) -> None:
         raise UnsupportedMediaType(f"send the body with `Content-Type: {media_type}`, not {given or 'without a type'}")
 
 
-def takes_json(request: Request) -> None:
+async def takes_json(request: Request) -> None:
     """Raises UnsupportedMediaType unless the body is said to be JSON."""
     _takes("application/json", request)
 
 
-def takes_arrow(request: Request) -> None:
+async def takes_arrow(request: Request) -> None:
     """Raises UnsupportedMediaType unless the body is said to be an Arrow stream."""
     _takes(ARROW_STREAM, request)
 
@@ -47,7 +51,7 @@ def wrong_parameter(name: str, detail: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("query", name), "msg": detail, "input": None}])
 
 
-def _known_parameters(request: Request) -> None:
+async def _known_parameters(request: Request) -> None:
     known = sorted(_parameters_of(request.scope["route"].dependant))
     for name in request.query_params:
         if name not in known:
@@ -74,7 +78,7 @@ async def _hold_batch(batch_id: BatchId, manager: Manager) -> AsyncIterator[None
 _LABEL_FORM = {"pattern": r"^[^:]+:[\s\S]+$"}
 
 
-def _label(
+async def _label(
     label: Annotated[
         str | None, Query(description="`key:value`.", max_length=257, json_schema_extra=_LABEL_FORM)
     ] = None,
@@ -87,7 +91,7 @@ def _label(
     return key, value
 
 
-def _wait(
+async def _wait(
     prefer: Annotated[
         str | None, Header(description="`wait=N`: answer when the job has ended, or after N seconds.")
     ] = None,
