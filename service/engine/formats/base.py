@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from service.engine.beside import Beside
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, QuantizedRows, TensorInfo
@@ -118,8 +119,11 @@ class ModelWriter(ABC):
         self.context = context
 
     @abstractmethod
-    def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
-        """The next tensor, in this scheme, or copied byte for byte when it is None."""
+    def begin(self, info: TensorInfo, scheme: Scheme | None, beside: Beside | None = None) -> None:
+        """The next tensor, in this scheme, or copied byte for byte when it is None.
+
+        `beside` has parts that the format keeps.
+        """
 
     @abstractmethod
     def write_rows(self, rows: QuantizedRows) -> None:
@@ -202,6 +206,8 @@ class Format(ABC):
     prefers_symmetric: ClassVar[bool] = False
     #: Whether its loaders stack layers, whose weights have to be stored alike.
     fuses: ClassVar[bool] = False
+    #: The parts of `Beside` that it keeps.
+    keeps: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def recognizes(cls, source: ModelFiles) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from service.engine.beside import Beside
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
 from service.engine.formats.compressed_tensors_config import Group, Packing, parts_of, quantization_config
 from service.engine.formats.compressed_tensors_parts import signed, stored_parts
@@ -55,8 +56,9 @@ class CompressedTensorsWriter(ModelWriter):
         if sum(info.nbytes for info, _ in tensors) >= len(tensors) * FORESEEN_BYTES:
             self._shards.expect((self._parts(*tensor) for tensor in tensors), METADATA)
 
-    def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
+    def begin(self, info: TensorInfo, scheme: Scheme | None, beside: Beside | None = None) -> None:
         """See `ModelWriter.begin`."""
+        assert beside is None, "the format keeps nothing beside"
         regions = self._shards.begin(self._parts(info, scheme))
         if scheme is None:
             self._tensor = _Copy(info, self._shards, regions[0])

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from service.engine.beside import PARTS
 from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
 from service.engine.formats.layout import find_placement, weights_folder
 from service.engine.formats.parquet_reader import ParquetReader
@@ -34,6 +35,7 @@ class ParquetFormat(Format):
     can_write: ClassVar[bool] = True
     options: ClassVar[type[FormatOptions]] = ParquetOptions
     short_groups: ClassVar[bool] = True
+    keeps: ClassVar[frozenset[str]] = frozenset(PARTS)
 
     @classmethod
     def recognizes(cls, source: ModelFiles) -> bool:

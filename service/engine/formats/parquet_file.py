@@ -24,6 +24,8 @@ from service.storage.model_files import OpenFile
 NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width", "packing", "chunk_index",
           "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
           "sha256")  # fmt: skip
+#: What a tensor may have as well.
+OPTIONAL = ("input_scale",)
 #: What Arrow raises for strange content. What the system reports has become another error below it.
 DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
@@ -63,9 +65,11 @@ class ParquetFile:
         `data` itself is not read; `at` is (row group, row in it).
         """
         for group in range(self._parquet.num_row_groups):
-            batch = self._read(group, [*NEEDED, "scales", "zero_points"])
+            names = self._parquet.schema_arrow.names
+            plain = [*NEEDED, *(name for name in OPTIONAL if name in names)]
+            batch = self._read(group, [*plain, "scales", "zero_points"])
             with _damage_in(self.name):
-                cells = batch.select(NEEDED).to_pylist()
+                cells = batch.select(plain).to_pylist()
                 for column in ("scales", "zero_points"):
                     lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
                     for row, length in zip(cells, lengths, strict=True):

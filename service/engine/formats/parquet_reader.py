@@ -44,10 +44,17 @@ class StoredTensor:
     info: TensorInfo
     scheme: Scheme | None
     chunks: tuple[StoredChunk, ...]
+    input_scale: FloatArray | None = None
 
     def overlapping(self, start: int, stop: int) -> Iterator[StoredChunk]:
         """The chunks that hold some of the elements start to stop."""
         return (c for c in self.chunks if c.start < stop and start < c.stop)
+
+    def unscaled(self, x: FloatArray) -> FloatArray:
+        """Rows that codes stand for, (rows, cols), as weights for inputs that nobody has divided; changes x."""
+        if self.input_scale is not None:
+            np.divide(x, self.input_scale, out=x)
+        return x
 
 
 class ParquetReader(ModelReader):
@@ -122,10 +129,10 @@ class ParquetReader(ModelReader):
         begin, end = first * cols - chunk.start, last * cols - chunk.start
         if cols * bits % WORD_BITS == 0:  # then a row is packed as it is everywhere else
             packed = np.frombuffer(data[begin * bits // 8 : end * bits // 8], np.uint8).reshape(last - first, -1)
-            return dequantize_packed(packed, scheme, cols, scale, zero)
+            return tensor.unscaled(dequantize_packed(packed, scheme, cols, scale, zero))
         aligned = begin // 8 * 8  # eight codes fill whole bytes
         codes = unpack_flat(data[aligned * bits // 8 : -(-end * bits // 8)], bits, end - aligned)[begin - aligned :]
-        return dequantize_codes(codes.reshape(last - first, cols), scheme, scale, zero)
+        return tensor.unscaled(dequantize_codes(codes.reshape(last - first, cols), scheme, scale, zero))
 
     def _stamps(self) -> list[tuple[PurePosixPath, int, bytes]]:
         hashes: dict[PurePosixPath, list[Any]] = {name: [] for name in self._files}
@@ -173,7 +180,17 @@ def _tensor(rows: list[tuple[PurePosixPath, dict[str, Any]]]) -> StoredTensor:
         return StoredTensor(info, None, tuple(chunks))
     nbytes = sum(-(-(c.stop - c.start) * scheme.bits // 8) for c in chunks)
     nbytes += sum((row["scales_bytes"] or 0) + (row["zero_points_bytes"] or 0) for _, row in rows)
-    return StoredTensor(replace(info, dtype="F32", nbytes=nbytes, stored_as=scheme.id), scheme, tuple(chunks))
+    stored = replace(info, dtype="F32", nbytes=nbytes, stored_as=scheme.id)
+    return StoredTensor(stored, scheme, tuple(chunks), _input_scale(info, cells.get("input_scale")))
+
+
+def _input_scale(info: TensorInfo, given: list[float | None] | None) -> FloatArray | None:
+    if given is None:
+        return None
+    scale = np.array(given, np.float32)
+    if scale.shape != (info.cols,) or not ((scale > 0) & np.isfinite(scale)).all():
+        _corrupt(info, f"`input_scale` has to be {info.cols} numbers above 0")
+    return scale
 
 
 def _info(file: PurePosixPath, cells: Mapping[str, Any]) -> TensorInfo:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from service.engine.beside import Beside
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
 from service.engine.formats.parquet_groups import RowGroups
 from service.engine.formats.parquet_pages import MAX_CELL_BYTES
@@ -55,9 +56,10 @@ class ParquetWriter(ModelWriter):
         self._total = self._step = 0
         self._count = 0  # chunks
 
-    def begin(self, info: TensorInfo, scheme: Scheme | None) -> None:
+    def begin(self, info: TensorInfo, scheme: Scheme | None, beside: Beside | None = None) -> None:
         """See `ModelWriter.begin`."""
         self._info, self._scheme, self._cells = info, scheme, tensor_cells(info, scheme)
+        self._cells |= beside.cells() if beside is not None else {}
         self._done = self._end = self._count = 0
         if scheme is None:
             self._total, self._step = info.nbytes, CHUNK_BYTES

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.beside import Beside
 from service.engine.formats.base import Format, ModelLayout, ModelWriter, WriterContext
 from service.engine.formats.source import LocalFiles
 from service.engine.methods.registry import methods
@@ -25,11 +26,12 @@ BACKEND = ReferenceBackend()
 
 @dataclass
 class Item:
-    """A tensor, and the scheme to write it in; None copies it."""
+    """A tensor, the scheme to write it in (None copies it), and what is stored beside it."""
 
     name: str
     data: np.ndarray
     scheme: Scheme | None = None
+    beside: Beside | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -75,7 +77,7 @@ class Output:
     def write(self, writer: ModelWriter, item: Item, scheme: Scheme | None = None) -> ErrorSums:
         """Begin and write one tensor, without the commit."""
         scheme = scheme or item.scheme
-        writer.begin(item.info, scheme)
+        writer.begin(item.info, scheme, item.beside)
         if scheme is None:
             raw = np.frombuffer(item.data.tobytes(), np.uint8)
             for start in range(0, raw.size, 4096):

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from service.engine.beside import Beside
 from service.engine.formats import parquet_cells, parquet_groups, parquet_writer
 from service.engine.formats.registry import open_model
+from service.engine.methods.minmax import MinMax
 from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
-from tests.engine.formats.outputs import Item, Output, all_integer_schemes, contents, label, normal
+from tests.engine.formats.outputs import BACKEND, Item, Output, all_integer_schemes, contents, label, normal
 from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 from tests.engine.formats.test_compressed_tensors import check, mixed_items
 
@@ -184,6 +186,29 @@ def test_bits_per_weight_count_every_part(output: MakeOutput) -> None:
     assert info.nbytes == written == 64 * 32 + 64 * 2 * 2 + 64 * 2
 
 
+def test_what_is_stored_beside_a_tensor_is_in_its_columns_and_weights_read_back_unscaled(
+    output: MakeOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_writer, "CHUNK_BYTES", SMALL["CHUNK_BYTES"])
+    divisor = np.random.default_rng(3).uniform(0.25, 4.0, 96).astype(np.float32)
+    x, groups = normal(64, 96), np.array([0, 3, 10], np.uint32)
+    ranges = np.array([0.5, 0.25], np.float32)
+    beside = Beside(divisor, groups, ranges, np.array([7, 8], np.float32))
+    made = output(FORMAT, [Item("a.weight", x * divisor, INT4, beside), Item("b.weight", x, INT4)])
+    made.run()
+    [path] = made.folder.glob("*.parquet")
+    first, last = (pq.read_table(path).to_pylist()[at] for at in (0, -1))
+    assert (first["input_scale"], first["time_group_bounds"]) == (divisor.tolist(), [0, 3, 10])
+    assert (first["activation_scale"], first["activation_zero_point"]) == ([0.5, 0.25], [7.0, 8.0])
+    assert last["input_scale"] is None
+    reader = open_model(made.folder)
+    read = np.concatenate([reader.rows(reader.tensors[0], start, start + 16) for start in range(0, 64, 16)])
+    reader.close()
+    q = BACKEND.quantize(x * divisor, INT4, MinMax())
+    assert np.array_equal(read, BACKEND.dequantize(q) / divisor)
+    assert BACKEND.compare(x, read).cosine_similarity > 0.98
+
+
 def test_a_single_file_reads_without_its_folder(output: MakeOutput) -> None:
     made = output(FORMAT, [Item("a.weight", normal(64, 64), INT4)])
     made.run()
@@ -240,6 +265,9 @@ def shorter(row: dict[str, Any]) -> dict[str, Any]:
         (first_row(chunk_index=1), CorruptModel, "chunk"),
         (first_row(chunk_offset=64), CorruptModel, "chunk"),
         (first_row(layer_name="b"), CorruptModel, "two tensors"),
+        (first_row(input_scale=[1.0] * 63), CorruptModel, "`input_scale` has to be 64 numbers"),
+        (first_row(input_scale=[0.0] * 64), CorruptModel, "above 0"),
+        (first_row(input_scale=[1.0, None] * 32), CorruptModel, "above 0"),
         (byte, CorruptModel, "sha256"),
         (shorter, CorruptModel, "bytes for"),
     ],
