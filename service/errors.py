@@ -18,6 +18,7 @@
     │   ├── ExceedsMemory             exceeds_memory
     │   ├── WebhookRefused            webhook_refused
     │   ├── WebhookSecretMissing      webhook_secret_missing
+    │   ├── InvalidCalibration        invalid_calibration
     │   └── InvalidTable              invalid_table
     ├── ModelError                    the model's files are not what they claim to be
     │   ├── CorruptModel              corrupt_model
@@ -232,6 +233,16 @@ class ExceedsMemory(RequestError):
     """
 
     code = "exceeds_memory"
+
+
+class InvalidCalibration(RequestError):
+    """The calibration is not that of the model, or not what it claims to be.
+
+    Its file holds statistics of the inputs of layers, named after the model's tensors and shaped as these are. The
+    README lists its fields, and `examples/collect_calibration.py` writes one.
+    """
+
+    code = "invalid_calibration"
 
 
 class InvalidTable(RequestError):

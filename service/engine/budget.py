@@ -14,6 +14,7 @@ from pathlib import Path
 
 from service.engine.allocation import Option, allocate, frontier, smallest_size
 from service.engine.backends.base import Backend
+from service.engine.calibration.calibration import Calibration
 from service.engine.formats.base import ModelReader
 from service.engine.fused import fused_layer
 from service.engine.metrics import ErrorSums
@@ -44,19 +45,20 @@ def plan_within_budgets(
     memo: Path | None,
     report: Report,
     cancelled: Cancelled,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """`make_plan`, and where a width is `auto` the choice of least error under the target; that reads weights.
 
     `memo` is where what was measured is kept for another try. Raises what `make_plan` and `measure` raise, and
     InvalidConfig when a target is out of reach.
     """
-    plan = make_plan(reader, outputs)
+    plan = make_plan(reader, outputs, calibration)
     if not any(output.config.is_auto for output in plan.outputs):
         return plan
     seen = measure(plan, reader, backend=backend, memo=memo, report=report, cancelled=cancelled)
     decided = [_decided(plan, index, seen) for index in range(len(plan.outputs))]
     tensors = tuple(
-        TensorPlan(tensor.info, tuple(decisions[place] for decisions, _ in decided))
+        TensorPlan(tensor.info, tuple(decisions[place] for decisions, _ in decided), tensor.tells)
         for place, tensor in enumerate(plan.tensors)
     )
     return replace(plan, tensors=tensors, budgets=tuple(budget for _, budget in decided))
@@ -107,7 +109,7 @@ def _decided(plan: Plan, output: int, seen: Sensitivities) -> tuple[list[Decisio
 def _items(plan: Plan, output: OutputPlan, seen: Sensitivities) -> list[_Item]:
     groups: dict[str, list[tuple[int, dict[str, Decision]]]] = {}
     for place, tensor in enumerate(plan.tensors):
-        options = _admissible(choices(tensor.info, output), output, seen.get(tensor.info.name, {}))
+        options = _admissible(choices(tensor.info, output, tensor.tells), output, seen.get(tensor.info.name, {}))
         if len(options) > 1:
             name = fused_layer(tensor.info.name) if output.format.fuses else tensor.info.name
             groups.setdefault(name, []).append((place, options))
@@ -130,7 +132,7 @@ def _admissible(
     if len(options) < 2:
         return {}
     floor = 0.0 if output.config.on_failure == "warn" else output.config.min_accuracy or 0.0
-    good = [o for o in options if (e := errors[way_key(o)]).cosine_similarity >= floor and e.keeps_magnitude]
+    good = [o for o in options if (e := errors[way_key(o)]).accuracy >= floor and e.keeps_magnitude]
     return {_scheme(option): option for option in (good if len(good) > 1 else options[-2:])}
 
 

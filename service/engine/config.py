@@ -28,6 +28,8 @@ OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
 OnNonFinite = TypeAliasType("OnNonFinite", Literal["fail", "copy"])
 #: Of groups with nested scales, which are small.
 NESTED_SIZES = get_args(NestedScheme.model_fields["group_size"].annotation)
+TimestepWeighting = TypeAliasType("TimestepWeighting", Literal["uniform", "snr_linear", "snr_cosine"])
+TimestepWeights = TypeAliasType("TimestepWeights", TimestepWeighting | list[float])
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 #: The sensitive layers: embeddings, norms, output heads; of a diffusion model also its first and last layers.
@@ -78,7 +80,10 @@ class TensorConfig(BaseModel):
         description="Whether to do without zero points. By default what loaders of the output format read best.",
     )
     scale_dtype: ScaleDtypeChoice | None = Field(default=None, description="`auto` follows the tensor's dtype.")
-    method: str | None = Field(default=None, description="How scales are found, one of `/v1/methods`.")
+    method: str | None = Field(
+        default=None,
+        description="How scales are found, one of `/v1/methods`; `auto` is the best that a layer's calibration allows.",
+    )
 
     @field_validator("scheme")
     @classmethod
@@ -88,7 +93,7 @@ class TensorConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str | None) -> str | None:
-        return _one_of(value, methods())
+        return _one_of(value, (AUTO, *methods()))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -152,14 +157,26 @@ class QuantizationConfig(TensorConfig):
 
     skip: list[Pattern] | None = Field(default=None, description="Patterns of tensors to copy; replaces the defaults.")
     layers: list[LayerOverride] | None = Field(default=None, description="Overrides by tensor name.")
-    min_accuracy: float | None = Field(default=None, ge=0, le=1, description="Cosine similarity, of each and of all.")
+    min_accuracy: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Cosine similarity, of each and of all; of the outputs where calibration has a Gram matrix.",
+    )
     on_failure: OnFailure | None = Field(default=None, description="What to do with a tensor under `min_accuracy`.")
     on_non_finite: OnNonFinite | None = Field(default=None, description="What to do with a NaN or an infinity.")
     backend: str | None = Field(default=None, description="Where to compute: `auto`, or one of `/v1/backends`.")
     num_time_groups: int | None = Field(default=None, ge=1, le=100)
     enable_time_aware: bool | None = None
     enable_spatial: bool | None = None
-    calibration_samples: int | None = Field(default=None, ge=1)
+    calibration_samples: int | None = Field(
+        default=None, ge=1, description="How many raw samples of each layer and timestep are used at most."
+    )
+    timestep_weights: TimestepWeights | None = Field(
+        default=None,
+        description="How much each timestep of the calibration counts: `uniform`, by the signal-to-noise ratio up to 5 "
+        "of a schedule of 1000 steps (`snr_linear`, `snr_cosine`), or a number for each.",
+    )
     target_bits_per_weight: float | None = Field(
         default=None,
         gt=0,

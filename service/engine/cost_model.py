@@ -16,6 +16,7 @@ from statistics import median
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.plan import Plan
 from service.engine.schemes.base import Scheme
@@ -89,7 +90,13 @@ def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: 
     grid: Grid | None = None
     if scheme.granularity == "tensor":
         grid = backend.tensor_grid(backend.observe(x), scheme, method)
-    return _median_time(lambda: backend.quantize(x, scheme, method, grid)) / x.size
+    inputs = _made_up_inputs() if method.needs else None
+    return _median_time(lambda: backend.quantize(x, scheme, method, grid, inputs)) / x.size
+
+
+def _made_up_inputs() -> LayerInputs:
+    gram = np.eye(SAMPLE_SHAPE[1], dtype=np.float32)
+    return LayerInputs(SAMPLE_SHAPE[1], gram=gram, absmax=np.ones(SAMPLE_SHAPE[1], np.float32))
 
 
 def _median_time(work: Callable[[], object]) -> float:

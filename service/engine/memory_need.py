@@ -96,8 +96,9 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
     ways = list(zip(plan.outputs, tensor.decisions, strict=True))
     # One way after the other, while what came of the one before is written.
     coding = max((_coding(o, info, d.scheme, rows) for o, d in ways if d.scheme is not None), default=0)
+    feeding = plan.feed.held_bytes(info) if plan.feed is not None and tensor.is_fed else 0
     writing = max(block if d.scheme is None else _codes(o, info, d.scheme, rows) for o, d in ways)
-    return reading + coding + writing
+    return reading + coding + writing + feeding
 
 
 def _codes(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:

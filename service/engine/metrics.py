@@ -49,9 +49,15 @@ class ErrorSums:
         return _cosine(self.sum_xx, self.sum_yy, self.sum_xy)
 
     @property
+    def accuracy(self) -> float:
+        """What is held against `min_accuracy`: the cosine of the outputs where they were compared, else of x and y."""
+        return self.output_cosine_similarity if self.has_output else self.cosine_similarity
+
+    @property
     def keeps_magnitude(self) -> bool:
-        """Whether y is about as large as x, which the cosine does not see: within a factor of two."""
-        return self.sum_xx / 4 <= self.sum_yy <= self.sum_xx * 4
+        """Whether y, or its output, is about as large as that of x, which no cosine sees: within a factor of two."""
+        xx, yy = (self.out_xx, self.out_yy) if self.has_output else (self.sum_xx, self.sum_yy)
+        return xx / 4 <= yy <= xx * 4
 
     @property
     def relative_error(self) -> float:

@@ -118,7 +118,14 @@ class _Run:
 
     def _stations(self) -> Stations:
         return Stations(
-            self._plan.outputs, self._reader, self._writers, self._behind, self._completion, self._meter, self._warn
+            self._plan.outputs,
+            self._reader,
+            self._writers,
+            self._behind,
+            self._completion,
+            self._meter,
+            self._warn,
+            self._plan.feed,
         )
 
     def close(self) -> None:
@@ -216,6 +223,7 @@ def _fingerprint(plan: Plan, reader: ModelReader, tools: Tools) -> str:
     """Names all that the bytes of the outputs depend on; of the source's files also that they are the same ones."""
     parts: list[Any] = [service.__version__, plan.layout.fingerprint, tools.backend.id, tools.block_bytes]
     parts += reader.identity()
+    parts.append(plan.feed.identity if plan.feed is not None else None)
     for output in plan.outputs:
         parts += [output.name, output.format.id, output.options.model_dump(mode="json")]
         parts.append(output.config.model_dump(mode="json"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from service.engine.backends.registry import choose_backend
+from service.engine.calibration.calibration import Calibration
+from service.engine.calibration.feed import Averaging, Feed
+from service.engine.choice import Choice, choose_method
 from service.engine.config import (
     AUTO,
     DEFAULT_SKIP,
@@ -24,12 +27,12 @@ from service.engine.config import (
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
-from service.engine.methods.registry import methods
 from service.engine.progress import Notice
 from service.engine.records import record
 from service.engine.report import Budget
 from service.engine.schemes.base import ScaleDtype, Scheme
 from service.engine.tensors import DTYPE_BITS, TensorInfo
+from service.engine.timesteps import timestep_weights
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
 
 MIN_ELEMENTS = 4096
@@ -38,6 +41,10 @@ GROUP_SIZES = (256, 128, 64, 32, 16)
 #: no weight matrix is, and memory is to follow the block.
 SMALLEST_BLOCK_ROWS = 32
 MAX_SMALLEST_BLOCK_BYTES = 256 << 20
+#: The fields of LayerInputs that calibration tells of a layer; None where a job has no calibration.
+Tells = frozenset[str] | None
+#: Layers that a warning names.
+NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class Decision:
     method: Method | None = None
     notable: bool = False
     auto_scale: bool = False  # the scale dtype may be changed
+    missing: str | None = None  # what its calibration lacks
 
     @property
     def way(self) -> tuple[Scheme, Method] | None:
@@ -86,6 +94,12 @@ class TensorPlan:
 
     info: TensorInfo
     decisions: tuple[Decision, ...]
+    tells: Tells = None
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether its inputs are known, and of use."""
+        return bool(self.tells) and any(decision.scheme for decision in self.decisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,7 @@ class Plan:
     warnings: tuple[Notice, ...]
     #: Of each output what was chosen under its target, if it has one; empty as long as nothing was.
     budgets: tuple[Budget | None, ...] = ()
+    feed: Feed | None = None  # of a calibration that is open as long as the run
 
     @property
     def source_bytes(self) -> int:
@@ -130,41 +145,50 @@ def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
     return tuple(_check_output(index, spec) for index, spec in enumerate(outputs))
 
 
-def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec]) -> Plan:
+def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: Calibration | None = None) -> Plan:
     """Decide for every tensor of the model what each output does with it.
 
     Tensors whose width is `auto` have the largest of their candidates: `budget.plan_within_budgets` knows more.
-    Raises what `check_outputs` raises, and AlreadyQuantized when the model's weights are codes.
+    Raises what `check_outputs` raises, AlreadyQuantized when the model's weights are codes, and InvalidCalibration
+    when the calibration is not the model's.
     """
     checked = check_outputs(outputs)
+    feed = _feed(checked, calibration)
     if coded := next((t for t in reader.tensors if t.stored_as), None):
         raise AlreadyQuantized(
             f"tensor {coded.name} is stored as {coded.stored_as} ({reader.format_id}); give the original weights",
             tensor=coded.name,
         )
-    tensors = tuple(TensorPlan(info, tuple(decide(info, output) for output in checked)) for info in reader.tensors)
-    return Plan(reader.layout, reader.format_id, checked, tensors, _notes(checked), tuple(_warnings(checked, tensors)))
+    tensors = tuple(_plan_of(info, checked, calibration) for info in reader.tensors)
+    warnings = tuple(_warnings(checked, tensors, calibration))
+    return Plan(reader.layout, reader.format_id, checked, tensors, _notes(checked, feed), warnings, feed=feed)
 
 
-def decide(info: TensorInfo, output: OutputPlan) -> Decision:
+def _plan_of(info: TensorInfo, outputs: Sequence[OutputPlan], calibration: Calibration | None) -> TensorPlan:
+    layer = None if calibration is None or _not_quantizable(info) else calibration.layer(info)
+    tells = None if calibration is None else layer.tells if layer else frozenset[str]()
+    return TensorPlan(info, tuple(decide(info, output, tells) for output in outputs), tells)
+
+
+def decide(info: TensorInfo, output: OutputPlan, tells: Tells = None) -> Decision:
     """The rule that holds for this tensor in this output; of those that it may choose from the largest."""
-    return choices(info, output)[-1]
+    return choices(info, output, tells)[-1]
 
 
-def choices(info: TensorInfo, output: OutputPlan) -> list[Decision]:
+def choices(info: TensorInfo, output: OutputPlan, tells: Tells = None) -> list[Decision]:
     """What may be done with this tensor in this output, by size: one thing, unless its width is `auto`."""
     if reason := _not_quantizable(info):
         return [_copied(reason)]
     config, override = output.config.tensor_config(info.name)
     if config.bit_width != AUTO:
-        return [_decide(info, output, config, override)]
+        return [_decide(info, output, config, override, tells)]
     asked = [each for each in candidates(config, output.config) if _is_held(each, output)]
-    options = [_decide(info, output, each, override) for each in asked]
+    options = [_decide(info, output, each, override, tells) for each in asked]
     held = {option.scheme: option for option in options if option.scheme is not None}
     return sorted(held.values(), key=lambda option: stored_bytes(info, option, output)) or options[:1]
 
 
-def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override: str | None) -> Decision:
+def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override: str | None, tells: Tells) -> Decision:
     # An override that names a tensor means it; otherwise the skip patterns come first.
     if override is None and (skipped := output.config.skips(info.name)) is not None:
         return _copied(f"skip pattern {skipped!r}")
@@ -177,8 +201,9 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
         return Decision(f"{scheme.id} with its scales would take no fewer bytes", notable=True)
     rule = f"layers pattern {override!r}" if override is not None else f"profile {output.config.profile}"
     rule = f"{rule}; {regrouped}" if regrouped else rule
-    auto_scale = config.scale_dtype in (None, "auto")
-    return _quantized(rule, scheme, _method(config), bool(regrouped), auto_scale)
+    choice = choose_method(config.method or "minmax", tells)
+    rule = f"{rule}; {choice.reason}" if choice.reason else rule
+    return _quantized(rule, scheme, choice, bool(regrouped), config.scale_dtype in (None, "auto"))
 
 
 @lru_cache(maxsize=256)
@@ -188,9 +213,9 @@ def _copied(rule: str) -> Decision:
 
 
 @lru_cache(maxsize=256)
-def _quantized(rule: str, scheme: Scheme, method: Method, notable: bool, auto_scale: bool) -> Decision:
+def _quantized(rule: str, scheme: Scheme, choice: Choice, notable: bool, auto_scale: bool) -> Decision:
     """Likewise."""
-    return Decision(rule, scheme, method, notable, auto_scale)
+    return Decision(rule, scheme, choice.method, notable, auto_scale, choice.missing)
 
 
 def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme, str | None]:
@@ -266,28 +291,37 @@ def _is_held(config: TensorConfig, output: OutputPlan) -> bool:
     return output.format.refuses_scheme(build(config, "F32"), output.options) is None
 
 
-def _method(config: TensorConfig) -> Method:
-    return _default_method(config.method or "minmax")
-
-
-@cache
-def _default_method(id_: str) -> Method:
-    return methods()[id_]()
-
-
 def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> int:
     """What the tensor takes in this output, without headers."""
     return output.format.stored_bytes(info, decision.scheme, output.options) if decision.scheme else info.nbytes
 
 
-def _notes(outputs: Sequence[OutputPlan]) -> tuple[str, ...]:
-    if any(o.config.enable_time_aware or o.config.enable_spatial for o in outputs):
+def _feed(outputs: Sequence[OutputPlan], calibration: Calibration | None) -> Feed | None:
+    """What reads the calibration as the outputs, all alike, want it."""
+    if calibration is None:
+        return None
+    first, *others = (output.config for output in outputs)
+    wanted = (first.calibration_samples, first.timestep_weights)
+    if any((other.calibration_samples, other.timestep_weights) != wanted for other in others):
+        detail = "all outputs of a job are calibrated alike; set samples and weights of timesteps in `config`"
+        raise InvalidConfig(detail, pointer="/outputs")
+    weights = timestep_weights(first.timestep_weights or "uniform", calibration.timesteps)
+    return Feed(calibration, Averaging(weights, first.calibration_samples or 1))
+
+
+def _notes(outputs: Sequence[OutputPlan], feed: Feed | None) -> tuple[str, ...]:
+    if feed is None and any(o.config.enable_time_aware or o.config.enable_spatial for o in outputs):
         return ("time-aware and spatial steps are left out: they need calibration data, and none was given",)
     return ()
 
 
-def _warnings(outputs: Sequence[OutputPlan], tensors: Sequence[TensorPlan]) -> Iterator[Notice]:
-    """What a user hardly meant: nothing to quantize, and patterns that name nothing."""
+def _warnings(
+    outputs: Sequence[OutputPlan], tensors: Sequence[TensorPlan], calibration: Calibration | None
+) -> Iterator[Notice]:
+    """What a user hardly meant: nothing to quantize, patterns that name nothing, and calibration of no layer of it."""
+    if calibration is not None and (strange := calibration.unmatched(tensor.info for tensor in tensors)):
+        names = f"{', '.join(strange[:NAMES_SHOWN])}{', …' if len(strange) > NAMES_SHOWN else ''}"
+        yield Notice("calibration_unmatched", f"the model has no tensors for layers of the calibration: {names}")
     for index, output in enumerate(outputs):
         if all(tensor.decisions[index].scheme is None for tensor in tensors):
             yield Notice("nothing_quantized", f"output {output.name}: no tensor is quantized, all are copied")

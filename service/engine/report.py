@@ -137,18 +137,20 @@ class OutputReport:
 
     @property
     def worst(self) -> list[TensorReport]:
-        """The tensors with the lowest cosine similarity."""
-        measured = [(q.cosine_similarity, t) for t in self.tensors if (q := t.quality)]
+        """The tensors with the lowest cosine similarity, of the output where that is known."""
+        measured = [(t.sums.accuracy, t) for t in self.tensors if t.sums]
         return [t for _, t in sorted(measured, key=lambda pair: pair[0])[:WORST]]
 
     @property
     def passed(self) -> bool:
-        """Whether the whole and each tensor reach `min_accuracy`, and are about as large as they were."""
+        """Whether the whole and each tensor reach `min_accuracy`, and are about as large as they were.
+
+        A whole are those whose outputs are known, and those of which only the weights are.
+        """
         measured = [t.sums for t in self.tensors if t.sums]
-        return all(
-            sums.cosine_similarity >= self.min_accuracy and sums.keeps_magnitude
-            for sums in (*measured, *([self.sums] if measured else []))
-        )
+        parts = ([s for s in measured if s.has_output], [s for s in measured if not s.has_output])
+        wholes = [sum(part, ErrorSums()) for part in parts if part]
+        return all(sums.accuracy >= self.min_accuracy and sums.keeps_magnitude for sums in (*measured, *wholes))
 
     def summary(self) -> dict[str, Any]:
         """The figures of the output as a whole."""

@@ -18,6 +18,7 @@ import numpy as np
 import service
 from service.engine.backends.base import Backend, Grid
 from service.engine.formats.base import ModelReader
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums
 from service.engine.plan import Decision, Plan, choices
@@ -46,6 +47,7 @@ class _Wanted:
 
     info: TensorInfo
     ways: tuple[Way, ...]
+    is_fed: bool
 
 
 def way_key(decision: Decision) -> str:
@@ -63,12 +65,13 @@ def measure(
     Cancelled, and what reading raises.
     """
     wanted = [each for each in _wanted(plan) if each.ways]
-    kept = _Memo(memo, _fingerprint(wanted, reader, backend))
+    kept = _Memo(memo, _fingerprint(wanted, plan, reader, backend))
     try:
         for index, each in enumerate(wanted):
             stop_when(cancelled)
             if each.info.name not in kept.found:
-                kept.add(each.info.name, _measure(each, reader, backend, cancelled))
+                inputs = plan.feed.inputs(each.info) if plan.feed is not None and each.is_fed else None
+                kept.add(each.info.name, _measure(each, inputs, reader, backend, cancelled))
             report(_progress(index + 1, wanted))
         return kept.found
     finally:
@@ -91,18 +94,21 @@ def _wanted(plan: Plan) -> Iterable[_Wanted]:
     for tensor in plan.tensors:
         ways: dict[Way, None] = {}
         for output in plan.outputs:
-            options = choices(tensor.info, output)
+            options = choices(tensor.info, output, tensor.tells)
             if len(options) > 1:
                 ways |= dict.fromkeys(option.way for option in options if option.way is not None)
-        yield _Wanted(tensor.info, tuple(ways))
+        yield _Wanted(tensor.info, tuple(ways), tensor.is_fed)
 
 
-def _measure(wanted: _Wanted, reader: ModelReader, backend: Backend, cancelled: Cancelled) -> dict[str, ErrorSums]:
+def _measure(
+    wanted: _Wanted, inputs: LayerInputs | None, reader: ModelReader, backend: Backend, cancelled: Cancelled
+) -> dict[str, ErrorSums]:
     x = _sample(wanted.info, reader)
     found: dict[str, ErrorSums] = {}
     for scheme, method in wanted.ways:
         stop_when(cancelled)
-        found[_key((scheme, method))] = backend.quantize(x, scheme, method, _grid(x, scheme, method, backend)).errors
+        grid = _grid(x, scheme, method, backend)
+        found[_key((scheme, method))] = backend.quantize(x, scheme, method, grid, inputs).errors
         backend.take_notices()  # the run itself tells what it lacks
     return found
 
@@ -143,8 +149,9 @@ def _progress(done: int, wanted: Sequence[_Wanted]) -> Progress:
     )
 
 
-def _fingerprint(wanted: Sequence[_Wanted], reader: ModelReader, backend: Backend) -> str:
+def _fingerprint(wanted: Sequence[_Wanted], plan: Plan, reader: ModelReader, backend: Backend) -> str:
     parts: list[Any] = [service.__version__, backend.id, reader.layout.fingerprint, reader.identity()]
+    parts += [plan.feed.identity if plan.feed is not None else None]
     parts += [[each.info.name, [_key(way) for way in each.ways]] for each in wanted]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

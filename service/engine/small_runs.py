@@ -157,7 +157,7 @@ def runs(plans: Sequence[TensorPlan], stations: Stations, tools: Tools) -> Itera
     for plan in plans:
         if plan.decisions != decisions:
             decisions, found = plan.decisions, _ways(plan.decisions)
-        these = found if plan.info.nbytes < SMALL_BYTES else None
+        these = found if plan.info.nbytes < SMALL_BYTES and not plan.is_fed else None
         if together and (these != ways or nbytes + plan.info.nbytes > most_bytes or len(together) == MOST):
             yield _together(together, stations, tools)
             together, nbytes = [], 0

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.choice import choose_method
 from service.engine.config import TensorConfig, build
 from service.engine.methods.base import Method
-from service.engine.methods.registry import methods
 from service.engine.metrics import ErrorSums, Quality
 from service.engine.packing import WORD_BITS, pack_flat, pack_rows, row_bytes, unpack_flat, unpack_rows
 from service.engine.progress import Cancelled
@@ -85,7 +85,7 @@ def quantize_table(table: pa.Table, config: TensorConfig, tools: Tools) -> pa.Ta
     `config` is resolved. Raises InvalidTable or NonFiniteWeights.
     """
     check_columns(table, ("layer_name", "weights"), ("shape",))
-    method = methods()[config.method or "minmax"]()
+    method = choose_method(config.method or "minmax", None).method
     coded = [_quantize(name, x, shape, config, method, tools) for name, x, shape in _tensors(table)]
     columns = dict(zip(_PLAIN.names, pa.Table.from_pylist([c.row for c in coded], _PLAIN).columns, strict=True))
     columns |= {name: _binaries([c.parts[name] for c in coded]) for name in _BINARY}

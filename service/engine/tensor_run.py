@@ -14,11 +14,13 @@ from functools import partial
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.calibration.feed import Feed
 from service.engine.clock import Clock
 from service.engine.completion import Completion
 from service.engine.config import ResolvedConfig
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
+from service.engine.inputs import LayerInputs
 from service.engine.meter import Meter
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums, Quality
@@ -53,6 +55,7 @@ class Stations:
     completion: Completion
     meter: Meter
     warn: Warn
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class TensorRun:
         self.plans = (plan,)
         self._info = plan.info
         self._decisions = plan.decisions
+        self._is_fed = plan.is_fed
+        self._inputs: LayerInputs | None = None
         self._stations, self._tools = stations, tools
         self._ready = ready or {}
         self._outputs, self._behind = stations.outputs, stations.behind
@@ -99,6 +104,7 @@ class TensorRun:
         Raises NonFiniteWeights or AccuracyTooLow where the configuration says `fail`.
         """
         warn_of_notable(self._info, self._decisions, self._stations)
+        self._inputs = self._read_inputs()
         attempts = _grouped(dict(enumerate(self._decisions)))
         while attempts:
             self._find_grids(attempts)
@@ -111,6 +117,14 @@ class TensorRun:
                 self._stations.warn(Notice("device_lacking", text, self._info.name))
             attempts = _grouped(self._settle(attempts))
         self._behind.put(self._finish)
+
+    def _read_inputs(self) -> LayerInputs | None:
+        feed = self._stations.feed
+        if feed is None or not self._is_fed:
+            return None
+        stop_when(self._tools.cancelled)
+        with self._tools.clock.during("read"):
+            return feed.inputs(self._info)
 
     def _finish(self) -> None:
         self._stations.completion.finished(tuple(self._reports[index] for index in range(len(self._outputs))))
@@ -158,7 +172,7 @@ class TensorRun:
         # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
         for start, stop in _row_spans(x.shape[0], x.nbytes, self._tools.backend.slice_bytes(method)):
             stop_when(self._tools.cancelled)
-            rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid)
+            rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid, self._inputs)
             self._tools.clock.count("quantize", self._bytes_of(stop - start))
             self._take(attempt, rows)
 
@@ -294,6 +308,8 @@ def warn_of_notable(info: TensorInfo, decisions: Sequence[Decision], stations: S
         if decision.notable:
             code = "group_size_changed" if decision.scheme else "tensor_copied"
             stations.warn(Notice(code, decision.rule, info.name, output.name))
+        if decision.missing is not None:
+            stations.warn(Notice("calibration_missing", decision.missing, info.name, output.name))
 
 
 def row_blocks(info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -318,11 +334,13 @@ def _grouped(decisions: dict[int, Decision]) -> list[_Attempt]:
 
 def missed_accuracy(sums: ErrorSums, scheme: Scheme, config: ResolvedConfig) -> str | None:
     """Why these errors are too large, or None."""
-    cosine, floor = sums.cosine_similarity, config.min_accuracy or 0.0
-    if cosine < floor:
-        return f"cosine similarity {cosine:.4f} with {scheme.id} misses min_accuracy {floor:g}"
+    floor = config.min_accuracy or 0.0
+    if sums.accuracy < floor:
+        of = " of the output" if sums.has_output else ""
+        return f"cosine similarity {sums.accuracy:.4f}{of} with {scheme.id} misses min_accuracy {floor:g}"
     if not sums.keeps_magnitude:
-        return f"{scheme.id} does not keep the magnitude of the weights (relative error {sums.relative_error:.3g})"
+        what, error = ("output", sums.output_relative_error) if sums.has_output else ("weights", sums.relative_error)
+        return f"{scheme.id} does not keep the magnitude of the {what} (relative error {error:.3g})"
     return None
 
 

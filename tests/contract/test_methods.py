@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from service.engine.calibration.opening import open_calibration
 from service.engine.formats.registry import open_model
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.plan import make_plan
 from service.engine.schemes.base import Scheme
 from tests.contract.cases import check_parameters, full_label, group_schemes, hard_groups
+from tests.engine.calibrations import save_safetensors
 from tests.engine.helpers import normal, save, specs
 
 METHODS = pytest.mark.parametrize("method", [cls() for cls in methods().values()], ids=lambda m: m.id)
@@ -31,10 +34,11 @@ def error(x: np.ndarray, scheme: Scheme, method: Method) -> np.ndarray:
 @METHODS
 def test_a_method_is_chosen_by_its_name(method: Method, tmp_path: Path) -> None:
     assert inspect.getmodule(type(method)).__name__.endswith(f".{method.id}")  # type: ignore[union-attr]
-    reader = open_model(save(tmp_path / "m.safetensors", {"layer.weight": normal(64, 128)}))
-    plan = make_plan(reader, specs("parquet", method=method.id))
-    assert plan.tensors[0].decisions[0].method == method
-    reader.close()
+    model = save(tmp_path / "m.safetensors", {"layer.weight": normal(64, 128)})
+    fed = save_safetensors(tmp_path / "c.safetensors", {"layer.gram": np.eye(128, dtype=np.float32)})
+    with closing(open_model(model)) as reader, closing(open_calibration(fed)) as calibration:
+        plan = make_plan(reader, specs("parquet", method=method.id), calibration)
+        assert plan.tensors[0].decisions[0].method == method
 
 
 @METHODS

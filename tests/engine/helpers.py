@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from service.engine.backends.base import Backend
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.calibration.opening import open_calibration
 from service.engine.config import Profile, QuantizationConfig, resolve
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
@@ -55,12 +57,14 @@ def run(
     block_bytes: int = 1 << 20,
     happenings: list[Happening] | None = None,
     cancelled: Any = lambda: False,
+    calibration: Path | None = None,
 ) -> RunReport:
     """Quantize a model into `work`."""
     seen = happenings if happenings is not None else []
-    reader = open_model(source)
-    try:
-        plan = make_plan(reader, outputs)
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(open_model(source)))
+        fed = stack.enter_context(closing(open_calibration(calibration))) if calibration is not None else None
+        plan = make_plan(reader, outputs, fed)
         return quantize(
             plan,
             reader,
@@ -70,8 +74,6 @@ def run(
             report=seen.append,
             cancelled=cancelled,
         )
-    finally:
-        reader.close()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -16,19 +16,13 @@ from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.metrics import ErrorSums, OutputQuality
 from service.engine.schemes.integer import IntegerScheme
+from tests.engine.calibrations import gram, samples
 from tests.engine.helpers import normal
-
-
-def samples(count: int, cols: int, seed: int = 1) -> np.ndarray:
-    """Inputs (count, cols) whose columns differ in size and go together."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.lognormal(0.0, 1.0, cols)
-    return ((rng.standard_normal((count, cols)) + rng.standard_normal((count, 1))) * sizes).astype(np.float32)
 
 
 def inputs_of(fed: np.ndarray) -> LayerInputs:
     """What calibration with these samples says."""
-    return LayerInputs(fed.shape[1], gram=(fed.T.astype(np.float64) @ fed / len(fed)).astype(np.float32))
+    return LayerInputs(fed.shape[1], gram=gram(fed))
 
 
 def weighted(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:

@@ -105,7 +105,7 @@ class OutputReport(Figures):
     name: str
     format: str
     min_accuracy: float
-    worst_tensors: list[str] = Field(description="Names, the lowest cosine similarity first.")
+    worst_tensors: list[str] = Field(description="Names, the lowest cosine similarity first, of the output if known.")
     tensors: list[TensorFigures]
     files: list[ReportedFile]
     budget: Budget | None = Field(default=None, description="With `bit_width` auto.")

@@ -42,8 +42,8 @@ class ParquetFile:
         self._cached: tuple[int, pa.RecordBatch] | None = None
         try:
             self._check_claims()
-            with _damage_in(self.name):
-                self._parquet = pq.ParquetFile(pa.PythonFile(_Stream(self._source), mode="r"), pre_buffer=False)
+            with damage_in(self.name):
+                self._parquet = pq.ParquetFile(pa.PythonFile(FileStream(self._source), mode="r"), pre_buffer=False)
                 self._check_columns()
         except BaseException:
             self._source.close()
@@ -68,7 +68,7 @@ class ParquetFile:
             names = self._parquet.schema_arrow.names
             plain = [*NEEDED, *(name for name in OPTIONAL if name in names)]
             batch = self._read(group, [*plain, "scales", "zero_points"])
-            with _damage_in(self.name):
+            with damage_in(self.name):
                 cells = batch.select(plain).to_pylist()
                 for column in ("scales", "zero_points"):
                     lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
@@ -95,7 +95,7 @@ class ParquetFile:
         self._source.close()
 
     def _read(self, group: int, columns: list[str]) -> pa.RecordBatch:
-        with _damage_in(self.name):
+        with damage_in(self.name):
             table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
 
@@ -117,7 +117,7 @@ class ParquetFile:
                 raise UnsupportedModel(f"{self.name} has no column {column!r} of type {expected}")
 
 
-class _Stream(io.RawIOBase):
+class FileStream(io.RawIOBase):
     """An OpenFile as Arrow wants to see it."""
 
     def __init__(self, source: OpenFile) -> None:
@@ -164,7 +164,7 @@ def _empty(columns: list[str]) -> pa.RecordBatch:
 
 
 @contextmanager
-def _damage_in(name: PurePosixPath) -> Iterator[None]:
+def damage_in(name: PurePosixPath) -> Iterator[None]:
     """Raise CorruptModel where Arrow trips over the content."""
     try:
         yield
