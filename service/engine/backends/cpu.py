@@ -128,7 +128,7 @@ class CpuBackend(ReferenceBackend):
 
     def slice_bytes(self, method: Method) -> int:
         """See `Backend.slice_bytes`."""
-        return 64 << 20 if isinstance(method, MinMax) else 4 << 20
+        return 8 << 20 if isinstance(method, MinMax) else 4 << 20
 
     def quantize(
         self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 
@@ -21,6 +22,13 @@ from service.errors import ModelNotFound, SourceChanged
 from service.storage.faults import storage_error
 from service.storage.file import check_opened
 from service.storage.model_files import Identity, Listing, ModelFiles, OpenFile
+
+#: Smaller reads are of headers and small tensors, and tell nothing of what comes next.
+BLOCK_BYTES = 1 << 20
+#: What the disk is asked for beyond a block. The kernel does not read that far ahead by itself, and then waits.
+AHEAD_BYTES = 64 << 20
+#: Of one call; of more, the kernel would leave out the rest.
+ADVISED_BYTES = 1 << 20
 
 
 class LocalFiles(ModelFiles):
@@ -106,6 +114,7 @@ class SourceFile(OpenFile):
             os.close(self._fd)
             raise self._changed("was replaced")
         self._size, self._identity = stat.st_size, _identity(stat)
+        self._brought = 0
         self._closed = False
         if expected not in (None, self._identity):
             self.close()
@@ -126,6 +135,8 @@ class SourceFile(OpenFile):
         data: CodeArray = self._buffers.empty((count,), np.uint8)
         view = data.data
         done = 0
+        if count >= BLOCK_BYTES:
+            self._bring(offset, offset + count)
         try:
             while done < count:
                 got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
@@ -137,6 +148,16 @@ class SourceFile(OpenFile):
         # Looked at after the read, so that what was read is known to be from before any change.
         self.check()
         return data
+
+    def _bring(self, start: int, end: int) -> None:
+        """Have the disk read what is wanted now and what will be next, all at once, as disks like it."""
+        last = min(end + AHEAD_BYTES, self._size)
+        if not start <= self._brought <= last:
+            self._brought = start
+        with suppress(AttributeError, OSError):  # not every system can be told, and reading will show what is wrong
+            for at in range(self._brought, last, ADVISED_BYTES):
+                os.posix_fadvise(self._fd, at, ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
+        self._brought = last
 
     def check(self) -> None:
         """Raises SourceChanged when the file is no longer the one that was opened."""
