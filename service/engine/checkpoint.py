@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from service.engine.clock import Times
-from service.engine.report import TensorReport, tensor_from_json, tensor_to_json
+from service.engine.report import TensorReport, tensor_from_row, tensor_to_row
 
 #: Its name in the work folder.
 JOURNAL = "checkpoint.jsonl"
@@ -39,7 +39,7 @@ class Entry:
     def to_line(self) -> str:
         """As a line of JSON."""
         fields = {
-            "reports": [[tensor_to_json(r) for r in reports] for reports in self.reports],
+            "reports": [[tensor_to_row(r) for r in reports] for reports in self.reports],
             "warnings": self.warnings,
             "states": self.states,
             "seconds": self.seconds,
@@ -50,7 +50,7 @@ class Entry:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
         """The inverse of `to_line`; raises LookupError, TypeError or ValueError when it is of nothing such."""
-        reports = tuple(tuple(tensor_from_json(r) for r in each) for each in data["reports"])
+        reports = tuple(tuple(tensor_from_row(r) for r in each) for each in data["reports"])
         times = Times(**data.get("times", {}))
         return cls(reports, tuple(data["warnings"]), tuple(data["states"]), data["seconds"], times)
 

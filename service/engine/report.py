@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from math import prod
+from operator import attrgetter
 from pathlib import PurePosixPath
 from typing import Any, Self
 
@@ -299,26 +301,27 @@ TABLE_SCHEMA = pa.schema(
 )
 
 
-def tensor_to_json(report: TensorReport) -> dict[str, Any]:
-    """For a checkpoint: just the fields that are set."""
-    # Written out: it is done for every tensor, and most are copied, or small.
-    given: dict[str, Any] = {
-        "name": report.name,
-        "shape": report.shape,
-        "dtype": report.dtype,
-        "scheme": report.scheme,
-        "rule": report.rule,
-        "original_bytes": report.original_bytes,
-        "stored_bytes": report.stored_bytes,
-        "seconds": report.seconds,
-    }
-    if report.sums:
-        given |= {name: getattr(report, name) for name in _QUANTIZED} | {"sums": _sums(report.sums)}
-    return given
+def tensor_to_row(report: TensorReport) -> Sequence[Any]:
+    """For a checkpoint: the values of all fields in their order, for a copy without those that need not be given."""
+    if report.sums is None:
+        return _given(report)
+    return (*_values(report), _sum_values(report.sums))
+
+
+def tensor_from_row(row: Sequence[Any]) -> TensorReport:
+    """The inverse of `tensor_to_row`; raises TypeError or ValueError when it is nothing such."""
+    if not isinstance(row, list):
+        raise TypeError(f"{row!r:.80} is no list")
+    names = _FIELDS[:_GIVEN] if len(row) == _GIVEN else [*_FIELDS, "sums"]
+    values = dict(zip(names, row, strict=True))
+    values["shape"] = tuple(values["shape"])
+    if "sums" in values:
+        values["sums"] = ErrorSums(*values["sums"])
+    return TensorReport(**values)
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
-    """The inverse of `tensor_to_json`; figures that follow from the sums may be there as well."""
+    """A tensor of `OutputReport.to_json`, in which are also figures that follow from the sums."""
     fields = {k: v for k, v in data.items() if k in TensorReport.__dataclass_fields__}
     sums = fields.pop("sums", None)
     report = TensorReport(**(fields | {"shape": tuple(fields["shape"])}))
@@ -338,8 +341,10 @@ def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[s
 
 _SUMS = tuple(f.name for f in fields(ErrorSums))
 _WEIGHT_SUMS = tuple(name for name in _SUMS if not name.startswith("out_"))
-#: What copies have none of: all that need not be given.
-_QUANTIZED = tuple(f.name for f in fields(TensorReport) if f.default is not MISSING and f.name != "sums")
+_FIELDS = [f.name for f in fields(TensorReport) if f.name != "sums"]
+#: How many of a report's fields have to be given.
+_GIVEN = sum(f.default is MISSING for f in fields(TensorReport))
+_given, _values, _sum_values = attrgetter(*_FIELDS[:_GIVEN]), attrgetter(*_FIELDS), attrgetter(*_SUMS)
 
 
 def _drop_none(row: dict[str, Any]) -> dict[str, Any]:

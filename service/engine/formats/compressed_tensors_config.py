@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from service.engine.packing import WORD_BITS, row_bytes
@@ -54,19 +55,25 @@ def is_w8(group: Group) -> bool:
 
 def parts_of(module: str, scheme: Scheme, packing: Packing, rows: int, cols: int) -> list[Part]:
     """The tensors that stand for `<module>.weight`: codes, scales, then zero points and shape where there are any."""
+    found = _suffixed(scheme, packing, rows, cols)
+    return [(module + suffix, dtype, shape, nbytes) for suffix, dtype, shape, nbytes in found]
+
+
+@lru_cache(maxsize=256)  # a model has few shapes
+def _suffixed(scheme: Scheme, packing: Packing, rows: int, cols: int) -> list[Part]:
     scale_shape: tuple[int, ...] = (1,) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
-    parts = [_part(f"{module}.weight_scale", scheme.scale_dtype, scale_shape)]
+    parts = [_part(".weight_scale", scheme.scale_dtype, scale_shape)]
     if packing == "int-quantized":
-        parts.insert(0, _part(f"{module}.weight", "I8", (rows, cols)))
+        parts.insert(0, _part(".weight", "I8", (rows, cols)))
         zero: tuple[str, tuple[int, ...]] = ("I8", scale_shape)
     else:
-        parts.insert(0, _part(f"{module}.weight_packed", "I32", (rows, row_bytes(cols, scheme.bits) // 4)))
-        parts.append(_part(f"{module}.weight_shape", "I64", (2,)))
+        parts.insert(0, _part(".weight_packed", "I32", (rows, row_bytes(cols, scheme.bits) // 4)))
+        parts.append(_part(".weight_shape", "I64", (2,)))
         packed_rows = -(-rows * scheme.bits // WORD_BITS)
         # The library packs zero points along the rows, except a lone one.
         zero = ("I8", scale_shape) if scheme.granularity == "tensor" else ("I32", (packed_rows, *scale_shape[1:]))
     if not scheme.symmetric:
-        parts.append(_part(f"{module}.weight_zero_point", *zero))
+        parts.append(_part(".weight_zero_point", *zero))
     return parts
 
 
