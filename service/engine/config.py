@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase, translate
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
@@ -16,20 +16,21 @@ from service.engine.methods.registry import methods
 from service.engine.schemes.base import Granularity, GroupSize, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
+from service.engine.schemes.table import TableScheme
 from service.errors import InvalidConfig
 
 BitWidth = TypeAliasType("BitWidth", Literal[2, 3, 4, 5, 6, 8])
 #: `auto` gives each tensor the scheme that serves the whole best under a target.
 AUTO: Literal["auto"] = "auto"
 BitWidthChoice = TypeAliasType("BitWidthChoice", Literal[2, 3, 4, 5, 6, 8, "auto"])
-NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf"])
+NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf", "fp"])
 ScaleDtypeChoice = TypeAliasType("ScaleDtypeChoice", Literal["auto", "F32", "F16", "BF16"])
 OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
 OnNonFinite = TypeAliasType("OnNonFinite", Literal["fail", "copy"])
-#: Of groups with nested scales, which are small.
-NESTED_SIZES = get_args(NestedScheme.model_fields["group_size"].annotation)
 TimestepWeighting = TypeAliasType("TimestepWeighting", Literal["uniform", "snr_linear", "snr_cosine"])
 TimestepWeights = TypeAliasType("TimestepWeights", TimestepWeighting | list[float])
+#: Schemes that go by number format and width, beside the integers.
+BY_FORMAT: dict[tuple[str, int | str], str] = {("nf", 4): "nf4", ("fp", 4): "fp4", ("fp", 8): "fp8_e4m3"}
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 #: The sensitive layers: embeddings, norms, output heads; of a diffusion model also its first and last layers.
@@ -46,11 +47,6 @@ def _one_of(value: str | None, known: Iterable[str]) -> str | None:
     if value is not None and value not in names:
         raise ValueError(f"{value!r} does not exist; there are {', '.join(names)}")
     return value
-
-
-def is_nested(scheme: str | None) -> bool:
-    """Whether this id is of a scheme with nested scales."""
-    return scheme is not None and issubclass(schemes().get(scheme, Scheme), NestedScheme)
 
 
 class Profile(StrEnum):
@@ -72,7 +68,7 @@ class TensorConfig(BaseModel):
         "`target_size_bytes`.",
     )
     scheme: str | None = Field(default=None, description="A scheme named whole, one of `/v1/schemes`.")
-    number_format: NumberFormat | None = Field(default=None, description="`int` or `nf` (4 bits only).")
+    number_format: NumberFormat | None = Field(default=None, description="`int`, `nf` (4 bits) or `fp` (4 or 8 bits).")
     granularity: Granularity | None = Field(default=None, description="What shares one scale.")
     group_size: GroupSize | None = Field(default=None, description="Elements of a row that share one scale.")
     symmetric: bool | None = Field(
@@ -99,23 +95,25 @@ class TensorConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.scheme and (self.bit_width or self.number_format):
             raise ValueError("`scheme` names format and width: leave out `bit_width` and `number_format`")
-        if self.number_format == "nf" and self.bit_width == AUTO:
+        widths = _widths(self.number_format)
+        if widths and self.bit_width == AUTO:
             raise ValueError("`bit_width` auto chooses the number format too: name formats in `candidates`")
-        if self.number_format == "nf" and self.bit_width not in (None, 4):
-            raise ValueError("`number_format` nf has 4 bits: `bit_width` cannot be another")
-        if (self.scheme == "nf4" or self.number_format == "nf") and self.symmetric is False:
-            raise ValueError("nf4 has no zero point: `symmetric` cannot be false")
-        if is_nested(self.scheme):
-            self._check_nested()
+        if widths and self.bit_width not in (None, *widths):
+            has = " or ".join(str(width) for width in widths)
+            raise ValueError(f"`number_format` {self.number_format} has {has} bits: `bit_width` cannot be another")
         if self.group_size and self.granularity not in (None, "group"):
             raise ValueError(f"`group_size` goes with granularity group, not {self.granularity}")
+        if (named := self.named) and (reason := _clash(named, self.tensor_fields())):
+            raise ValueError(reason)
         return self
 
-    def _check_nested(self) -> None:
-        if self.symmetric:
-            raise ValueError(f"{self.scheme} has zero points: `symmetric` cannot be true")
-        if self.granularity not in (None, "group") or self.group_size not in (None, *NESTED_SIZES):
-            raise ValueError(f"{self.scheme} has groups of {' or '.join(map(str, NESTED_SIZES))}")
+    @property
+    def named(self) -> str | None:
+        """The scheme that is named, whole or by its number format; None for integers of some width."""
+        if self.scheme is not None or self.number_format is None:
+            return self.scheme
+        widths = _widths(self.number_format)
+        return BY_FORMAT.get((self.number_format, self.bit_width or (widths[0] if len(widths) == 1 else 0)))
 
     def overridden_by(self, upper: TensorConfig) -> TensorConfig:
         """This, with the fields that `upper` sets; one way to name a thing replaces the other ways."""
@@ -125,25 +123,48 @@ class TensorConfig(BaseModel):
             fields.pop("bit_width", None), fields.pop("number_format", None)
         if new.keys() & {"bit_width", "number_format"}:
             fields.pop("scheme", None)
-        if "bit_width" in new and new["bit_width"] != 4 and "number_format" not in new:
+        widths = _widths(fields.get("number_format"))
+        if "bit_width" in new and "number_format" not in new and new["bit_width"] not in widths:
             fields.pop("number_format", None)
         if "number_format" in new and "bit_width" not in new and new["number_format"] == "nf":
             fields.pop("bit_width", None)
-        if is_nested(new.get("scheme")):
-            for name in ("granularity", "group_size", "symmetric"):
-                fields.pop(name, None)
         if "granularity" in new and new["granularity"] != "group":
             fields.pop("group_size", None)
         if "group_size" in new and "granularity" not in new:
             fields["granularity"] = "group"
         fields.update(new)
-        if (fields.get("scheme") == "nf4" or fields.get("number_format") == "nf") and "symmetric" not in new:
-            fields.pop("symmetric", None)
+        named = TensorConfig.model_construct(**fields).named
+        for field in ("granularity", "group_size", "scale_dtype", "symmetric"):
+            # What was meant for another scheme.
+            if named and field in fields and field not in new and _clash(named, {field: fields[field]}):
+                del fields[field]
         return TensorConfig(**fields)
 
     def tensor_fields(self) -> dict[str, Any]:
         """The fields above that are set."""
         return {k: v for k in TensorConfig.model_fields if (v := getattr(self, k)) is not None}
+
+
+def _widths(number_format: str | None) -> list[int | str]:
+    """The widths of a number format that does not have them all."""
+    return [width for name, width in BY_FORMAT if name == number_format]
+
+
+def _clash(scheme: str, fields: dict[str, Any]) -> str | None:
+    """Why a scheme cannot have these settings, or None."""
+    cls = schemes()[scheme]
+    if fields.get("symmetric") is False and issubclass(cls, TableScheme):
+        return f"{scheme} has no zero point: `symmetric` cannot be false"
+    if fields.get("symmetric") is True and issubclass(cls, NestedScheme):
+        return f"{scheme} has zero points: `symmetric` cannot be true"
+    for field in ("granularity", "group_size", "scale_dtype"):
+        value, choices = fields.get(field), cls.choices(field)
+        if value in (None, "auto", *choices):
+            continue
+        if not choices:
+            return f"{scheme} has no groups: leave out `{field}`"
+        return f"`{field}` of {scheme} is {' or '.join(str(choice) for choice in choices)}, not {value}"
+    return None
 
 
 class LayerOverride(TensorConfig):
@@ -302,8 +323,8 @@ def _resolve(profile: Profile, layers: Iterable[QuantizationConfig | None]) -> R
             other |= new
     resolved = ResolvedConfig(profile=profile, **tensor.tensor_fields(), **other)
     _check_target(resolved)
-    for override in resolved.layers or ():
-        for candidate in candidates(tensor.overridden_by(override), resolved):
+    for config in (tensor, *(tensor.overridden_by(override) for override in resolved.layers or ())):
+        for candidate in candidates(config, resolved):
             build(candidate, "F32")
     return resolved
 
@@ -336,26 +357,23 @@ AUTO_CANDIDATES = ("int2", "int3", "int4", "int5", "int6", "int8")
 
 
 def build(config: TensorConfig, dtype: str) -> Scheme:
-    """The scheme that a resolved tensor configuration means for a tensor of this dtype."""
-    number_format = config.number_format or "int"
-    id_ = config.scheme or ("nf4" if number_format == "nf" else f"int{config.bit_width}")
-    granularity = config.granularity or "group"
-    scale_dtype = config.scale_dtype or "auto"
-    # Groups of nobody's choice are as the scheme has them.
-    size = {} if granularity == "group" and not config.group_size else {"group_size": config.group_size}
+    """The scheme that a resolved tensor configuration means for a tensor of this dtype; raises InvalidConfig."""
+    id_ = config.named or f"int{config.bit_width}"
+    if reason := _clash(id_, config.tensor_fields()):
+        raise InvalidConfig(reason, pointer="/config")
+    cls = schemes()[id_]
+    granularity = config.granularity or cls.model_fields["granularity"].default
+    parameters = {"granularity": granularity, "group_size": config.group_size if granularity == "group" else None}
+    if granularity == "group" and config.group_size is None:
+        del parameters["group_size"]
     return _built(
         id_,
-        symmetric=bool(config.symmetric) if id_ != "nf4" else True,
-        granularity=granularity,
-        **size if granularity == "group" else {"group_size": None},
-        scale_dtype=AUTO_SCALE[dtype] if scale_dtype == "auto" else scale_dtype,
+        symmetric=issubclass(cls, TableScheme) or bool(config.symmetric),
+        scale_dtype=cls.usual_scale(dtype) if config.scale_dtype in (None, "auto") else config.scale_dtype,
+        **parameters,
     )
 
 
 @lru_cache(maxsize=256)  # a model has thousands of tensors and few schemes
 def _built(id_: str, **parameters: Any) -> Scheme:
     return build_scheme(id_, **parameters)
-
-
-#: Loaders multiply in the model's own dtype, so its scales are stored in that, or in F16 where it is wider.
-AUTO_SCALE = {"F64": "F16", "F32": "F16", "F16": "F16", "BF16": "BF16"}

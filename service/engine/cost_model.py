@@ -88,7 +88,7 @@ def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: 
     """How long the kernel takes for one element, on all cores."""
     x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
     grid: Grid | None = None
-    if scheme.granularity == "tensor":
+    if scheme.takes_pass:
         grid = backend.tensor_grid(backend.observe(x), scheme, method)
     inputs = _made_up_inputs() if method.needs else None
     return _median_time(lambda: backend.quantize(x, scheme, method, grid, inputs)) / x.size

@@ -15,7 +15,7 @@ from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.histogram import BINS
 from service.engine.plan import OutputPlan, Plan, TensorPlan
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import ROW_MULTIPLE, Scheme
 from service.engine.tensor_run import row_blocks
 from service.engine.tensors import FLOAT_DTYPES, TensorInfo
 from service.engine.write_behind import WAITING_BYTES
@@ -90,8 +90,8 @@ def _largest(peaks: Mapping[str, int]) -> tuple[int, str | None]:
 
 
 def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_bytes: int) -> int:
-    info, rows = tensor.info, _rows(tensor.info, block_bytes)
-    block = _block_bytes(info, block_bytes)
+    info, multiple = tensor.info, tensor.row_multiple
+    rows, block = _rows(info, block_bytes, multiple), _block_bytes(info, block_bytes, multiple=multiple)
     reading = block + source.reading_bytes(info, block)
     ways = list(zip(plan.outputs, tensor.decisions, strict=True))
     # One way after the other, while what came of the one before is written.
@@ -104,25 +104,27 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
 def _codes(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:
     """Codes and scales of a block."""
     bits = max(scheme.bits, FALLBACK_BITS) if output.config.on_failure == "fallback" else scheme.bits
-    scales = 1 if scheme.granularity == "tensor" else rows * scheme.groups(info.cols)
+    scales = scheme.scale_rows(rows) * scheme.groups(info.cols)
     return rows * info.cols * bits // 8 + scales * SCALE_BYTES
 
 
 def _coding(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:
     bits = max(scheme.bits, FALLBACK_BITS) if output.config.on_failure == "fallback" else scheme.bits
     elements = rows * info.cols
-    histograms = (elements // OBSERVED_ELEMENTS + 2) * HISTOGRAM_BYTES if scheme.granularity == "tensor" else 0
+    histograms = (elements // OBSERVED_ELEMENTS + 2) * HISTOGRAM_BYTES if scheme.takes_pass else 0
     tiles = min(elements, max(TILE_ELEMENTS, info.cols)) * TILE_ELEMENT_BYTES
     return _codes(output, info, scheme, rows) + histograms + tiles + output.format.writing_bytes(rows, info.cols, bits)
 
 
-def _rows(info: TensorInfo, block_bytes: int) -> int:
-    start, stop = next(row_blocks(info, block_bytes), (0, 0))
+def _rows(info: TensorInfo, block_bytes: int, multiple: int = ROW_MULTIPLE) -> int:
+    start, stop = next(row_blocks(info, block_bytes, multiple), (0, 0))
     return stop - start
 
 
-def _block_bytes(info: TensorInfo, block_bytes: int, like: TensorInfo | None = None) -> int:
+def _block_bytes(
+    info: TensorInfo, block_bytes: int, like: TensorInfo | None = None, multiple: int = ROW_MULTIPLE
+) -> int:
     """Bytes of a tensor that are read at once: in rows, as many as of the one that it is `like`."""
     if not info.is_float:
         return min(info.nbytes, block_bytes)
-    return _rows(like or info, block_bytes) * info.cols * FLOAT_DTYPES[info.dtype].itemsize
+    return _rows(like or info, block_bytes, multiple) * info.cols * FLOAT_DTYPES[info.dtype].itemsize

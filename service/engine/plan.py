@@ -21,7 +21,6 @@ from service.engine.config import (
     TensorConfig,
     build,
     candidates,
-    is_nested,
     matches,
 )
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
@@ -30,16 +29,17 @@ from service.engine.methods.base import Method
 from service.engine.progress import Notice
 from service.engine.records import record
 from service.engine.report import Budget
-from service.engine.schemes.base import ScaleDtype, Scheme
+from service.engine.schemes.base import ROW_MULTIPLE, ScaleDtype, Scheme
+from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.registry import schemes
 from service.engine.tensors import DTYPE_BITS, TensorInfo
 from service.engine.timesteps import timestep_weights
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
 
 MIN_ELEMENTS = 4096
 GROUP_SIZES = (256, 128, 64, 32, 16)
-#: A tensor is worked on in blocks of this many rows at least, and copied where these are longer than that many bytes:
+#: A tensor is worked on in blocks of a multiple of some rows, and copied where so many are longer than that many bytes:
 #: no weight matrix is, and memory is to follow the block.
-SMALLEST_BLOCK_ROWS = 32
 MAX_SMALLEST_BLOCK_BYTES = 256 << 20
 #: The fields of LayerInputs that calibration tells of a layer; None where a job has no calibration.
 Tells = frozenset[str] | None
@@ -100,6 +100,11 @@ class TensorPlan:
     def is_fed(self) -> bool:
         """Whether its inputs are known, and of use."""
         return bool(self.tells) and any(decision.scheme for decision in self.decisions)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are read in pieces of a multiple of so many."""
+        return max((d.scheme.row_multiple for d in self.decisions if d.scheme), default=ROW_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +197,12 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
     # An override that names a tensor means it; otherwise the skip patterns come first.
     if override is None and (skipped := output.config.skips(info.name)) is not None:
         return _copied(f"skip pattern {skipped!r}")
-    if _is_too_wide(info):
+    whole = build(config, info.dtype)
+    if _is_too_wide(info, whole):
         return Decision(f"rows of {info.cols} elements are too long", notable=True)
-    scheme, regrouped = fit_group(build(config, info.dtype), info.cols, output.format)
+    scheme, regrouped = fit_group(whole, info.cols, output.format)
+    if scheme is None:
+        return Decision(str(regrouped), notable=True)
     if refusal := output.format.refuses_tensor(info, scheme):
         return Decision(f"{output.format.id} cannot hold it: {refusal}", notable=True)
     if scheme.stored_bytes(info.rows, info.cols) >= info.nbytes:
@@ -203,7 +211,8 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
     rule = f"{rule}; {regrouped}" if regrouped else rule
     choice = choose_method(config.method or "minmax", tells)
     rule = f"{rule}; {choice.reason}" if choice.reason else rule
-    return _quantized(rule, scheme, choice, bool(regrouped), config.scale_dtype in (None, "auto"))
+    auto_scale = config.scale_dtype in (None, "auto") and "F32" in scheme.choices("scale_dtype")
+    return _quantized(rule, scheme, choice, bool(regrouped), auto_scale)
 
 
 @lru_cache(maxsize=256)
@@ -218,11 +227,16 @@ def _quantized(rule: str, scheme: Scheme, choice: Choice, notable: bool, auto_sc
     return Decision(rule, scheme, choice.method, notable, auto_scale, choice.missing)
 
 
-def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme, str | None]:
-    """The scheme with a group size that the row length and the format allow, and what was changed."""
+def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme | None, str | None]:
+    """The scheme with a group size that the row length and the format allow, and what was changed.
+
+    None, and why, where it has no other groups.
+    """
     size = scheme.group_size
     if scheme.granularity != "group" or size is None or cols % size == 0 or format_.short_groups:
         return scheme, None
+    if scheme.choices("granularity") == ("group",):
+        return None, f"rows of {cols} are not whole groups of {size}, of which {format_.id} makes {scheme.id}"
     smaller = next((g for g in GROUP_SIZES if g < size and cols % g == 0), None)
     if smaller is None:
         return with_group(scheme, None), f"no group size divides rows of {cols}: one scale per channel"
@@ -266,7 +280,7 @@ def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
 
 def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
     """Nothing said about zero points means what the format's loaders read best, where the scheme leaves a choice."""
-    has_no_choice = config.scheme == "nf4" or config.number_format == "nf" or is_nested(config.scheme)
+    has_no_choice = not issubclass(schemes()[config.named or "int8"], IntegerScheme)
     if config.symmetric is not None or has_no_choice:
         return config
     return ResolvedConfig.model_validate(dict(config) | {"symmetric": format_.prefers_symmetric})
@@ -282,9 +296,9 @@ def _not_quantizable(info: TensorInfo) -> str | None:
     return None
 
 
-def _is_too_wide(info: TensorInfo) -> bool:
+def _is_too_wide(info: TensorInfo, scheme: Scheme) -> bool:
     row_bytes = info.cols * DTYPE_BITS[info.dtype] // 8
-    return min(info.rows, SMALLEST_BLOCK_ROWS) * row_bytes > MAX_SMALLEST_BLOCK_BYTES
+    return min(info.rows, scheme.row_multiple) * row_bytes > MAX_SMALLEST_BLOCK_BYTES
 
 
 def _is_held(config: TensorConfig, output: OutputPlan) -> bool:

@@ -98,10 +98,10 @@ def _upcoming(tensors: Sequence[TensorPlan], block_bytes: int) -> dict[str, _Blo
         if info.nbytes < WORTHWHILE_BYTES:
             continue
         schemes = [decision.scheme for decision in tensor.decisions if decision.scheme]
-        if upcoming is not None and not any(scheme.granularity == "tensor" for scheme in schemes):
+        if upcoming is not None and not any(scheme.takes_pass for scheme in schemes):
             found[info.name] = upcoming
         if schemes:
-            upcoming = _Block(info, *next(row_blocks(info, block_bytes)))
+            upcoming = _Block(info, *next(row_blocks(info, block_bytes, tensor.row_multiple)))
         else:
             upcoming = _Block(info, 0, min(info.nbytes, block_bytes), is_raw=True)
     return found

@@ -114,7 +114,7 @@ def _measure(
 
 
 def _grid(x: Array, scheme: Scheme, method: Method, backend: Backend) -> Grid | None:
-    if scheme.granularity != "tensor":
+    if not scheme.takes_pass:
         return None
     seen = backend.observe(x)
     return backend.tensor_grid(seen, scheme, method) if seen.finite else Grid(np.float32(1), np.float32(0))

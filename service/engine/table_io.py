@@ -108,6 +108,17 @@ def optional_integers(table: pa.Table, name: str) -> list[int | None]:
     return found
 
 
+def optional_floats(table: pa.Table, name: str) -> list[float | None]:
+    """A column of floats with nulls; all None where there is no such column."""
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    type_: Any = table.field(name).type
+    if type_ not in _FLOATS:
+        raise _wrong_type(name, type_, "float16, float32 or float64")
+    found: list[float | None] = _array(table, name).to_pylist()
+    return found
+
+
 def binaries(table: pa.Table, name: str) -> list[memoryview | None]:
     """A column of bytes with nulls, as views; all None where there is no such column."""
     if name not in table.column_names:

@@ -19,7 +19,7 @@ from service.engine.metrics import ErrorSums, Quality
 from service.engine.packing import WORD_BITS, pack_flat, pack_rows, row_bytes, unpack_flat, unpack_rows
 from service.engine.progress import Cancelled
 from service.engine.publish import stop_when
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import TENSOR_SCALE_BYTES, Scheme
 from service.engine.stored_tensors import StoredTensor, stored_tensors
 from service.engine.table_io import (
     check_columns,
@@ -47,12 +47,14 @@ _PARTS: list[tuple[str, Any]] = [
     ("scales", pa.large_binary()),
 ]
 #: One row per tensor. `data` is the codes as one little-endian bit stream, row by row; `scales` and
-#: `zero_points` (null where the scheme is symmetric; one byte each) go row by row, group by group.
+#: `zero_points` (null where the scheme is symmetric; one byte each) go row by row, group by group; `tensor_scale`
+#: is what scales are to be divided by, null where the scheme has none.
 QUANTIZED = pa.schema(
     [
         *_PARTS,
         ("zero_points", pa.large_binary()),
         ("group_size", pa.int32()),
+        ("tensor_scale", pa.float32()),
         ("bit_width", pa.int32()),
         ("dtype", pa.string()),
         ("bits_per_weight", pa.float64()),
@@ -153,9 +155,11 @@ def _quantize(
     scheme = build(config, dtype)
     pieces = list(_quantized_blocks(name, x.reshape(matrix_shape(shape)), scheme, method, tools)) if x.size else []
     grids = pieces[:1] if scheme.granularity == "tensor" else pieces
+    tensor_scale = pieces[0].tensor_scale if pieces else None
     data, scales = _stream(pieces), [p.scale for p in grids]
     zeros = None if scheme.symmetric else [p.zero_point for p in grids if p.zero_point is not None]
     nbytes = sum(part.nbytes for part in (*data, *scales, *(zeros or ())))
+    nbytes += TENSOR_SCALE_BYTES * scheme.has_tensor_scale
     quality = Quality.of(sum((p.errors for p in pieces), ErrorSums()), nbytes)
     row = {
         "layer_name": name,
@@ -164,6 +168,7 @@ def _quantize(
         "granularity": scheme.granularity,
         "scale_dtype": scheme.scale_dtype,
         "group_size": scheme.group_size if scheme.granularity == "group" else None,
+        "tensor_scale": 1.0 if scheme.has_tensor_scale and tensor_scale is None else tensor_scale,
         "bit_width": scheme.bits,
         "dtype": dtype,
         "bits_per_weight": quality.bits_per_weight,
@@ -196,8 +201,8 @@ def _binaries(rows: Sequence[Sequence[Array] | None]) -> Any:
 
 
 def _quantized_blocks(name: str, x: Array, scheme: Scheme, method: Method, tools: Tools) -> Iterator[QuantizedRows]:
-    grid = _tensor_grid(name, x, scheme, method, tools) if scheme.granularity == "tensor" else None
-    for block in _blocks(x, tools):
+    grid = _tensor_grid(name, x, scheme, method, tools) if scheme.takes_pass else None
+    for block in _blocks(x, tools, _multiple(scheme)):
         piece = tools.backend.quantize(block, scheme, method, grid)
         if not piece.errors.finite:
             raise _non_finite(name)
@@ -220,14 +225,18 @@ def _compare(name: str, x: Array, y: Array, tools: Tools) -> ErrorSums:
     return sums
 
 
-def _blocks(x: npt.NDArray[S], tools: Tools) -> Iterator[npt.NDArray[S]]:
-    yield from (x[part] for part in _parts(len(x), x.shape[1], tools))
+def _multiple(scheme: Scheme) -> int:
+    return scheme.row_multiple if scheme.granularity == "block" else 1
 
 
-def _parts(rows: int, cols: int, tools: Tools) -> Iterator[slice]:
-    """Rows to work on one after the other; raises Cancelled between them when that is asked."""
+def _blocks(x: npt.NDArray[S], tools: Tools, multiple: int = 1) -> Iterator[npt.NDArray[S]]:
+    yield from (x[part] for part in _parts(len(x), x.shape[1], tools, multiple))
+
+
+def _parts(rows: int, cols: int, tools: Tools, multiple: int = 1) -> Iterator[slice]:
+    """Rows to work on one after the other, a multiple of some; raises Cancelled between them when that is asked."""
     # Counted as float64, so that two arrays of different dtypes are cut alike.
-    step = max(1, tools.block_bytes // (8 * max(1, cols)))
+    step = max(1, tools.block_bytes // (8 * max(1, cols)) // multiple) * multiple
     for start in range(0, rows, step):
         stop_when(tools.cancelled)
         yield slice(start, start + step)
@@ -239,10 +248,11 @@ def _dequantize(stored: StoredTensor, tools: Tools, out: FloatArray) -> None:
         return
     scheme, per_tensor = stored.scheme, stored.scheme.granularity == "tensor"
     packed, weights = _packed_rows(stored, rows, cols), out.reshape(rows, cols)
-    for part in _parts(rows, cols, tools):
-        grid = slice(0, 1) if per_tensor else part
+    for part in _parts(rows, cols, tools, _multiple(scheme)):
+        grid = slice(0, 1) if per_tensor else slice(*(scheme.scale_rows(row) for row in (part.start, part.stop)))
         zeros = None if stored.zero_points is None else stored.zero_points[grid]
-        q = QuantizedRows(scheme, cols, packed[part], stored.scales[grid], zeros, ErrorSums())
+        scales = stored.scales[grid]
+        q = QuantizedRows(scheme, cols, packed[part], scales, zeros, ErrorSums(), stored.tensor_scale)
         weights[part] = tools.backend.dequantize(q)
 
 

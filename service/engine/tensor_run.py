@@ -24,11 +24,11 @@ from service.engine.inputs import LayerInputs
 from service.engine.meter import Meter
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.plan import SMALLEST_BLOCK_ROWS, Decision, OutputPlan, TensorPlan, with_scale
+from service.engine.plan import Decision, OutputPlan, TensorPlan, with_scale
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
-from service.engine.schemes.base import SCALE_RANGES, Scheme
+from service.engine.schemes.base import BLOCK, ROW_MULTIPLE, SCALE_RANGES, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
@@ -37,8 +37,6 @@ from service.errors import AccuracyTooLow, NonFiniteWeights
 
 #: Widths that `on_failure: fallback` climbs.
 FALLBACK_BITS = (2, 3, 4, 6, 8)
-#: Row blocks are multiples of this, so that they end on whole words in every packing.
-ROW_MULTIPLE = SMALLEST_BLOCK_ROWS
 
 Warn = Callable[[Notice], None]
 Way = tuple[Scheme, Method]
@@ -130,8 +128,8 @@ class TensorRun:
         self._stations.completion.finished(tuple(self._reports[index] for index in range(len(self._outputs))))
 
     def _find_grids(self, attempts: list[_Attempt]) -> None:
-        """The extra pass that one grid for a whole tensor takes."""
-        wanting = [(a, s) for a in attempts if (s := a.decision.scheme) and s.granularity == "tensor"]
+        """The extra pass that one scale for a whole tensor takes."""
+        wanting = [(a, s) for a in attempts if (s := a.decision.scheme) and s.takes_pass]
         if not wanting:
             return
         seen: Histogram | None = None
@@ -156,7 +154,8 @@ class TensorRun:
         if all(a.decision.scheme is None for a in attempts):
             self._copy(attempts)
             return
-        for start, stop in self._blocks():
+        multiple = max(s.row_multiple for a in attempts if (s := a.decision.scheme))
+        for start, stop in row_blocks(self._info, self._tools.block_bytes, multiple):
             x = self._rows(start, stop)
             for attempt in attempts:
                 self._write_rows(attempt, x)
@@ -170,7 +169,8 @@ class TensorRun:
             self._behind.put(partial(self._write_raw, attempt.outputs, raw), raw.nbytes)
             return
         # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
-        for start, stop in _row_spans(x.shape[0], x.nbytes, self._tools.backend.slice_bytes(method)):
+        step = self._tools.backend.slice_bytes(method)
+        for start, stop in _row_spans(x.shape[0], x.nbytes, step, scheme.row_multiple):
             stop_when(self._tools.cancelled)
             rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid, self._inputs)
             self._tools.clock.count("quantize", self._bytes_of(stop - start))
@@ -312,14 +312,14 @@ def warn_of_notable(info: TensorInfo, decisions: Sequence[Decision], stations: S
             stations.warn(Notice("calibration_missing", decision.missing, info.name, output.name))
 
 
-def row_blocks(info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of row blocks of about `block_bytes` of source, at least ROW_MULTIPLE rows each."""
-    return _row_spans(info.rows, info.nbytes, block_bytes)
+def row_blocks(info: TensorInfo, block_bytes: int, multiple: int = ROW_MULTIPLE) -> Iterator[tuple[int, int]]:
+    """(start, stop) of row blocks of about `block_bytes` of source, each but the last of a multiple of some rows."""
+    return _row_spans(info.rows, info.nbytes, block_bytes, multiple)
 
 
-def _row_spans(rows: int, nbytes: int, span_bytes: int) -> Iterator[tuple[int, int]]:
+def _row_spans(rows: int, nbytes: int, span_bytes: int, multiple: int) -> Iterator[tuple[int, int]]:
     row_bytes = max(1, nbytes // max(1, rows))
-    step = max(1, span_bytes // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+    step = max(1, span_bytes // row_bytes // multiple) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -352,12 +352,19 @@ def fits_scale(scheme: Scheme, largest: float) -> bool:
 
 def _wider(scheme: Scheme, info: TensorInfo, format_: type[Format]) -> Scheme | None:
     """The same granularity at the next width that the format holds, or None behind the last: as integers, with nested
-    scales where these were."""
+    scales where these were.
+
+    Integers have groups of a row in place of blocks, and scales of the usual dtype in place of small ones.
+    """
     parameters = scheme.model_dump(include={"granularity", "group_size", "scale_dtype"})
+    if scheme.granularity == "block":
+        parameters |= {"granularity": "group", "group_size": BLOCK}
     for bits in FALLBACK_BITS:
         if bits > scheme.bits:
             nested = f"int{bits}_nested"
             id_ = nested if isinstance(scheme, NestedScheme) and nested in schemes() else f"int{bits}"
+            if scheme.scale_dtype not in schemes()[id_].choices("scale_dtype"):
+                parameters["scale_dtype"] = schemes()[id_].usual_scale(info.dtype)
             wider = build_scheme(id_, symmetric=scheme.symmetric, **parameters)
             if format_.refuses_tensor(info, wider) is None:
                 return wider

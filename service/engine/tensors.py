@@ -82,11 +82,13 @@ class QuantizedRows:
 
     packed      uint8 (rows, row_bytes): unsigned codes, element i of a row at bit i*b, little
                 endian, every row filled up with zero bits to a multiple of 32
-    scale       (rows, groups) in the scheme's scale dtype; (1, 1) where one scale serves the tensor
+    scale       (rows, groups) in the scheme's scale dtype; (1, 1) where one scale serves the tensor; of blocks a
+                row for each row of blocks, of which the first begins with these rows
     zero_point  uint8, shaped like scale, in the codes' own unsigned range; None where the scheme
                 is symmetric (the integer schemes then mean 2**(b-1)); of nested schemes, scale and zero_point are
                 bytes (rows, n), see `NestedScheme.stored_grid`
     errors      what these rows lost
+    tensor_scale  what `scale` is to be divided by, where the scheme has such a scale for the tensor
     """
 
     scheme: Scheme
@@ -95,6 +97,7 @@ class QuantizedRows:
     scale: Array
     zero_point: CodeArray | None
     errors: ErrorSums
+    tensor_scale: np.float32 | None = None
 
     @property
     def rows(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -18,27 +19,32 @@ from service.engine.schemes.base import ScaleDtype, Scheme
 from service.engine.schemes.registry import build_scheme, schemes
 from tests.engine.formats.outputs import label
 
-GRANULARITIES = (("tensor", None), ("channel", None), ("group", 32))
+#: Each with the sizes of groups, of which the first that a scheme can have is taken.
+GRANULARITIES = (("tensor", (None,)), ("channel", (None,)), ("block", (None,)), ("group", (32, 16)))
 #: Dtypes that weights are stored in.
 DTYPES = [np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)]
 
 
 def all_schemes() -> Iterator[Scheme]:
     """Every scheme id with every symmetry and granularity that it has."""
-    for id_, symmetric, (granularity, size) in product(schemes(), (True, False), GRANULARITIES):
-        try:
-            yield build_scheme(id_, symmetric=symmetric, granularity=granularity, group_size=size)
-        except ValueError:
-            continue
+    for id_, symmetric, (granularity, sizes) in product(schemes(), (True, False), GRANULARITIES):
+        yield from _first(id_, sizes, symmetric=symmetric, granularity=granularity)
 
 
 def group_schemes() -> Iterator[Scheme]:
-    """Every scheme id with every symmetry and dtype of scales that it has, per group."""
+    """Every scheme id with every symmetry and dtype of scales that it has, per group, or per row if it has none."""
     for id_, symmetric, dtype in product(schemes(), (True, False), get_args(ScaleDtype)):
-        try:
-            yield build_scheme(id_, symmetric=symmetric, granularity="group", group_size=32, scale_dtype=dtype)
-        except ValueError:
-            continue
+        granularity = "group" if "group" in schemes()[id_].choices("granularity") else "channel"
+        sizes = dict(GRANULARITIES)[granularity]
+        yield from _first(id_, sizes, symmetric=symmetric, granularity=granularity, scale_dtype=dtype)
+
+
+def _first(id_: str, sizes: Sequence[int | None], **parameters: Any) -> Iterator[Scheme]:
+    """The scheme with the first of these group sizes that it can have."""
+    for size in sizes:
+        with suppress(ValueError):
+            yield build_scheme(id_, group_size=size, **parameters)
+            return
 
 
 def plain_schemes() -> Iterator[Scheme]:

@@ -30,7 +30,7 @@ def test_a_writable_format_round_trips_every_scheme_it_does_not_refuse(
     cls = find_format(format_id)
     if cls.refuses_scheme(scheme, cls.options()):
         pytest.skip(f"{format_id} says that it cannot hold {scheme.id}")
-    item = Item("layer.weight", normal(70, 96), scheme)
+    item = Item("layer.weight", normal(170, 128), scheme)
     assert cls.refuses_tensor(item.info, scheme) is None
     made = Output(tmp_path, cls, [item, Item("layer.bias", normal(3))])
     sums = made.run()
@@ -39,8 +39,8 @@ def test_a_writable_format_round_trips_every_scheme_it_does_not_refuse(
     assert reader.format_id == format_id
     assert [t.name for t in reader.tensors] == ["layer.weight", "layer.bias"]
     info = reader.tensors[0]
-    assert (info.shape, info.stored_as, info.is_float) == ((70, 96), scheme.id, True)
-    read = np.concatenate([reader.rows(info, start, min(start + 9, 70)) for start in range(0, 70, 9)])
+    assert (info.shape, info.stored_as, info.is_float) == ((170, 128), scheme.id, True)
+    read = np.concatenate([reader.rows(info, start, min(start + 9, 170)) for start in range(0, 170, 9)])
     assert BACKEND.compare(item.data, read).sum_dd == pytest.approx(sums["layer.weight"].sum_dd, rel=1e-9)
     reader.close()
 

@@ -8,8 +8,7 @@ from safetensors.numpy import load_file
 
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends
-from service.engine.methods.minmax import MinMax
-from tests.golden.cases import FOLDER, Case, cases, parts
+from tests.golden.cases import FOLDER, Case, cases, parts, quantized
 
 CASES = list(cases())
 
@@ -20,7 +19,7 @@ def test_a_scheme_gives_its_golden_bytes(case: Case, backend: type[Backend]) -> 
     path = FOLDER / f"{case.name}.safetensors"
     assert path.is_file(), f"there is no {path.name}: `make golden` writes it; look at it before you commit it"
     golden = load_file(path)
-    made = parts(backend().quantize(golden.pop("weights"), case.scheme, MinMax()))
+    made = parts(quantized(backend(), case, golden.pop("weights")))
     assert made.keys() == golden.keys()
     for part, expected in golden.items():
         assert np.array_equal(made[part], expected), part

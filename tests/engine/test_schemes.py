@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 
 from service.engine.methods.minmax import MinMax
 from service.engine.packing import row_bytes
-from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS, Scheme
+from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS, PlainScaleDtype, Scheme
 from service.engine.schemes.codebook import NF4_TABLE, CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
 
@@ -45,7 +47,7 @@ def test_nf4_gives_every_level_its_own_code_and_reads_it_back_exactly() -> None:
     assert np.array_equal(decoded[0], NF4_TABLE * np.float32(4.0))
 
 
-@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("dtype", get_args(PlainScaleDtype))
 @given(st.floats(0.0, float(np.finfo(np.float32).max), width=32, exclude_min=True))
 def test_a_stored_scale_is_a_number_of_its_dtype_whose_reciprocal_is_finite(dtype: str, scale: float) -> None:
     stored = IntegerScheme(scale_dtype=dtype).store_scale(np, np.array([scale], np.float32))
@@ -55,7 +57,7 @@ def test_a_stored_scale_is_a_number_of_its_dtype_whose_reciprocal_is_finite(dtyp
     assert np.isfinite(np.float32(1.0) / stored[0])
 
 
-@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("dtype", get_args(PlainScaleDtype))
 def test_storing_a_scale_again_changes_nothing(dtype: str, rng) -> None:
     scheme = IntegerScheme(scale_dtype=dtype)
     stored = scheme.store_scale(np, np.exp(rng.uniform(-30, 30, 1000)).astype(np.float32))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from service.engine.backends.base import Backend
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.methods.minmax import MinMax
 from service.engine.schemes.base import Scheme
@@ -49,10 +50,19 @@ def weights() -> np.ndarray:
 def parts(q: QuantizedRows) -> dict[str, np.ndarray]:
     """What of a result is stored; the scale as its bytes, whatever its dtype."""
     found = {"packed": q.packed, "scale": np.ascontiguousarray(q.scale).view(np.uint8)}
+    if q.tensor_scale is not None:
+        found["tensor_scale"] = np.array([q.tensor_scale])
     return found if q.zero_point is None else found | {"zero_point": q.zero_point}
+
+
+def quantized(backend: Backend, case: Case, x: np.ndarray) -> QuantizedRows:
+    """What a backend makes of the weights."""
+    method = MinMax()
+    grid = backend.tensor_grid(backend.observe(x), case.scheme, method) if case.scheme.takes_pass else None
+    return backend.quantize(x, case.scheme, method, grid)
 
 
 def record(case: Case, x: np.ndarray) -> bytes:
     """A golden file: the weights as well, so that it depends on no generator of random numbers."""
-    q = ReferenceBackend().quantize(x, case.scheme, MinMax())
+    q = quantized(ReferenceBackend(), case, x)
     return save({"weights": x, **parts(q)}, {"scheme": case.scheme.model_dump_json()})

@@ -23,7 +23,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """One scale and zero point for a whole tensor, as stored, in float32."""
+    """What a whole tensor has one of, in float32: scale and zero point as stored, or the scale over those of groups."""
 
     scale: np.float32
     zero: np.float32
@@ -79,14 +79,14 @@ class Backend(ABC):
     ) -> QuantizedRows:
         """Quantize x (rows, cols) of a float dtype, with its errors measured in the same pass.
 
-        `grid` is given exactly when the scheme's granularity is `tensor`. When x holds a NaN or an
-        infinity, `errors.finite` is False and the rest of the result is meaningless. `inputs` are
-        those of the layer, with all fields that the method needs; with their Gram matrix the
-        errors tell of the output as well.
+        `grid` is given exactly when the scheme takes a pass. Rows of a tensor may come in pieces of a multiple of
+        the scheme's `row_multiple`. When x holds a NaN or an infinity, `errors.finite` is False and the rest of the
+        result is meaningless. `inputs` are those of the layer, with all fields that the method needs; with their
+        Gram matrix the errors tell of the output as well.
         """
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
-        """Quantize small tensors, each with the result that `quantize` has for it; the granularity is not `tensor`."""
+        """Quantize small tensors, each with the result that `quantize` has for it; the scheme takes no pass."""
         return [self.quantize(x, scheme, method) for x in xs]
 
     @abstractmethod
@@ -108,7 +108,9 @@ class Backend(ABC):
         return replace(q, errors=with_output(q.errors, x, self.dequantize(q), inputs.gram))
 
     def tensor_grid(self, seen: Histogram, scheme: Scheme, method: Method) -> Grid:
-        """The one grid of a tensor from what `observe` has seen of all its blocks."""
+        """What `quantize` wants of a tensor, from what `observe` has seen of all its blocks."""
+        if scheme.has_tensor_scale:
+            return Grid(np.float32(scheme.tensor_scale_for(max(-seen.lo, seen.hi))), np.float32(0.0))
         values, weights = seen.points()
         scale, zero = method.find(np, values, scheme, weights)
         return Grid(np.float32(scale[0]), np.float32(zero[0]))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
-from service.engine.decode import dequantize, group_spans
+from service.engine.decode import dequantize, regions
 from service.engine.histogram import Histogram
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
@@ -39,10 +39,11 @@ class ReferenceBackend(Backend):
         """See `Backend.quantize`."""
         # What overflows in a search is worse than what it is compared with, and so is not taken.
         with np.errstate(over="ignore", invalid="ignore"):
-            if inputs is not None and grid is None:
-                return self.measure_output(x, self._solve(x, scheme, method, inputs), inputs)
-            tiles = [self._quantize_tile(x[tile], scheme, method, grid) for tile in _tiles(x)]
-        return self.measure_output(x, _join(tiles), inputs)
+            if inputs is not None and scheme.granularity != "tensor":
+                return self.measure_output(x, self._solve(x, scheme, method, grid, inputs), inputs)
+            tiles = _tiles(x, scheme.row_multiple if scheme.granularity == "block" else 1)
+            found = _join([self._quantize_tile(x[tile], scheme, method, grid) for tile in tiles])
+        return self.measure_output(x, found, inputs)
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
@@ -57,14 +58,19 @@ class ReferenceBackend(Backend):
         tiles = [Histogram.of(_as_float32(x[tile])) for tile in _tiles(x)]
         return sum(tiles[1:], tiles[0])
 
-    def _solve(self, raw: Array, scheme: Scheme, method: Method, inputs: LayerInputs) -> QuantizedRows:
+    def _solve(
+        self, raw: Array, scheme: Scheme, method: Method, grid: Grid | None, inputs: LayerInputs
+    ) -> QuantizedRows:
         """All rows at once: how many of them suit a method is what `slice_bytes` says."""
         x = _as_float32(raw)
         finite = bool(np.isfinite(x).all())
-        found = method.solve(np, x if finite else np.zeros_like(x), scheme, inputs)
-        scale, zero = scheme.stored_grid(found.scale, found.zero, x.shape[1])
+        bound = _bound(scheme, grid)
+        found = method.solve(np, x if finite else np.zeros_like(x), bound, inputs)
+        scale, zero = bound.stored_grid(found.scale, found.zero, x.shape[1])
         packed = pack_rows(found.codes, scheme.bits)
-        q = QuantizedRows(scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False))
+        q = QuantizedRows(
+            scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False), bound.tensor_divisor
+        )
         return replace(q, errors=self.compare(x, self.dequantize(q))) if finite else q
 
     def _quantize_tile(self, raw: Array, scheme: Scheme, method: Method, grid: Grid | None) -> QuantizedRows:
@@ -74,22 +80,25 @@ class ReferenceBackend(Backend):
             x = np.zeros_like(x)
         rows, cols = x.shape
         codes = np.empty((rows, cols), np.uint8)
-        scale = np.empty((rows, scheme.groups(cols)), np.float32)
+        one_grid = grid if scheme.granularity == "tensor" else None
+        bound = _bound(scheme, grid)
+        scale = np.empty((rows if one_grid else scheme.scale_rows(rows), scheme.groups(cols)), np.float32)
         zero = np.empty_like(scale)
         decoded = np.empty_like(x)
-        for columns, groups in group_spans(scheme, cols):
-            part = x[:, columns].reshape(rows, groups.stop - groups.start, -1)  # (rows, groups, g)
-            if grid is None:
-                s, z = method.find(np, part, scheme)
+        for region in regions(scheme, rows, cols):
+            part = region.groups_of(np, x)  # (rows, groups, g)
+            if one_grid is None:
+                s, z = method.find(np, part, bound)
             else:
-                s, z = np.full(part.shape[:2], grid.scale), np.full(part.shape[:2], grid.zero)
+                s, z = np.full(part.shape[:2], one_grid.scale), np.full(part.shape[:2], one_grid.zero)
             q = scheme.encode(np, part, s, z)
-            codes[:, columns] = q.reshape(rows, -1)
-            decoded[:, columns] = scheme.decode(np, q, s, z).reshape(rows, -1)
-            scale[:, groups], zero[:, groups] = s, z
-        if grid is not None:
+            region.put(np, q, codes)
+            region.put(np, scheme.decode(np, q, s, z), decoded)
+            place = region.scale_rows, region.scale_columns
+            scale[place], zero[place] = s, z
+        if one_grid is not None:
             scale, zero = scale[:1, :1], zero[:1, :1]
-        stored_scale, stored_zero = scheme.stored_grid(scale, zero, cols)
+        stored_scale, stored_zero = bound.stored_grid(scale, zero, cols)
         return QuantizedRows(
             scheme=scheme,
             cols=cols,
@@ -97,7 +106,13 @@ class ReferenceBackend(Backend):
             scale=stored_scale,
             zero_point=stored_zero,
             errors=_sums(x, decoded) if finite else ErrorSums(count=x.size, finite=False),
+            tensor_scale=bound.tensor_divisor,
         )
+
+
+def _bound(scheme: Scheme, grid: Grid | None) -> Scheme:
+    """The scheme for the tensor whose grid it is."""
+    return scheme.for_tensor(float(grid.scale)) if grid is not None and scheme.has_tensor_scale else scheme
 
 
 def _as_float32(x: Array) -> FloatArray:
@@ -106,8 +121,8 @@ def _as_float32(x: Array) -> FloatArray:
         return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def _tiles(x: Array) -> Iterator[slice]:
-    rows = max(1, TILE_ELEMENTS // max(1, x.shape[1]))
+def _tiles(x: Array, multiple: int = 1) -> Iterator[slice]:
+    rows = max(1, TILE_ELEMENTS // max(1, x.shape[1]) // multiple) * multiple
     return (slice(start, start + rows) for start in range(0, x.shape[0], rows))
 
 
@@ -138,4 +153,5 @@ def _join(parts: list[QuantizedRows]) -> QuantizedRows:
         scale=first.scale if per_tensor else np.concatenate([p.scale for p in parts]),
         zero_point=(zeros[0] if per_tensor else np.concatenate(zeros)) if zeros else None,
         errors=sum((p.errors for p in parts), ErrorSums()),
+        tensor_scale=first.tensor_scale,
     )

@@ -1,4 +1,4 @@
-"""compressed-tensors: what vLLM, SGLang and transformers load; integers, packed or as bytes."""
+"""compressed-tensors: what vLLM, SGLang and transformers load; integers, packed or as bytes, and small floats."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from service.engine.formats.base import Format, FormatOptions, ModelReader, ModelWriter, WriterContext
-from service.engine.formats.compressed_tensors_config import Group, Packing, is_w8, parts_of
+from service.engine.formats.compressed_tensors_config import FLOAT_PACKINGS, Group, Packing, is_w8, parts_of
 from service.engine.formats.compressed_tensors_reader import CompressedTensorsReader
 from service.engine.formats.compressed_tensors_writer import WEIGHT, CompressedTensorsWriter
 from service.engine.formats.layout import find_placement
 from service.engine.formats.safetensors import quantization_config
 from service.engine.packing import WORD_BITS
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import BLOCK, Scheme
 from service.engine.schemes.integer import IntegerScheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.tensors import TensorInfo, codes_of
@@ -26,13 +26,16 @@ class CompressedTensorsOptions(FormatOptions):
 
     layout: Literal["auto", "pack-quantized", "int-quantized"] = Field(
         default="auto",
-        description="`pack-quantized`: bit-packed weights. `int-quantized`: a byte each; with 8 bits, symmetric and"
-        " not in groups, loaders round activations to 8 bits as well (W8A8). `auto`: the latter where it means W8A8.",
+        description="Of integers. `pack-quantized`: bit-packed weights. `int-quantized`: a byte each; with 8 bits,"
+        " symmetric and not in groups, loaders round activations to 8 bits as well (W8A8). `auto`: the latter where it"
+        " means W8A8.",
     )
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1, description="Bytes of weights in one file, at most.")
 
     def packing_of(self, scheme: Scheme) -> Packing:
         """The packing of a tensor in this scheme."""
+        if scheme.id in FLOAT_PACKINGS:
+            return FLOAT_PACKINGS[scheme.id]
         if self.layout != "auto":
             return self.layout
         return "int-quantized" if is_w8(Group.of(scheme, "int-quantized")) else "pack-quantized"
@@ -62,15 +65,16 @@ class CompressedTensorsFormat(Format):
 
     @classmethod
     def refuses_scheme(cls, scheme: Scheme, options: FormatOptions) -> str | None:
-        """Only integers are known to its loaders."""
+        """Integers and some floats are known to its loaders."""
         del options
-        if isinstance(scheme, IntegerScheme):
+        if isinstance(scheme, IntegerScheme) or scheme.id in FLOAT_PACKINGS:
             return None
         if isinstance(scheme, NestedScheme):
             return (
                 f"its loaders know a scale for each group, and no nested ones as {scheme.id} has; `parquet` holds them"
             )
-        return f"its loaders know integers only, not the code table of {scheme.id}; the format `parquet` holds it"
+        known = ", ".join(FLOAT_PACKINGS)
+        return f"its loaders know integers and {known}, but not {scheme.id}; the format `parquet` holds it"
 
     @classmethod
     def refuses_tensor(cls, info: TensorInfo, scheme: Scheme) -> str | None:
@@ -79,6 +83,8 @@ class CompressedTensorsFormat(Format):
             return f"only tensors named `*{WEIGHT}` belong to layers that loaders of this format know"
         if len(info.shape) != 2:
             return f"it has {len(info.shape)} dimensions, and loaders of this format take matrices"
+        if scheme.granularity == "block" and info.cols % BLOCK:
+            return f"its loaders take rows of whole blocks of {BLOCK}, and its rows have {info.cols}"
         if _trips_the_library(info, scheme):
             return f"the library compressed-tensors cannot unpack 4-bit zero points in groups of {info.rows} rows"
         return None

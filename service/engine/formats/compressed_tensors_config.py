@@ -9,9 +9,28 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from service.engine.packing import WORD_BITS, row_bytes
-from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.base import BLOCK, Scheme
+from service.engine.tensors import DTYPE_BITS
 
-Packing = Literal["pack-quantized", "int-quantized"]
+Packing = Literal[
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+    "nvfp4-pack-quantized",
+]
+#: How floating-point schemes are packed; integers have a choice.
+FLOAT_PACKINGS: dict[str, Packing] = {
+    "fp8_e4m3": "float-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
+#: Scales of 8 bits: as safetensors names them, and as the library does.
+SMALL_SCALES = {"E4M3": ("F8_E4M3", "torch.float8_e4m3fn"), "E8M0": ("U8", "torch.uint8")}
+
+GLOBAL = "weight_global_scale"
 
 #: Name, dtype, shape and bytes of a stored tensor.
 Part = tuple[str, str, tuple[int, ...], int]
@@ -26,26 +45,41 @@ class Group:
     symmetric: bool
     strategy: str
     group_size: int | None
+    scale_dtype: str | None = None
 
     @classmethod
     def of(cls, scheme: Scheme, packing: Packing) -> Group:
         """The group of a tensor in this scheme."""
-        return cls(packing, scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size)
+        strategy = "tensor_group" if scheme.has_tensor_scale else scheme.granularity
+        _, scale_dtype = SMALL_SCALES.get(scheme.scale_dtype, (None, None))
+        return cls(packing, scheme.bits, scheme.symmetric, strategy, scheme.group_size, scale_dtype)
 
     def as_json(self, targets: list[str]) -> dict[str, Any]:
         """The entry."""
-        args = asdict(self) | {"type": "int", "dynamic": False}
+        args = asdict(self) | {"type": self._type, "dynamic": False}
         del args["packing"]
-        # The runtimes know int-quantized as W8A8 alone: activations rounded per token as they come.
-        rounds_inputs = self.packing == "int-quantized" and is_w8(self)
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        if self.scale_dtype is None:
+            del args["scale_dtype"]
+        if self.strategy == "block":
+            args["block_structure"] = [BLOCK, BLOCK]
         return {
             "targets": targets,
             "weights": args,
-            "input_activations": inputs if rounds_inputs else None,
+            "input_activations": self._inputs(),
             "output_activations": None,
             "format": self.packing,
         }
+
+    @property
+    def _type(self) -> str:
+        return "int" if self.packing in ("pack-quantized", "int-quantized") else "float"
+
+    def _inputs(self) -> dict[str, Any] | None:
+        """The runtimes know these packings as W8A8: activations rounded as they come, by token or parts of one."""
+        if self.packing != "float-quantized" and not (self.packing == "int-quantized" and is_w8(self)):
+            return None
+        inputs = {"num_bits": 8, "type": self._type, "symmetric": True, "strategy": "token", "dynamic": True}
+        return inputs | {"strategy": "group", "group_size": BLOCK} if self.strategy == "block" else inputs
 
 
 def is_w8(group: Group) -> bool:
@@ -54,15 +88,24 @@ def is_w8(group: Group) -> bool:
 
 
 def parts_of(module: str, scheme: Scheme, packing: Packing, rows: int, cols: int) -> list[Part]:
-    """The tensors that stand for `<module>.weight`: codes, scales, then zero points and shape where there are any."""
+    """The tensors that stand for `<module>.weight`: codes, scales, then what else there is."""
     found = _suffixed(scheme, packing, rows, cols)
     return [(module + suffix, dtype, shape, nbytes) for suffix, dtype, shape, nbytes in found]
 
 
 @lru_cache(maxsize=256)  # a model has few shapes
 def _suffixed(scheme: Scheme, packing: Packing, rows: int, cols: int) -> list[Part]:
-    scale_shape: tuple[int, ...] = (1,) if scheme.granularity == "tensor" else (rows, scheme.groups(cols))
-    parts = [_part(".weight_scale", scheme.scale_dtype, scale_shape)]
+    scale_shape: tuple[int, ...] = (scheme.scale_rows(rows), scheme.groups(cols))
+    if scheme.granularity == "tensor":
+        scale_shape = (1,)
+    scale_dtype, _ = SMALL_SCALES.get(scheme.scale_dtype, (scheme.scale_dtype, None))
+    parts = [_part(".weight_scale", scale_dtype, scale_shape)]
+    if packing in FLOAT_PACKINGS.values():
+        if scheme.bits == 4:
+            parts.insert(0, _part(".weight_packed", "U8", (rows, cols // 2)))
+        else:
+            parts.insert(0, _part(".weight", "F8_E4M3", (rows, cols)))
+        return [*parts, _part(f".{GLOBAL}", "F32", (1,))] if scheme.has_tensor_scale else parts
     if packing == "int-quantized":
         parts.insert(0, _part(".weight", "I8", (rows, cols)))
         zero: tuple[str, tuple[int, ...]] = ("I8", scale_shape)
@@ -110,7 +153,7 @@ def _packs_zeros(group: Group) -> bool:
 
 
 def _part(name: str, dtype: str, shape: tuple[int, ...]) -> Part:
-    item = {"I8": 1, "I32": 4, "I64": 8}.get(dtype) or SCALE_DTYPES[dtype].itemsize
+    item = DTYPE_BITS[dtype] // 8
     size = item
     for n in shape:
         size *= n

@@ -14,11 +14,20 @@ from service.engine.tensors import Array, CodeArray, QuantizedRows
 
 
 def stored_parts(tensors: Sequence[QuantizedRows], packing: Packing) -> list[memoryview]:
-    """Of each tensor the parts that `parts_of` names, in its order; no scheme may have one grid for a tensor."""
+    """Of each tensor the parts that `parts_of` names, in its order; no scheme may take a pass."""
     found: list[memoryview] = []
     for _, alike in groupby(tensors, lambda rows: (rows.packed.shape, rows.scale.shape)):
         found += _parts_alike(list(alike), packing)
     return found
+
+
+def stored_codes(rows: QuantizedRows, packing: Packing) -> Array:
+    """The codes of some rows as the tensor that holds them has them, (rows, ...)."""
+    if packing == "pack-quantized":
+        return rows.packed
+    if packing == "int-quantized":
+        return signed(unpack_rows(rows.packed, rows.scheme.bits, rows.cols), rows.scheme.bits)
+    return rows.packed[:, : rows.cols * rows.scheme.bits // 8]
 
 
 def signed(codes: CodeArray, bits: int) -> Array:
@@ -30,9 +39,8 @@ def _parts_alike(tensors: list[QuantizedRows], packing: Packing) -> list[memoryv
     """Of tensors of one shape."""
     first = tensors[0]
     is_packed, bits = packing == "pack-quantized", first.scheme.bits
-    codes = [rows.packed if is_packed else signed(unpack_rows(rows.packed, bits, rows.cols), bits) for rows in tensors]
     parts: list[Sequence[memoryview]] = [
-        [_bytes(each) for each in codes],
+        [_bytes(stored_codes(rows, packing)) for rows in tensors],
         [_bytes(rows.scale) for rows in tensors],
     ]
     if is_packed:

@@ -1,6 +1,6 @@
-"""Reads compressed-tensors: what this service wrote, and integer weights that llm-compressor wrote.
+"""Reads compressed-tensors: what this service wrote, and what llm-compressor wrote in the same packings.
 
-A weight's scheme follows from the shapes of its parts. `config_groups` is asked for bit widths only:
+A weight's scheme follows from the dtypes and shapes of its parts. `config_groups` is asked for bit widths only:
 its targets may be regular expressions and class names, of which the files know nothing.
 """
 
@@ -13,22 +13,33 @@ from typing import Any, ClassVar, NoReturn, get_args
 
 import numpy as np
 
-from service.engine.decode import dequantize_codes, dequantize_packed
+from service.engine.decode import dequantize_codes, dequantize_packed, scales_of_rows
 from service.engine.formats.base import ModelReader
-from service.engine.formats.compressed_tensors_config import Packing, parts_of
+from service.engine.formats.compressed_tensors_config import FLOAT_PACKINGS, GLOBAL, Packing, parts_of
 from service.engine.formats.layout import Placement
 from service.engine.formats.safetensors import WeightFiles
 from service.engine.packing import WORD_BITS, row_bytes, unpack_rows
-from service.engine.schemes.base import SCALE_DTYPES, GroupSize, Scheme
+from service.engine.schemes.base import BLOCK, SCALE_DTYPES, GroupSize, PlainScaleDtype, Scheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, FloatArray, TensorInfo
 from service.errors import CorruptModel, UnsupportedModel
 
-READABLE_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+READABLE_FORMATS = (*get_args(Packing), "naive-quantized", "mixed-precision")
+FLOAT_WIDTHS = (4, 8)
 GROUP_SIZES = get_args(GroupSize.__value__)
 SCALE, ZERO, SHAPE = "weight_scale", "weight_zero_point", "weight_shape"
-#: Parts of schemes that are not read.
-FOREIGN_PARTS = ("weight_g_idx", "weight_global_scale")
+PARTS = (SCALE, ZERO, SHAPE, GLOBAL)
+#: A part of what is not read.
+FOREIGN_PART = "weight_g_idx"
+#: By the part that holds the codes, its dtype, and that of scales if they have 8 bits.
+PACKINGS: dict[tuple[str, str, str | None], Packing] = {
+    ("weight_packed", "I32", None): "pack-quantized",
+    ("weight", "I8", None): "int-quantized",
+    ("weight", "F8_E4M3", None): "float-quantized",
+    ("weight", "F8_E4M3", "U8"): "mxfp8-quantized",
+    ("weight_packed", "U8", "U8"): "mxfp4-pack-quantized",
+    ("weight_packed", "U8", "F8_E4M3"): "nvfp4-pack-quantized",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,7 @@ class StoredWeight:
     scale: TensorInfo
     zero: TensorInfo | None
     cols: int
+    tensor_scale: np.float32 | None = None
 
 
 class CompressedTensorsReader(ModelReader):
@@ -84,7 +96,7 @@ class CompressedTensorsReader(ModelReader):
             for name, codes in stored.items()
             if (module := _module_of(name, stored)) is not None
         }
-        parts = {f"{module}.{part}" for module in weights for part in ("weight", "weight_packed", SCALE, ZERO, SHAPE)}
+        parts = {f"{module}.{part}" for module in weights for part in ("weight", "weight_packed", *PARTS)}
         tensors = []
         for name, info in stored.items():
             if (module := _module_of(name, stored)) is not None:
@@ -97,36 +109,46 @@ class CompressedTensorsReader(ModelReader):
     def _weight(self, module: str, codes: TensorInfo, declared: Mapping[str, int]) -> StoredWeight:
         """The weight of a module; raises CorruptModel where its parts contradict each other."""
         stored = self._files.tensors
-        for part in FOREIGN_PARTS:
-            if f"{module}.{part}" in stored:
-                raise UnsupportedModel(f"the weight of {module} has a {part}, which is not read", tensor=codes.name)
         scale, zero = stored.get(f"{module}.{SCALE}"), stored.get(f"{module}.{ZERO}")
         if scale is None:
             _corrupt(codes, f"there is no {module}.{SCALE}")
-        if scale.dtype not in SCALE_DTYPES:
-            raise UnsupportedModel(f"{scale.name} is {scale.dtype}; scales are read as F32, F16 or BF16")
-        packing: Packing = "pack-quantized" if codes.name.endswith("_packed") else "int-quantized"
+        packing = _packing(codes, scale)
+        foreign = (FOREIGN_PART,) if packing == FLOAT_PACKINGS["nvfp4"] else (FOREIGN_PART, GLOBAL)
+        for part in foreign:
+            if f"{module}.{part}" in stored:
+                raise UnsupportedModel(f"the weight of {module} has a {part}, which is not read", tensor=codes.name)
         if len(codes.shape) != 2:
             raise UnsupportedModel(f"{codes.name} has {len(codes.shape)} dimensions; two are read", tensor=codes.name)
         if codes.size == 0:
             _corrupt(codes, f"it has no elements, but a {SCALE}")
         rows, cols = self._shape(module, codes) if packing == "pack-quantized" else codes.shape
-        bits = _bits(codes, packing, cols, declared, stored)
-        granularity, group_size = _granularity(scale, rows, cols)
-        scheme = build_scheme(
-            f"int{bits}",
-            symmetric=zero is None,
-            granularity=granularity,
-            group_size=group_size,
-            scale_dtype=scale.dtype,
-        )
+        if packing in FLOAT_PACKINGS.values():
+            cols = cols * (2 if codes.dtype == "U8" else 1)
+            scheme = _float_scheme(packing, scale, rows, cols)
+        else:
+            bits = _bits(codes, packing, cols, declared, stored)
+            granularity, group_size = _granularity(scale, rows, cols)
+            scheme = build_scheme(
+                f"int{bits}",
+                symmetric=zero is None,
+                granularity=granularity,
+                group_size=group_size,
+                scale_dtype=scale.dtype,
+            )
         for name, dtype, shape, _ in parts_of(module, scheme, packing, rows, cols):
             found = stored.get(name)
             # One number is written as [1], [1, 1] or [].
             one = found is not None and found.size == math.prod(shape) == 1
             if found is None or found.dtype != dtype or (found.shape != shape and not one):
                 _corrupt(codes, f"{name} is not {dtype} {list(shape)}")
-        return StoredWeight(scheme, packing, codes, scale, zero, cols)
+        tensor_scale = self._tensor_scale(stored[f"{module}.{GLOBAL}"]) if scheme.has_tensor_scale else None
+        return StoredWeight(scheme, packing, codes, scale, zero, cols, tensor_scale)
+
+    def _tensor_scale(self, info: TensorInfo) -> np.float32:
+        (value,) = self._files.read(info, 0, info.nbytes).view("<f4")
+        if not 0 < value < np.inf:
+            _corrupt(info, f"it is {value}")
+        return np.float32(value)
 
     def _shape(self, module: str, codes: TensorInfo) -> tuple[int, int]:
         info = self._files.tensors.get(f"{module}.{SHAPE}")
@@ -142,8 +164,9 @@ class CompressedTensorsReader(ModelReader):
         packed = self._part_rows(weight.codes, start, stop).reshape(count, -1)
         scale_bytes = self._all_or_rows(weight.scale, scheme, start, stop)
         scale = scale_bytes.view(SCALE_DTYPES[scheme.scale_dtype]).reshape(-1, scheme.groups(weight.cols))
+        scale = scales_of_rows(scheme, scale, start, count, weight.tensor_scale)
         zeros = self._zeros(weight, start, stop)
-        if weight.packing == "pack-quantized":
+        if weight.packing in FLOAT_PACKINGS.values() or weight.packing == "pack-quantized":
             return dequantize_packed(packed, scheme, weight.cols, scale, zeros)
         return dequantize_codes(packed ^ np.uint8(0x80), _byte_scheme(scheme), scale, zeros)
 
@@ -164,11 +187,11 @@ class CompressedTensorsReader(ModelReader):
         return np.ascontiguousarray(unpack_rows(columns, scheme.bits, stop - first)[:, start - first :].T)
 
     def _all_or_rows(self, info: TensorInfo, scheme: Scheme, start: int, stop: int) -> CodeArray:
-        return (
-            self._files.read(info, 0, info.nbytes)
-            if scheme.granularity == "tensor"
-            else self._part_rows(info, start, stop)
-        )
+        if scheme.granularity == "tensor":
+            return self._files.read(info, 0, info.nbytes)
+        if scheme.granularity == "block":
+            return self._part_rows(info, start // BLOCK, -(-stop // BLOCK))
+        return self._part_rows(info, start, stop)
 
     def _part_rows(self, info: TensorInfo, start: int, stop: int) -> CodeArray:
         width = info.nbytes // info.rows
@@ -183,7 +206,7 @@ def declared_bits(config: Mapping[str, Any]) -> dict[str, int]:
     named = [config.get("format"), *(group.get("format") for group in groups.values())]
     foreign = sorted({str(f) for f in named if f is not None and f not in READABLE_FORMATS})
     if foreign:
-        raise UnsupportedModel(f"the model is {', '.join(foreign)}; of compressed-tensors, integer weights are read")
+        raise UnsupportedModel(f"the model is {', '.join(foreign)}; read are {', '.join(READABLE_FORMATS)}")
     if config.get("transform_config") or config.get("sparsity_config"):
         raise UnsupportedModel("the model has transforms or sparsity beside its quantization, which are not read")
     bits: dict[str, int] = {}
@@ -193,6 +216,8 @@ def declared_bits(config: Mapping[str, Any]) -> dict[str, int]:
         if not isinstance(args, dict):
             continue
         width = args.get("num_bits")
+        if args.get("type") == "float" and width in FLOAT_WIDTHS:
+            continue  # what they are shows in their parts
         if args.get("type", "int") != "int" or not isinstance(width, int) or f"int{width}" not in schemes():
             raise UnsupportedModel(f"weights of type {args.get('type')} with {width} bits are not read")
         bits.update({t: width for t in (targets if isinstance(targets, list) else []) if isinstance(t, str)})
@@ -205,10 +230,36 @@ def _module_of(name: str, stored: Mapping[str, TensorInfo]) -> str | None:
         return name.removesuffix(".weight_packed")
     module = name.removesuffix(".weight")
     if module != name and f"{module}.{SCALE}" in stored:
-        if stored[name].dtype != "I8":
-            raise UnsupportedModel(f"{name} is {stored[name].dtype} with a scale; integer codes are read", tensor=name)
+        if stored[name].dtype not in ("I8", "F8_E4M3"):
+            raise UnsupportedModel(f"{name} is {stored[name].dtype} with a scale; I8 and F8_E4M3 are read", tensor=name)
         return module
     return None
+
+
+def _packing(codes: TensorInfo, scale: TensorInfo) -> Packing:
+    """How a weight lies in its parts; raises UnsupportedModel where these are of other dtypes than any has."""
+    part = codes.name.rpartition(".")[2]
+    small = None if scale.dtype in get_args(PlainScaleDtype) else scale.dtype
+    found = PACKINGS.get((part, codes.dtype, small))
+    if found is None:
+        raise UnsupportedModel(
+            f"{codes.name} is {codes.dtype} with scales of {scale.dtype}, which is not read", tensor=codes.name
+        )
+    return found
+
+
+def _float_scheme(packing: Packing, scale: TensorInfo, rows: int, cols: int) -> Scheme:
+    (id_,) = (id_ for id_, found in FLOAT_PACKINGS.items() if found == packing)
+    if packing != "float-quantized":
+        return build_scheme(id_, symmetric=True)
+    blocks = (-(-rows // BLOCK), -(-cols // BLOCK))
+    if scale.shape == blocks and scale.size > 1 and scale.shape != (rows, 1):
+        granularity = "block"
+    else:
+        granularity, _ = _granularity(scale, rows, cols)
+    if granularity == "group":
+        _corrupt(scale, f"its shape {list(scale.shape)} is neither that of rows nor of blocks of [{rows}, {cols}]")
+    return build_scheme(id_, symmetric=True, granularity=granularity, scale_dtype=scale.dtype)
 
 
 def _bits(
@@ -243,7 +294,7 @@ def _granularity(scale: TensorInfo, rows: int, cols: int) -> tuple[str, int | No
 
 def _as_weight(name: str, weight: StoredWeight, stored: Mapping[str, TensorInfo]) -> TensorInfo:
     module = name.removesuffix(".weight")
-    parts = [weight.codes, *(stored[f"{module}.{p}"] for p in (SCALE, ZERO, SHAPE) if f"{module}.{p}" in stored)]
+    parts = [weight.codes, *(stored[f"{module}.{p}"] for p in PARTS if f"{module}.{p}" in stored)]
     return TensorInfo(
         name=name,
         dtype="F32",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 
 from service.engine.beside import Beside
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
-from service.engine.formats.compressed_tensors_config import Group, Packing, parts_of, quantization_config
-from service.engine.formats.compressed_tensors_parts import signed, stored_parts
+from service.engine.formats.compressed_tensors_config import GLOBAL, Group, Packing, parts_of, quantization_config
+from service.engine.formats.compressed_tensors_parts import signed, stored_codes, stored_parts
 from service.engine.formats.shard_layout import Parts, Region, header_reserve
 from service.engine.formats.shards import ShardWriter
 from service.engine.metrics import Quality
-from service.engine.packing import WORD_BITS, pack_columns, unpack_rows
+from service.engine.packing import WORD_BITS, pack_columns
 from service.engine.schemes.base import Scheme
 from service.engine.tensors import Array, CodeArray, QuantizedRows, TensorInfo
 from service.errors import UnsupportedModel
@@ -212,25 +213,24 @@ class _Weight:
         self.names = [region.name for region in regions]
         self._shards = shards
         self._codes, self._scale = regions[0], regions[1]
-        by_suffix = {region.name.rpartition("_")[2]: region for region in regions}
-        self._zero = by_suffix.get("point")
+        by_suffix = {region.name.rpartition(".")[2]: region for region in regions}
+        self._zero = by_suffix.get("weight_zero_point")
+        self._global = by_suffix.get(GLOBAL)
         self._pending = np.empty((0, scheme.groups(info.cols)), np.uint8)  # zero points short of a whole word
         self._zero_rows = 0
         self._rows = 0
-        self._shape = by_suffix.get("shape")
+        self._shape = by_suffix.get("weight_shape")
 
     def write(self, q: QuantizedRows) -> None:
         """The next rows."""
-        codes = (
-            q.packed
-            if self.packing == "pack-quantized"
-            else signed(unpack_rows(q.packed, q.scheme.bits, q.cols), q.scheme.bits)
-        )
-        self._put_rows(self._codes, self.info.rows, codes)
+        self._put_rows(self._codes, self.info.rows, stored_codes(q, self.packing))
         if self.scheme.granularity != "tensor":
-            self._put_rows(self._scale, self.info.rows, q.scale)
+            row_bytes = self._scale.nbytes // self.scheme.scale_rows(self.info.rows)
+            self._put(self._scale, self.scheme.scale_rows(self._rows) * row_bytes, q.scale)
         elif self._rows == 0:
             self._put(self._scale, 0, q.scale)
+        if self._global is not None and self._rows == 0:
+            self._put(self._global, 0, np.array([q.tensor_scale], "<f4"))
         if self._shape is not None and self._rows == 0:
             self._put(self._shape, 0, np.array([self.info.rows, self.info.cols], "<i8"))
         if self._zero is not None and q.zero_point is not None:
@@ -274,4 +274,4 @@ def _named_twice(name: str, info: TensorInfo) -> UnsupportedModel:
 
 
 def _group_json(group: Group) -> list[Any]:
-    return [group.packing, group.num_bits, group.symmetric, group.strategy, group.group_size]
+    return list(astuple(group))

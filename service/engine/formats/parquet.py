@@ -15,7 +15,7 @@ from service.engine.formats.parquet_schema import SUFFIX
 from service.engine.formats.parquet_writer import CHUNK_BYTES, REPACKED_CODES, ParquetWriter
 from service.engine.formats.weights import WEIGHTS_SUFFIX
 from service.engine.packing import WORD_BITS
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import TENSOR_SCALE_BYTES, Scheme
 from service.engine.tensors import TensorInfo, codes_of
 from service.storage.model_files import ModelFiles
 
@@ -60,8 +60,8 @@ class ParquetFormat(Format):
     def stored_bytes(cls, info: TensorInfo, scheme: Scheme, options: FormatOptions) -> int:
         """Codes without the bits that fill up a row, and a byte for each zero point: see `Format.stored_bytes`."""
         del options
-        times = 1 if scheme.granularity == "tensor" else info.rows
-        return -(-info.size * scheme.bits // 8) + times * sum(scheme.grid_bytes(info.cols))
+        grids = scheme.scale_rows(info.rows) * sum(scheme.grid_bytes(info.cols))
+        return -(-info.size * scheme.bits // 8) + grids + TENSOR_SCALE_BYTES * scheme.has_tensor_scale
 
     @classmethod
     def reading_bytes(cls, info: TensorInfo, nbytes: int) -> int:

@@ -24,8 +24,8 @@ from service.storage.model_files import OpenFile
 NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width", "packing", "chunk_index",
           "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
           "sha256")  # fmt: skip
-#: What a tensor may have as well.
-OPTIONAL = ("input_scale",)
+#: What files of earlier versions may not have.
+OPTIONAL = ("input_scale", "block_rows", "tensor_scale")
 #: What Arrow raises for strange content. What the system reports has become another error below it.
 DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
@@ -65,11 +65,9 @@ class ParquetFile:
         `data` itself is not read; `at` is (row group, row in it).
         """
         for group in range(self._parquet.num_row_groups):
-            names = self._parquet.schema_arrow.names
-            plain = [*NEEDED, *(name for name in OPTIONAL if name in names)]
-            batch = self._read(group, [*plain, "scales", "zero_points"])
+            batch = self._read(group, [*self._known, "scales", "zero_points"])
             with damage_in(self.name):
-                cells = batch.select(plain).to_pylist()
+                cells = [dict.fromkeys(OPTIONAL) | row for row in batch.select(self._known).to_pylist()]
                 for column in ("scales", "zero_points"):
                     lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
                     for row, length in zip(cells, lengths, strict=True):
@@ -100,7 +98,7 @@ class ParquetFile:
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
 
     def _check_claims(self) -> None:
-        columns = frozenset({*NEEDED, *BYTE_COLUMNS})
+        columns = frozenset({*NEEDED, *OPTIONAL, *BYTE_COLUMNS})
         try:
             check_claims(self._read_at, self._source.size, columns)
         except Refused as refused:
@@ -111,7 +109,8 @@ class ParquetFile:
 
     def _check_columns(self) -> None:
         found = self._parquet.schema_arrow
-        for column in (*NEEDED, *BYTE_COLUMNS):
+        self._known = [*NEEDED, *(name for name in OPTIONAL if name in found.names)]
+        for column in (*self._known, *BYTE_COLUMNS):
             expected = SCHEMA.field(column).type
             if column not in found.names or found.field(column).type != expected:
                 raise UnsupportedModel(f"{self.name} has no column {column!r} of type {expected}")

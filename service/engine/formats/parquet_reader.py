@@ -11,14 +11,14 @@ from typing import Any, ClassVar, NoReturn, get_args
 
 import numpy as np
 
-from service.engine.decode import dequantize_codes, dequantize_packed
+from service.engine.decode import dequantize_codes, dequantize_packed, scales_of_rows
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import Placement
 from service.engine.formats.parquet_file import ParquetFile
 from service.engine.formats.parquet_guard import MAX_ROWS
 from service.engine.formats.parquet_schema import COPIED, PACKING
 from service.engine.packing import WORD_BITS, unpack_flat
-from service.engine.schemes.base import SCALE_DTYPES, GroupSize, Scheme
+from service.engine.schemes.base import BLOCK, TENSOR_SCALE_BYTES, GroupSize, Scheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.tensors import DTYPE_BITS, FLOAT_DTYPES, Array, FloatArray, TensorInfo
 from service.errors import CorruptModel, UnknownDtype, UnsupportedModel
@@ -45,6 +45,7 @@ class StoredTensor:
     scheme: Scheme | None
     chunks: tuple[StoredChunk, ...]
     input_scale: FloatArray | None = None
+    tensor_scale: np.float32 | None = None
 
     def overlapping(self, start: int, stop: int) -> Iterator[StoredChunk]:
         """The chunks that hold some of the elements start to stop."""
@@ -124,7 +125,9 @@ class ParquetReader(ModelReader):
         scale, zero = scheme.grid_arrays(scales, zeros, cols)
         if scheme.granularity != "tensor":
             row = chunk.start // cols
-            scale = scale[first - row : last - row]
+            blocks = scheme.row_multiple if scheme.granularity == "block" else 1
+            scale = scale[(first - row) // blocks : -(-(last - row) // blocks)]
+            scale = scales_of_rows(scheme, scale, first - row, last - first, tensor.tensor_scale)
             zero = None if zero is None else zero[first - row : last - row]
         begin, end = first * cols - chunk.start, last * cols - chunk.start
         if cols * bits % WORD_BITS == 0:  # then a row is packed as it is everywhere else
@@ -180,8 +183,19 @@ def _tensor(rows: list[tuple[PurePosixPath, dict[str, Any]]]) -> StoredTensor:
         return StoredTensor(info, None, tuple(chunks))
     nbytes = sum(-(-(c.stop - c.start) * scheme.bits // 8) for c in chunks)
     nbytes += sum((row["scales_bytes"] or 0) + (row["zero_points_bytes"] or 0) for _, row in rows)
+    tensor_scale = _tensor_scale(info, scheme, cells)
+    nbytes += TENSOR_SCALE_BYTES * scheme.has_tensor_scale
     stored = replace(info, dtype="F32", nbytes=nbytes, stored_as=scheme.id)
-    return StoredTensor(stored, scheme, tuple(chunks), _input_scale(info, cells.get("input_scale")))
+    return StoredTensor(stored, scheme, tuple(chunks), _input_scale(info, cells["input_scale"]), tensor_scale)
+
+
+def _tensor_scale(info: TensorInfo, scheme: Scheme, cells: Mapping[str, Any]) -> np.float32 | None:
+    value = cells["tensor_scale"]
+    if not scheme.has_tensor_scale:
+        return None
+    if value is None or not 0 < value < math.inf:
+        _corrupt(info, f"`tensor_scale` is {value}")
+    return np.float32(value)
 
 
 def _input_scale(info: TensorInfo, given: list[float | None] | None) -> FloatArray | None:
@@ -210,28 +224,33 @@ def _scheme(info: TensorInfo, cells: Mapping[str, Any]) -> Scheme | None:
     kind, size = cells["quant_type"], cells["group_size"]
     if kind == COPIED:
         return None
-    if kind not in schemes() or cells["packing"] != PACKING or cells["scale_dtype"] not in SCALE_DTYPES:
+    if kind not in schemes() or cells["packing"] != PACKING or not _can_be(kind, "scale_dtype", cells["scale_dtype"]):
         what = f"{kind!r:.40} packed as {cells['packing']!r:.40} with {cells['scale_dtype']!r:.20} scales"
         raise UnsupportedModel(f"tensor {info.name!r} is {what}, which is not read", tensor=info.name)
     if size is not None and size not in GROUP_SIZES:
         raise UnsupportedModel(f"tensor {info.name!r} has groups of {size}, which are not read", tensor=info.name)
-    channel = "channel" if cells["quant_axis"] is not None else "tensor"
+    granularity = _granularity(cells)
+    group_size = size if granularity == "group" else None
+    given = {"granularity": granularity, "group_size": group_size, "scale_dtype": cells["scale_dtype"]}
     try:
-        scheme = build_scheme(
-            kind,
-            symmetric=cells["zero_points_bytes"] is None,
-            granularity="group" if size else channel,
-            group_size=size,
-            scale_dtype=cells["scale_dtype"],
-        )
-    except ValueError as error:
-        raise CorruptModel(
-            f"tensor {info.name!r} in {info.file} is damaged: {kind} cannot have its zero points or groups of {size}",
-            tensor=info.name,
-        ) from error
+        scheme = build_scheme(kind, symmetric=cells["zero_points_bytes"] is None, **given)
+    except ValueError:
+        _corrupt(info, f"{kind} cannot be with {given}")
     if scheme.bits != cells["bit_width"] or not info.size:
         _corrupt(info, f"`bit_width` is {cells['bit_width']} for {kind}, `num_params` {info.size}")
     return scheme
+
+
+def _can_be(kind: str, parameter: str, value: Any) -> bool:
+    return value in schemes()[kind].choices(parameter)
+
+
+def _granularity(cells: Mapping[str, Any]) -> str:
+    if cells["block_rows"] is not None:
+        return "block" if cells["block_rows"] == cells["group_size"] == BLOCK else "other"
+    if cells["group_size"]:
+        return "group"
+    return "channel" if cells["quant_axis"] is not None else "tensor"
 
 
 def _check_chunk(
@@ -244,9 +263,10 @@ def _check_chunk(
         return
     if chunk.start % info.cols or chunk.stop % info.cols:
         _corrupt(info, f"a chunk begins or ends within a row, at element {chunk.start} or {chunk.stop}")
+    if scheme.granularity == "block" and chunk.start // info.cols % BLOCK:
+        _corrupt(info, f"a chunk begins within a block, at row {chunk.start // info.cols}")
     rows = (chunk.stop - chunk.start) // info.cols
-    times = 1 if scheme.granularity == "tensor" else rows
-    scales, zeros = (times * nbytes for nbytes in scheme.grid_bytes(info.cols))
+    scales, zeros = (scheme.scale_rows(rows) * nbytes for nbytes in scheme.grid_bytes(info.cols))
     if cells["scales_bytes"] != scales or cells["zero_points_bytes"] != (None if scheme.symmetric else zeros):
         found = f"{cells['scales_bytes']} and {cells['zero_points_bytes']}"
         _corrupt(info, f"`scales` and `zero_points` have {found} bytes; {scales} and {zeros} are due")

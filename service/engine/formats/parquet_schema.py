@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from service.engine.formats.base import ModelLayout
 from service.engine.metrics import Quality
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import BLOCK, Scheme
 from service.engine.tensors import TensorInfo
 
 FORMAT_VERSION = "2"
@@ -36,6 +36,8 @@ SCHEMA = pa.schema(
         ("scale_dtype", pa.string()),
         ("quant_axis", pa.int32()),
         ("group_size", pa.uint32()),
+        ("block_rows", pa.uint32()),
+        ("tensor_scale", pa.float32()),
         ("input_scale", pa.list_(pa.float32())),
         ("is_diffusion_model", pa.bool_()),
         ("modality", pa.string()),
@@ -69,7 +71,8 @@ def tensor_cells(info: TensorInfo, scheme: Scheme | None) -> dict[str, Any]:
             "scale_dtype": scheme.scale_dtype,
             # Scales vary along the rows; a single one has no axis.
             "quant_axis": None if scheme.granularity == "tensor" else 0,
-            "group_size": scheme.group_size if scheme.granularity == "group" else None,
+            "group_size": scheme.width,
+            "block_rows": BLOCK if scheme.granularity == "block" else None,
         }
     return cells
 

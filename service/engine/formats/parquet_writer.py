@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from math import gcd
+from math import gcd, lcm
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from service.engine.formats.parquet_schema import (
 )
 from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_flat, unpack_rows
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import TENSOR_SCALE_BYTES, Scheme
 from service.engine.tensors import DTYPE_BITS, Array, CodeArray, QuantizedRows, TensorInfo
 from service.errors import UnsupportedModel
 from service.storage.faults import storage_faults
@@ -65,11 +65,14 @@ class ParquetWriter(ModelWriter):
             self._total, self._step = info.nbytes, CHUNK_BYTES
         else:
             self._cells["symmetric"] = scheme.symmetric  # not a column: says whether zero points are null
-            self._total, self._step = info.rows, _rows_of_chunk(max(1, info.cols * scheme.bits))
+            multiple = scheme.row_multiple if scheme.granularity == "block" else 1
+            self._total, self._step = info.rows, _rows_of_chunk(max(1, info.cols * scheme.bits), multiple)
 
     def write_rows(self, rows: QuantizedRows) -> None:
         """See `ModelWriter.write_rows`."""
-        bits, per_tensor = rows.scheme.bits, rows.scheme.granularity == "tensor"
+        scheme, bits, per_tensor = rows.scheme, rows.scheme.bits, rows.scheme.granularity == "tensor"
+        if rows.tensor_scale is not None:
+            self._cells["tensor_scale"] = float(rows.tensor_scale)
         most = rows.rows if _is_aligned(rows.cols, bits) else max(1, REPACKED_CODES // rows.cols // 8) * 8
         start = 0
         with storage_faults("writing the weights"):
@@ -78,7 +81,7 @@ class ParquetWriter(ModelWriter):
                 piece = slice(start, start + min(most, self._end - self._done, rows.rows - start))
                 scales = zeros = None
                 if fresh or not per_tensor:  # the whole tensor's go with each chunk once
-                    which = slice(None) if per_tensor else piece
+                    which = slice(None) if per_tensor else slice(*(scheme.scale_rows(n) for n in (start, piece.stop)))
                     scales = _bytes(rows.scale[which])
                     zeros = None if rows.zero_point is None else _bytes(rows.zero_point[which])
                 self._groups.add(_bit_stream(rows.packed[piece], bits, rows.cols), scales, zeros)
@@ -108,7 +111,7 @@ class ParquetWriter(ModelWriter):
             rows = self._groups.commit()
         self._told.append({"cells": self._cells, "rows": [row.as_json() for row in rows]})
         self._info = None
-        return sum(sum(row.sizes) for row in rows)
+        return sum(sum(row.sizes) for row in rows) + TENSOR_SCALE_BYTES * ("tensor_scale" in self._cells)
 
     def abandon(self) -> None:
         """See `ModelWriter.abandon`."""
@@ -181,9 +184,9 @@ class ParquetWriter(ModelWriter):
         (self.folder / "metadata.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 
-def _rows_of_chunk(row_bits: int) -> int:
-    """As many rows as fit, and at least so few that they end on a whole byte."""
-    whole = 8 // gcd(8, row_bits)
+def _rows_of_chunk(row_bits: int, multiple: int) -> int:
+    """As many rows as fit, and at least so few that they are a multiple and end on a whole byte."""
+    whole = lcm(8 // gcd(8, row_bits), multiple)
     return max(1, CHUNK_BYTES * 8 // row_bits // whole) * whole
 
 

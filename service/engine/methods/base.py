@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from service.engine.decode import group_spans, row_tiles
+from service.engine.decode import regions, row_tiles
 from service.engine.inputs import LayerInputs
 from service.engine.schemes.base import AnyArray, Scheme
 
@@ -49,15 +49,19 @@ class Method(BaseModel):
         """
         rows, cols = x.shape
         codes = xp.empty((rows, cols), dtype=xp.uint8)
-        scale = xp.empty((rows, scheme.groups(cols)), dtype=xp.float32)
+        scale = xp.empty((scheme.scale_rows(rows), scheme.groups(cols)), dtype=xp.float32)
         zero = xp.empty_like(scale)
         weights = xp.asarray(inputs.weights) if self.is_weighted and inputs.weights is not None else None
-        for tile in row_tiles(rows, cols):
-            for columns, groups in group_spans(scheme, cols):
-                count = groups.stop - groups.start
-                part = xp.reshape(x[tile, columns], (-1, count, (columns.stop - columns.start) // count))
-                counts_for = None if weights is None else xp.reshape(weights[columns], (count, -1))
-                scale[tile, groups], zero[tile, groups] = self.find(xp, part, scheme, counts_for)
-                coded = scheme.encode(xp, part, scale[tile, groups], zero[tile, groups])
-                codes[tile, columns] = xp.reshape(coded, (part.shape[0], -1))
+        multiple = scheme.row_multiple if scheme.granularity == "block" else 1
+        for tile in row_tiles(rows, cols, multiple):
+            some, count = x[tile, :], tile.stop - tile.start
+            first = scheme.scale_rows(tile.start)
+            for region in regions(scheme, count, cols):
+                part = region.groups_of(xp, some)
+                counts_for = None
+                if weights is not None:
+                    counts_for = region.groups_of(xp, xp.broadcast_to(weights, (count, cols)))
+                place = slice(first + region.scale_rows.start, first + region.scale_rows.stop), region.scale_columns
+                scale[place], zero[place] = self.find(xp, part, scheme, counts_for)
+                region.put(xp, scheme.encode(xp, part, scale[place], zero[place]), codes[tile, :])
         return Solution(codes, scale, zero)

@@ -41,9 +41,10 @@ class Mse(Method):
 
     def starts(self, scheme: Scheme) -> list[tuple[float, float]]:
         """Clips (low, high) to start from: all pairs, or equal ones where the scheme is symmetric."""
+        clips = scheme.clips(self.clips)
         if scheme.symmetric:
-            return [(clip, clip) for clip in self.clips]
-        return [(low, high) for low in self.clips for high in self.clips]
+            return [(clip, clip) for clip in clips]
+        return [(low, high) for low in clips for high in clips]
 
     def _descend(
         self, xp: Any, x: AnyArray, scheme: Scheme, scale: AnyArray, zero: AnyArray, weights: AnyArray | None

@@ -6,11 +6,13 @@ with an exact zero.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from service.engine.schemes.base import AnyArray, GroupSize, Scheme
+from service.engine.schemes.base import AnyArray, GroupSize, PlainScaleDtype
+from service.engine.schemes.table import TableScheme
+from service.engine.tensors import FloatArray
 
 NF4_TABLE = np.array(
     [
@@ -25,20 +27,15 @@ NF4_TABLE = np.array(
 NF4_MIDPOINTS = ((NF4_TABLE[1:].astype(np.float64) + NF4_TABLE[:-1]) / 2).astype(np.float32)
 
 
-class CodebookScheme(Scheme):
+class CodebookScheme(TableScheme):
     """`nf4`; parameters: granularity, group_size, scale_dtype."""
 
     ids: ClassVar[dict[str, int]] = {"nf4": 4}
 
     bits: Literal[4] = 4
+    granularity: Literal["tensor", "channel", "group"] = "group"
     group_size: GroupSize | None = 64
-
-    @classmethod
-    def of(cls, bits: int, *, symmetric: bool, **parameters: Any) -> Self:
-        """Symmetric only; raises ValueError otherwise."""
-        if not symmetric:
-            raise ValueError("nf4 has no zero point: it is symmetric")
-        return cls.model_validate({"bits": bits, **parameters})
+    scale_dtype: PlainScaleDtype = "F16"
 
     @property
     def id(self) -> str:
@@ -46,36 +43,16 @@ class CodebookScheme(Scheme):
         return "nf4"
 
     @property
-    def symmetric(self) -> bool:
-        """Always: the table holds its zero."""
-        return True
+    def table(self) -> FloatArray:
+        """See above."""
+        return NF4_TABLE
 
     @property
-    def implied_zero(self) -> int:
-        """None is meant; the table has no offset."""
-        return 0
-
-    def grid(self, xp: Any, lo: AnyArray, hi: AnyArray) -> tuple[AnyArray, AnyArray]:
-        """The scale is the absolute maximum; there is no zero point."""
-        scale = self.store_scale(xp, xp.maximum(-lo, hi))
-        return scale, xp.zeros_like(scale)
+    def divisor(self) -> np.float32:
+        """The table ends at 1."""
+        return np.float32(1.0)
 
     def encode(self, xp: Any, x: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:  # noqa: ARG002
         """The nearest level of x * (1/s); a tie goes to the lower one."""
         t = x * (1.0 / scale)[..., None]
         return xp.astype(xp.searchsorted(xp.asarray(NF4_MIDPOINTS), t, side="left"), xp.uint8)
-
-    def decode(self, xp: Any, codes: AnyArray, scale: AnyArray, zero: AnyArray) -> AnyArray:  # noqa: ARG002
-        """table[q] * s."""
-        return xp.asarray(NF4_TABLE)[codes] * scale[..., None]
-
-    def refit(
-        self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
-    ) -> tuple[AnyArray, AnyArray]:
-        """The slope of x on the levels, through the origin."""
-        w = 1.0 if weights is None else weights
-        level = xp.asarray(NF4_TABLE)[codes]
-        numerator, denominator = xp.sum(w * x * level, axis=-1), xp.sum(w * level * level, axis=-1)
-        usable = (denominator > 0) & (numerator > 0)
-        slope = xp.where(usable, numerator, scale) / xp.where(usable, denominator, 1.0)
-        return self.store_scale(xp, slope), zero

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from service.engine.schemes.base import AnyArray, Scheme
+from service.engine.schemes.base import AnyArray, PlainScaleDtype, Scheme
 
 
 class IntegerScheme(Scheme):
@@ -19,6 +19,8 @@ class IntegerScheme(Scheme):
     ids: ClassVar[dict[str, int]] = {f"int{b}": b for b in (2, 3, 4, 5, 6, 8)}
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    granularity: Literal["tensor", "channel", "group"] = "group"
+    scale_dtype: PlainScaleDtype = "F16"
     is_symmetric: bool = Field(default=False)
 
     @classmethod

@@ -16,7 +16,7 @@ from service.engine.formats.base import Format, ModelLayout, ModelWriter, Writer
 from service.engine.formats.source import LocalFiles
 from service.engine.methods.registry import methods
 from service.engine.metrics import ErrorSums, Quality
-from service.engine.schemes.base import Scheme
+from service.engine.schemes.base import BLOCK, Scheme
 from service.engine.schemes.registry import build_scheme
 from service.engine.tensors import FLOAT_DTYPES, TensorInfo
 
@@ -86,11 +86,12 @@ class Output:
         x = item.data.reshape(item.info.rows, item.info.cols)
         method = methods()["minmax"]()
         grid = None
-        if scheme.granularity == "tensor":
+        if scheme.takes_pass:
             grid = BACKEND.tensor_grid(BACKEND.observe(x), scheme, method)
         sums = ErrorSums()
-        for start in range(0, x.shape[0], self.block_rows):
-            rows = BACKEND.quantize(x[start : start + self.block_rows], scheme, method, grid)
+        step = BLOCK if scheme.granularity == "block" else self.block_rows
+        for start in range(0, x.shape[0], step):
+            rows = BACKEND.quantize(x[start : start + step], scheme, method, grid)
             writer.write_rows(rows)
             sums += rows.errors
         return sums
@@ -122,6 +123,18 @@ def all_integer_schemes(scale_dtype: str = "F16") -> Iterator[Scheme]:
                 yield build_scheme(
                     f"int{bits}", symmetric=symmetric, granularity=granularity, group_size=size, scale_dtype=scale_dtype
                 )
+
+
+def all_float_schemes(scale_dtype: str = "F32") -> Iterator[Scheme]:
+    """Every scheme of small floating-point numbers in every granularity; the scale's dtype where there is a choice."""
+    chosen: dict[str, Any] = {"symmetric": True, "scale_dtype": scale_dtype}
+    for id_ in ("fp8_e4m3", "fp8_e5m2"):
+        for granularity in ("tensor", "channel", "block"):
+            yield build_scheme(id_, granularity=granularity, **chosen)
+    for granularity, size in (("tensor", None), ("channel", None), ("group", 32)):
+        yield build_scheme("fp4", granularity=granularity, group_size=size, **chosen)
+    for id_ in ("mxfp4", "mxfp8", "nvfp4"):
+        yield build_scheme(id_, symmetric=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

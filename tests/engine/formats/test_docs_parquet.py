@@ -12,7 +12,7 @@ import pytest
 
 from service.engine.formats.registry import open_model
 from service.engine.schemes.registry import build_scheme
-from tests.engine.formats.outputs import Item, Output, all_integer_schemes, normal
+from tests.engine.formats.outputs import Item, Output, all_float_schemes, all_integer_schemes, normal
 
 PAGE = Path(__file__).parents[3] / "docs" / "parquet.md"
 
@@ -37,10 +37,11 @@ def test_the_page_dequantizes_every_scheme_as_the_service_does(output: Callable[
         for bits in (2, 3, 4, 5, 6)
         for size in (16, 32)
     ]
+    schemes += all_float_schemes(scale_dtype)
     items = [
         Item(f"{i}.{j}", normal(*shape, seed=i), scheme)
         for i, scheme in enumerate(schemes)
-        for j, shape in enumerate([(33, 96), (5, 7, 11), (2, 1100)])
+        for j, shape in enumerate([(33, 96), (5, 7, 11), (2, 1100), (130, 131)])
     ]
     made = output("parquet", items)
     made.run()

@@ -22,13 +22,22 @@ from service.engine.metrics import Quality
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.registry import build_scheme
 from service.errors import ArrowQuantError, CorruptModel, SourceChanged, UnknownDtype, UnsupportedModel
-from tests.engine.formats.outputs import BACKEND, Item, Output, all_integer_schemes, contents, label, normal
+from tests.engine.formats.outputs import (
+    BACKEND,
+    Item,
+    Output,
+    all_float_schemes,
+    all_integer_schemes,
+    contents,
+    label,
+    normal,
+)
 from tests.engine.formats.resuming import check_abandoned, check_every_interruption
 from tests.engine.formats.test_compressed_tensors import check, mixed_items
 
 FORMAT = "parquet"
 #: Rows that end within a word and within a group among them.
-SHAPES = ((64, 96), (1, 65), (70, 128), (33, 161), (40, 3, 5))
+SHAPES = ((64, 96), (1, 65), (170, 128), (33, 161), (40, 3, 5))
 INT4 = build_scheme("int4", symmetric=False, group_size=32)
 INT8 = build_scheme("int8", symmetric=False, granularity="channel", group_size=None)
 NF4 = [
@@ -42,7 +51,7 @@ SMALL = {"CHUNK_BYTES": 720, "DIRECT_BYTES": 500, "PAGE_BYTES": 600, "ROW_GROUP_
 MakeOutput = Callable[..., Output]
 
 
-@pytest.mark.parametrize("scheme", [*all_integer_schemes(), *NF4, *NESTED], ids=label)
+@pytest.mark.parametrize("scheme", [*all_integer_schemes(), *all_float_schemes(), *NF4, *NESTED], ids=label)
 def test_what_is_written_reads_back_with_the_same_errors(output: MakeOutput, scheme: Scheme) -> None:
     items = [Item(f"a{i}.weight", normal(*shape, seed=i), scheme) for i, shape in enumerate(SHAPES)]
     made = output(FORMAT, [*items, Item("b", normal(7))])
@@ -160,8 +169,9 @@ def test_the_columns_say_what_a_reader_has_to_know(output: MakeOutput) -> None:
     assert first == {
         "layer_name": "a.weight", "shape": [64, 96], "dtype": "F32", "num_params": 6144, "quant_type": "int4",
         "bit_width": 4, "packing": "little_endian_bit_stream", "chunk_index": 0, "chunk_offset": 0,
-        "scale_dtype": "F16", "quant_axis": 0, "group_size": 32, "input_scale": None, "is_diffusion_model": False,
-        "modality": "text", "time_group_bounds": None, "activation_scale": None, "activation_zero_point": None,
+        "scale_dtype": "F16", "quant_axis": 0, "group_size": 32, "block_rows": None, "tensor_scale": None,
+        "input_scale": None, "is_diffusion_model": False, "modality": "text", "time_group_bounds": None,
+        "activation_scale": None, "activation_zero_point": None,
         "cosine_similarity": quality.cosine_similarity, "sqnr_db": quality.sqnr_db,
         "relative_error": quality.relative_error, "max_abs_error": quality.max_abs_error,
         "bits_per_weight": quality.bits_per_weight, "sha256": hashlib.sha256(data).hexdigest(),

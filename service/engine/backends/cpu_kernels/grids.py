@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from llvmlite import ir
@@ -24,10 +25,10 @@ from service.engine.backends.cpu_kernels.vector import (
     emitted,
     loop,
 )
-from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS
+from service.engine.schemes.base import SCALE_LIMITS, PlainScaleDtype
 
-#: Scale dtypes as the kernels number them.
-SCALE_KINDS = {name: number for number, name in enumerate(SCALE_DTYPES)}
+#: Scale dtypes that the kernels have, as they number them.
+SCALE_KINDS = {name: number for number, name in enumerate(get_args(PlainScaleDtype))}
 
 #: Bits that a level takes, and that a scale has to leave of its mantissa where their product is to be exact.
 LEVEL_BITS = 10
