@@ -149,9 +149,9 @@ class ShardLayout:
     def header(self, shard: Shard, metadata: Mapping[str, str]) -> bytes:
         """What stands in front of a shard that is complete."""
         starts = shard.starts()
-        ordered = sorted(shard.regions, key=lambda r: (starts[r.part] + r.start, r.nbytes))
-        entries = ((r.name, r.dtype, r.shape, starts[r.part] + r.start, starts[r.part] + r.start + r.nbytes)
-                   for r in ordered)  # fmt: skip
+        # As they came they lie behind each other in each part.
+        ordered = [r for part in (BODY, *TAIL_DIVISORS) for r in shard.regions if r.part == part]
+        entries = [(r.name, r.dtype, r.shape, at := starts[r.part] + r.start, at + r.nbytes) for r in ordered]
         return build_header(entries, metadata, self.reserve)
 
     def foresee(self, tensors: Iterable[Parts], metadata: Mapping[str, str]) -> dict[int, bytes]:
