@@ -74,8 +74,8 @@ def seal(folder: Path, about: dict[str, Any], advance: Advance, known: Known) ->
     return tuple(entries)
 
 
-def publish(finished: Path, target: Path) -> None:
-    """Make a finished folder appear as `target`, whole or not at all.
+def publish(finished: Path, target: Path, *, synced: bool = True) -> None:
+    """Make a finished folder appear as `target`, whole or not at all; not `synced` it may vanish with the power.
 
     Raises TargetInUse when the target exists and is not an empty folder.
     """
@@ -88,7 +88,8 @@ def publish(finished: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         _publish_across(finished, target)
-    sync(target.parent)
+    if synced:
+        sync(target.parent)
 
 
 def _publish_across(finished: Path, target: Path) -> None:

@@ -77,20 +77,21 @@ class Intake:
         count = len(submission.requests)
         with self._room_for(count, submission.tenant):
             await self._webhooks.check(submission)
-            is_remote = await asyncio.to_thread(submission.is_remote, self._admission)
-            in_thread = self._store_threads.run if is_remote else asyncio.to_thread
-            admitted = await in_thread(partial(submission.admit, self._admission))
+            admitted = await asyncio.to_thread(submission.admit_local, self._admission)
+            if admitted is None:
+                admitted = await self._store_threads.run(partial(submission.admit, self._admission))
             await self._check_quotas(submission.tenant, count)
             check_open()
             jobs, batch, live_jobs = self._accept(submission, admitted)
             try:
                 events = self._queued_events(submission, admitted, live_jobs)
                 kept = submission.kept(jobs, batch)
-                await self._database.run(lambda store: store.add_all(jobs, events, batch, kept))
+                is_told = await self._database.run(lambda store: store.add_all(jobs, events, batch, kept))
             except BaseException:
                 self._unaccept(jobs, batch)
                 raise
-        self._webhooks.stored(events)
+        if is_told:
+            self._webhooks.deliverer.wake()
         for live, event in zip(live_jobs, events, strict=True):
             live.accepted(event)
         for live, entry in zip(live_jobs, admitted, strict=True):

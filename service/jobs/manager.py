@@ -466,8 +466,8 @@ class JobManager:
         return {key for live in self._live.values() for key in blobs_used(live.job)}
 
     async def _write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
-        await self._in_store_thread(lambda: self._opened_store.write(jobs, events))
-        self.webhooks.stored(events)
+        if await self._in_store_thread(lambda: self._opened_store.write(jobs, events)):
+            self.webhooks.deliverer.wake()
 
     async def _in_store_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._store_thread, work)

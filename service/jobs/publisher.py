@@ -98,8 +98,9 @@ class Publisher:
         pending = self._folders.pending_report(job.id)
         if pending.exists():
             pending.replace(self._folders.report(job.id))
-            sync(folder)
-            sync(folder.parent)
+        # Once for all that lies here: before that nothing is gone from the work folder for good.
+        sync(folder)
+        sync(folder.parent)
         remove(self._folders.work(job.id))
         return _artifacts(report, targets)
 
@@ -161,7 +162,7 @@ class Publisher:
             publish(beside, target.path)
             remove(work)
             return
-        publish(work, target.path)
+        publish(work, target.path, synced=target.is_elsewhere)
 
     def _is_published(self, job_id: str, target: Target) -> bool:
         """Of a committed job: whether the output is at its target already."""

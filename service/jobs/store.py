@@ -156,8 +156,11 @@ class Store:
         events: Sequence[Event],
         batch: Batch | None = None,
         kept: tuple[Key, str] | None = None,
-    ) -> None:
-        """Store new jobs with their first events, their batch, and the answer to the call that made them; or none."""
+    ) -> bool:
+        """Store new jobs with their first events, their batch, and the answer to the call that made them; or none.
+
+        Whether webhooks are to be told of any.
+        """
         columns = "id, tenant, kind, status, created_at, record, batch_id"
         rows = [
             (job.id, job.tenant, job.request.kind, job.status, text_of(job.created_at), to_record(job), job.batch_id)
@@ -177,16 +180,16 @@ class Store:
             db.executemany(
                 "INSERT INTO labels (key, value, job_id, tenant, kind, status) VALUES (?, ?, ?, ?, ?, ?)", labels
             )
-            _append(db, events)
+            return _append(db, events)
 
-    def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> None:
-        """Store new states of known jobs and append events, all or nothing."""
+    def write(self, jobs: Sequence[Job], events: Sequence[Event]) -> bool:
+        """Store new states of known jobs and append events, all or nothing; whether webhooks are to be told of any."""
         changes = [(job.status, to_record(job), _stored_bytes(job), _kept_since(job), job.id) for job in jobs]
         with self.transaction() as db:
             db.executemany(
                 "UPDATE jobs SET status = ?, record = ?, stored_bytes = ?, kept_since = ? WHERE id = ?", changes
             )
-            _append(db, events)
+            return _append(db, events)
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
         """The job of this id, if it is this tenant's; None is any."""
@@ -335,11 +338,11 @@ def address_of_server(data_dir: Path) -> str | None:
     return None
 
 
-def _append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
+def _append(db: sqlite3.Connection, events: Sequence[Event]) -> bool:
     rows = [(e.job_id, e.id, e.type, text_of(e.at), json.dumps(e.data, separators=(",", ":"))) for e in events]
     db.executemany("INSERT INTO events (job_id, id, type, at, data) VALUES (?, ?, ?, ?, ?)", rows)
     batch_table.append(db, events)
-    delivery_table.append(db, events)
+    return delivery_table.append(db, events)
 
 
 def _hold(path: Path) -> Any:

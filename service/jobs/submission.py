@@ -58,9 +58,10 @@ class Submission:
             tensors += found.tensors
         return admitted
 
-    def is_remote(self, admission: Admission) -> bool:
-        """Whether `admit` makes calls to stores. Blocks on the job store."""
-        return any(admission.is_remote(request, self.tenant) for request in self.requests)
+    def admit_local(self, admission: Admission) -> list[Admitted] | None:
+        """As `admit`, and None where that would make calls to stores. Blocks on files and the job store."""
+        is_remote = any(admission.is_remote(request, self.tenant) for request in self.requests)
+        return None if is_remote else self.admit(admission)
 
     def _admit_remote(self, admission: Admission) -> dict[int, Admitted | ArrowQuantError]:
         """What may be made of requests that have to do with stores: several at once, each address looked at once."""

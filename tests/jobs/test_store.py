@@ -65,6 +65,18 @@ def test_a_job_and_its_events_are_there_after_reopening(tmp_path: Path) -> None:
     second.close()
 
 
+def test_what_is_written_says_whether_a_webhook_is_to_be_told(store: Store) -> None:
+    asking = a_job(webhook={"url": "https://example.org/hook", "events": ["job.succeeded"]})
+    silent = a_job()
+    assert not store.add_all([asking, silent], [event(asking, 1, "job.queued"), event(silent, 1, "job.queued")])
+    running = [job.to(Status.RUNNING) for job in (asking, silent)]
+    assert not store.write(running, [event(job, 2, "job.running") for job in running])
+    ended = [job.to(Status.SUCCEEDED) for job in running]
+    assert not store.write(ended[1:], [event(silent, 3, "job.succeeded")])
+    last = replace(event(asking, 3, "job.succeeded"), data={"status": "succeeded"})
+    assert store.write(ended[:1], [last, event(asking, 4)])
+
+
 def test_jobs_come_newest_first_in_pages_that_neither_skip_nor_repeat(store: Store) -> None:
     jobs = [a_job() for _ in range(25)]
     for job in jobs:

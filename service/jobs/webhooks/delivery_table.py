@@ -44,11 +44,10 @@ _SHOWN = "id, event, status, created_at, attempts, last_status_code, last_error,
 _WAITING = "webhook_deliveries INDEXED BY webhook_deliveries_due WHERE status = 'pending'"
 
 
-def append(db: sqlite3.Connection, events: Sequence[Event]) -> None:
-    """Store a delivery for each event that its job's webhook asks for; the jobs are stored."""
-    for event in events:
-        if event.type in WEBHOOK_EVENTS:
-            _add(db, event)
+def append(db: sqlite3.Connection, events: Sequence[Event]) -> bool:
+    """Store a delivery for each event that its job's webhook asks for; the jobs are stored. Whether there are any."""
+    added = [_add(db, event) for event in events if event.type in WEBHOOK_EVENTS]
+    return any(added)
 
 
 def due(
@@ -129,18 +128,18 @@ def of_job(db: sqlite3.Connection, job_id: str, limit: int) -> list[Delivery]:
     ]
 
 
-def _add(db: sqlite3.Connection, event: Event) -> None:
+def _add(db: sqlite3.Connection, event: Event) -> bool:
     query = """SELECT
             tenant, batch_id, json_extract(record, '$.batch_index'), json_extract(record, '$.request.webhook'),
             EXISTS (SELECT 1 FROM webhook_deliveries WHERE job_id = jobs.id AND last_status_code = ?)
         FROM jobs WHERE id = ?"""
     row = db.execute(query, (GONE, event.job_id)).fetchone()
     if row is None or row[3] is None:
-        return
+        return False
     tenant, batch_id, batch_index, asked, is_gone = row
     webhook = Webhook.model_validate_json(asked)
     if event.type not in webhook.events:
-        return
+        return False
     at = text_of(event.at)
     status = DeliveryStatus.SKIPPED if is_gone else DeliveryStatus.PENDING
     values = (
@@ -157,6 +156,7 @@ def _add(db: sqlite3.Connection, event: Event) -> None:
     )
     columns = "id, job_id, tenant, event, place, url, body, status, created_at, next_attempt_at"
     db.execute(f"INSERT INTO webhook_deliveries ({columns}) VALUES ({_marks(values)})", values)
+    return True
 
 
 def _marks(values: Collection[object]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from prometheus_client import CollectorRegistry
 
 from service.errors import WebhookSecretMissing
 from service.jobs.database import Database
-from service.jobs.events import Event
-from service.jobs.request import WEBHOOK_EVENTS
 from service.jobs.sources import pointing
 from service.jobs.submission import Submission
 from service.jobs.webhooks import delivery_table, secret_table
@@ -80,11 +77,6 @@ class Webhooks:
     async def deliveries(self, job_id: str) -> list[Delivery]:
         """The newest deliveries of a job, oldest first."""
         return await self._database.read(lambda db: delivery_table.of_job(db, job_id, SHOWN))
-
-    def stored(self, events: Iterable[Event]) -> None:
-        """Hear of events that are in the store now, with their deliveries."""
-        if any(event.type in WEBHOOK_EVENTS for event in events):
-            self.deliverer.wake()
 
     async def _check_secret(self, tenant: str) -> None:
         if not await self._database.read(lambda db: secret_table.usable(db, tenant)):
