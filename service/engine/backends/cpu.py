@@ -256,12 +256,16 @@ class CpuBackend(ReferenceBackend):
         if any(i.converts for i in inputs):
             size = min(size, CONVERTED_ELEMENTS // weight)
         size = max(1, -(-size // step)) * step
-        spans = [(first, min(first + size, total)) for first in range(0, total, size)]
-        if self._pool is None or len(spans) == 1:
-            for first, last in spans:
+        spans = iter([(first, min(first + size, total)) for first in range(0, total, size)])
+
+        def work() -> None:
+            for first, last in spans:  # each thread the next that none has taken
                 fill(first, last)
+
+        if self._pool is None or size >= total:
+            work()
         else:
-            for done in [self._pool.submit(fill, first, last) for first, last in spans]:
+            for done in [self._pool.submit(work) for _ in range(self.threads)]:
                 done.result()
 
     def _search_grids(
