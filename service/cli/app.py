@@ -84,7 +84,13 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights that share one scale.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zeros.")] = None,
     scheme: Annotated[str | None, typer.Option(help="A scheme by name, such as nf4; instead of --bits.")] = None,
-    method: Annotated[str | None, typer.Option(help="How scales are found: minmax or mse.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How scales are found: minmax, mse, hqq, gptq, or auto: by the calibration."),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="What the layers are fed: safetensors, Parquet or imatrix.gguf.")
+    ] = None,
     profile: ProfileName = "local",
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to copy; replaces the defaults.")] = None,
     min_accuracy: MinAccuracy = None,
@@ -95,7 +101,8 @@ def quantize(
     server: RemoteUrl = None,
     api_key: ApiKey = None,
     upload: Annotated[
-        bool, typer.Option("--upload", help="Send SOURCE, which is on this disk, to --server first.")
+        bool,
+        typer.Option("--upload", help="Send SOURCE and --calibration, which are on this disk, to --server first."),
     ] = False,
     webhook: Annotated[
         str | None, typer.Option("--webhook", metavar="URL", help="Have --server tell this address how the job ends.")
@@ -129,16 +136,19 @@ def quantize(
             from service.cli.remote import quantize_there
 
             _refuse_means(threads, block_bytes)
-            there, upload_from = Server(server, api_key), _path(source) if upload else None
-            body |= {"source": _source(source)} | _set(webhook=webhook and {"url": webhook})
-            job = quantize_there(there, body, out.absolute(), upload_from)
+            named = {"source": source} | _set(calibration=calibration)
+            uploads = {name: _path(given) for name, given in named.items()} if upload else {}
+            body |= {name: _source(given) for name, given in named.items() if name not in uploads}
+            body |= _set(webhook=webhook and {"url": webhook})
+            job = quantize_there(Server(server, api_key), body, out.absolute(), uploads)
         elif upload or webhook:
             name = "--upload" if upload else "--webhook"
             raise Failed({"code": "invalid_request", "detail": f"{name} needs --server"}, status=USAGE)
         else:
             from service.cli.local import quantize_here
 
-            job = quantize_here(body, _path(source), out.absolute(), _means(threads, block_bytes))
+            fed = _path(calibration) if calibration is not None else None
+            job = quantize_here(body, _path(source), out.absolute(), _means(threads, block_bytes), fed)
         finish(job, as_json=as_json, out=out)
 
 

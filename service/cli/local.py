@@ -19,6 +19,8 @@ from service.cli.target import new_folder, refuse_inside, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
 from service.engine.budget import plan_within_budgets
+from service.engine.calibration.calibration import Calibration
+from service.engine.calibration.opening import open_calibration
 from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
@@ -57,7 +59,9 @@ def warm_up() -> Iterator[tuple[str, float]]:
             yield name, time.monotonic() - begun
 
 
-def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -> dict[str, Any]:
+def quantize_here(
+    body: dict[str, Any], source: Path, out: Path, means: Means, calibration: Path | None = None
+) -> dict[str, Any]:
     """Carry out the body of a `POST /v1/jobs` on a model on this disk, into `out`; answers like a job.
 
     `out` appears whole or not at all: a folder for each output, and `report.json`.
@@ -67,16 +71,19 @@ def quantize_here(body: dict[str, Any], source: Path, out: Path, means: Means) -
         request = QuantizeRequest.model_validate(body | {"source": _source(source)})
     config = resolve(request.profile, [means.defaults, request.config])
     specs = output_specs(request, config)
-    check_outputs(specs)
+    check_outputs(specs, is_calibrated=calibration is not None)
     refuse_inside(out, source)
     with (
         new_folder(out) as folder,
         open_display() as display,
         interruptible() as cancelled,
         closing(_open(source)) as reader,
+        _opened_calibration(calibration) as fed,
     ):
         backend = means.backend(config)
-        plan = plan_within_budgets(reader, specs, backend=backend, memo=None, report=display, cancelled=cancelled)
+        plan = plan_within_budgets(
+            reader, specs, backend=backend, memo=None, report=display, cancelled=cancelled, calibration=fed
+        )
         report = quantize(
             plan,
             reader,
@@ -149,6 +156,17 @@ def _open(path: Path) -> ModelReader:
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist")
     return open_model(path)
+
+
+@contextmanager
+def _opened_calibration(path: Path | None) -> Iterator[Calibration | None]:
+    if path is None:
+        yield None
+        return
+    if not path.exists():
+        raise ModelNotFound(f"{path} does not exist")
+    with closing(open_calibration(path)) as calibration:
+        yield calibration
 
 
 def _source(path: Path) -> dict[str, str]:

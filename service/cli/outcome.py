@@ -28,7 +28,7 @@ INTERRUPTED = 130
 UNREAD = 141
 
 #: Codes of requests that no server could carry out as they were typed.
-USAGE_CODES = {"invalid_config", "invalid_request", "unsupported_by_format"}
+USAGE_CODES = {"invalid_config", "invalid_request", "unsupported_by_format", "invalid_calibration"}
 
 
 class Failed(Exception):
@@ -131,6 +131,8 @@ def _figures(output: dict[str, Any]) -> str:
     parts = [str(output.get("name", "model"))]
     if "cosine_similarity" in output:
         parts.append(f"cosine similarity {output['cosine_similarity']:.5f}")
+    if "output_relative_error" in output:
+        parts.append(f"error of the outputs {output['output_relative_error']:.4f}")
     if "sqnr_db" in output:
         parts.append(f"SQNR {output['sqnr_db']:.1f} dB")
     if "bits_per_weight" in output:

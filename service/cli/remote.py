@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from service.cli.upload import upload_source
 from service.engine.progress import Happening, Notice, Progress
 
 
-def quantize_there(server: Server, body: dict[str, Any], out: Path, upload: Path | None = None) -> dict[str, Any]:
-    """Have a service quantize, and fetch into `out` all that it wrote. `upload` goes there first, as the source."""
-    if upload is not None:
-        refuse_inside(out, upload)
+def quantize_there(
+    server: Server, body: dict[str, Any], out: Path, uploads: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
+    """Have a service quantize, and fetch into `out` all that it wrote.
+
+    `uploads` go there first, as the fields of the body by whose names they are: the source, its calibration.
+    """
+    for path in (uploads or {}).values():
+        refuse_inside(out, path)
     with new_folder(out) as folder, server:
-        if upload is not None:
-            body = body | {"source": upload_source(server, upload)}
+        for name, path in (uploads or {}).items():
+            body = body | {name: upload_source(server, path)}
         job = run_job(server, body)
         _fetch(server, job["id"], folder)
     return job

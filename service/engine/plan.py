@@ -136,8 +136,8 @@ class Plan:
         return sum(stored_bytes(t.info, t.decisions[output], about) for t in self.tensors)
 
 
-def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
-    """Look up formats, check options and schemes: all that can be refused without opening the model.
+def check_outputs(outputs: Sequence[OutputSpec], *, is_calibrated: bool = False) -> tuple[OutputPlan, ...]:
+    """Look up formats, check options, schemes and methods: all that can be refused without opening the model.
 
     Raises InvalidConfig or UnsupportedByFormat with a pointer into the request's `outputs`.
     """
@@ -147,7 +147,7 @@ def check_outputs(outputs: Sequence[OutputSpec]) -> tuple[OutputPlan, ...]:
     if len({spec.config.backend for spec in outputs}) > 1:
         raise InvalidConfig("all outputs of a job are computed by one backend; set it in `config`", pointer="/outputs")
     choose_backend(outputs[0].config.backend or "auto")
-    return tuple(_check_output(index, spec) for index, spec in enumerate(outputs))
+    return tuple(_check_output(index, spec, is_calibrated) for index, spec in enumerate(outputs))
 
 
 def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: Calibration | None = None) -> Plan:
@@ -157,7 +157,7 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: C
     Raises what `check_outputs` raises, AlreadyQuantized when the model's weights are codes, and InvalidCalibration
     when the calibration is not the model's.
     """
-    checked = check_outputs(outputs)
+    checked = check_outputs(outputs, is_calibrated=calibration is not None)
     feed = _feed(checked, calibration)
     if coded := next((t for t in reader.tensors if t.stored_as), None):
         raise AlreadyQuantized(
@@ -254,7 +254,7 @@ def with_scale(scheme: Scheme, dtype: ScaleDtype) -> Scheme:
     return type(scheme).model_validate(scheme.model_dump() | {"scale_dtype": dtype})
 
 
-def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
+def _check_output(index: int, spec: OutputSpec, is_calibrated: bool) -> OutputPlan:
     pointer = f"/outputs/{index}"
     format_ = find_format(spec.format, pointer=f"{pointer}/format")
     if not format_.can_write:
@@ -269,6 +269,8 @@ def _check_output(index: int, spec: OutputSpec) -> OutputPlan:
     bases = [TensorConfig(**resolved.tensor_fields())]
     bases += [bases[0].overridden_by(override) for override in resolved.layers or ()]
     for config in bases:
+        if not is_calibrated:
+            choose_method(config.method or "minmax", None)
         asked = candidates(config, resolved)
         refused = {(s := build(each, "F32")).id: format_.refuses_scheme(s, options) for each in asked}
         reason = next((f"{id_}: {text}" for id_, text in refused.items() if text), None)

@@ -11,12 +11,13 @@ from typing import Any
 
 from service.engine.backends.base import CPU
 from service.engine.backends.registry import backends, choose_backend
+from service.engine.calibration.opening import open_calibration
 from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.registry import is_readable, open_model
 from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
 from service.engine.plan import OutputSpec, check_outputs, make_plan
-from service.errors import ArrowQuantError, InvalidConfig, TargetInUse
+from service.errors import ArrowQuantError, InvalidCalibration, InvalidConfig, TargetInUse
 from service.jobs.folders import REPORT
 from service.jobs.job import Job
 from service.jobs.looks import Looks
@@ -85,14 +86,14 @@ class Admission:
         `looks` are those of other requests that are admitted together. Headers of more than `max_tensors` are left
         to the job.
         Raises InvalidConfig, UnsupportedByFormat, ForbiddenPath, ModelNotFound, BlobNotFound, UnsupportedModel
-        (PickledWeights, AlreadyQuantized), CorruptModel, TargetInUse or ExceedsMemory, with a pointer where there is
-        one; of addresses in a store also StoreRefused and StoreUnavailable.
+        (PickledWeights, AlreadyQuantized), CorruptModel, InvalidCalibration, TargetInUse or ExceedsMemory, with a
+        pointer where there is one; of addresses in a store also StoreRefused and StoreUnavailable.
         """
         config = self.resolve(request)
         targets: tuple[PurePath, ...] = ()
         with storage_faults("looking at the request's addresses"):
             if isinstance(request, QuantizeRequest):
-                check_outputs(output_specs(request, config))
+                check_outputs(output_specs(request, config), is_calibrated=request.calibration is not None)
             with self._sources.looked_at(request, tenant) as places:
                 for place in places:
                     if place.is_remote and looks is not None:
@@ -120,20 +121,23 @@ class Admission:
         """What the headers say that the job needs, and of how many tensors they are.
 
         None where these are too many or far away, or something is wrong with a model, which the job tells that reads
-        it.
+        it. Raises InvalidCalibration when a calibration is not the model's.
         """
         if max_tensors <= 0 or any(place.is_remote for place in places):
             return None, 0
         try:
             with ExitStack() as stack:
-                readers = [stack.enter_context(closing(open_model(place.files()))) for place in places]
+                readers = [stack.enter_context(closing(open_model(p.files()))) for p in places if not p.is_calibration]
+                fed = [stack.enter_context(closing(open_calibration(p.files()))) for p in places if p.is_calibration]
                 tensors = sum(len(reader.tensors) for reader in readers)
                 if tensors > max_tensors:
                     return None, tensors
                 if isinstance(request, QuantizeRequest):
-                    plan = make_plan(readers[0], output_specs(request, config))
+                    plan = make_plan(readers[0], output_specs(request, config), *fed)
                     return need_to_quantize(plan, self._block_bytes), tensors
                 return need_to_validate(readers[0], readers[1], self._block_bytes), tensors
+        except InvalidCalibration:
+            raise
         except ArrowQuantError:
             return None, 0
 
@@ -221,5 +225,8 @@ def _output_spec(index: int, request: QuantizeRequest, output: OutputRequest, co
 def _check_readable(place: Place) -> None:
     """Refuse what no format takes for its own, such as pickled weights; the rest shows when it is read."""
     with closing(place.files()) as files:
-        if not is_readable(files):
+        if place.is_calibration:
+            with pointing(place.pointer):
+                open_calibration(files).close()
+        elif not is_readable(files):
             open_model(files).close()

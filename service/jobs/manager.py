@@ -293,15 +293,16 @@ class JobManager:
             with (
                 storage_faults("reading the model"),
                 self._folders.scratch() as inputs,
-                self._sources.opened(request, tenant, inputs) as (reader,),
+                self._sources.opened(request, tenant, inputs) as opened,
             ):
                 return plan_within_budgets(
-                    reader,
+                    opened.models[0],
                     output_specs(request, config),
                     backend=self.backends.get(config.backend or "auto"),
                     memo=None,
                     report=lambda happening: None,  # noqa: ARG005 - nobody follows it
                     cancelled=lambda: False,
+                    calibration=opened.calibration,
                 )
 
         with self.leases.held(*jobs_used(request)):

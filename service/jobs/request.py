@@ -73,6 +73,9 @@ class BlobsSource(_Body):
 Source = TypeAliasType("Source", Annotated[UriSource | JobSource | BlobsSource, Field(discriminator="type")])
 
 
+CalibrationSource = TypeAliasType("CalibrationSource", Annotated[UriSource | BlobsSource, Field(discriminator="type")])
+
+
 class OutputRequest(_Body):
     """A model to write."""
 
@@ -152,6 +155,9 @@ class QuantizeRequest(_JobBody):
 
     kind: Literal["quantize"]
     source: Source
+    calibration: CalibrationSource | None = Field(
+        default=None, description="What the model's layers are fed: a safetensors, Parquet or imatrix.gguf file."
+    )
     outputs: list[OutputRequest] = Field(min_length=1, max_length=16)
 
 

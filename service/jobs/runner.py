@@ -165,23 +165,26 @@ class Runner:
         }
         inputs = self._folders.inputs(job.id)
         # Readers ask from threads of their own, which must not take up the wish to park.
-        with self._sources.opened(job.request, job.tenant, inputs, lambda: stop.reason is not None) as readers:
+        with self._sources.opened(job.request, job.tenant, inputs, lambda: stop.reason is not None) as opened:
             if isinstance(job.request, QuantizeRequest):
                 specs = output_specs(job.request, config)
-                self._claim(job, need_to_quantize(make_plan(readers[0], specs), self._block_bytes))
+                plan = make_plan(opened.models[0], specs, opened.calibration)
+                self._claim(job, need_to_quantize(plan, self._block_bytes))
                 plan = plan_within_budgets(
-                    readers[0],
+                    opened.models[0],
                     specs,
                     backend=backend,
                     memo=work / MEASURED,
                     report=tools["report"],
                     cancelled=stop.is_set,
+                    calibration=opened.calibration,
                 )
                 if plan.budgets:
                     tools["report"] = behind_measuring(tools["report"])
-                return quantize(plan, readers[0], work, **tools)
-            self._claim(job, need_to_validate(readers[0], readers[1], self._block_bytes))
-            return validate(readers[0], readers[1], work=work, min_accuracy=config.min_accuracy or 0.0, **tools)
+                return quantize(plan, opened.models[0], work, **tools)
+            original, quantized = opened.models
+            self._claim(job, need_to_validate(original, quantized, self._block_bytes))
+            return validate(original, quantized, work=work, min_accuracy=config.min_accuracy or 0.0, **tools)
 
     def _claim(self, job: Job, need: Need) -> None:
         """Have the job hold what its headers say that it needs, whatever was known when it was queued."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 
+from service.engine.calibration.calibration import Calibration
+from service.engine.calibration.opening import open_calibration
 from service.engine.formats.base import ModelReader
 from service.engine.formats.layout import files_under
 from service.engine.formats.registry import open_model
@@ -25,10 +27,13 @@ from service.storage.model_files import ModelFiles
 from service.storage.remote_address import HUB_SCHEME, RemoteAddress
 from service.storage.stores import Stores
 
+#: The field of a request that names no model.
+CALIBRATION = "calibration"
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model lies, and the folders that its files must not lead out of.
+    """Where a model or a calibration lies, and the folders that its files must not lead out of.
 
     `path` is that of a file or folder of this machine, or the key of an address in a store; the files of
     that are looked up by `find`. `pointer` is where the request names it.
@@ -38,6 +43,7 @@ class Place:
     roots: tuple[Path, ...]
     pointer: str
     find: Callable[[Cancelled | None], ModelFiles] | None = None
+    is_calibration: bool = False
 
     def files(self, cancelled: Cancelled | None = None) -> ModelFiles:
         """Its files, for a format to look at or to open, and to be closed.
@@ -60,6 +66,14 @@ class Place:
         source = reader.layout.source
         if isinstance(source, LocalFiles):
             check_links((source.root / name for name in reader.files), self.roots)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The models of a request: one to quantize, original and quantized to validate; and its calibration, if it has."""
+
+    models: Sequence[ModelReader]
+    calibration: Calibration | None
 
 
 class Sources:
@@ -92,7 +106,7 @@ class Sources:
 
     @contextmanager
     def looked_at(self, request: JobRequest, tenant: str) -> Iterator[tuple[Place, ...]]:
-        """Where all sources of a request lie: one to quantize, original and quantized to validate.
+        """Where all sources of a request lie: one to quantize and its calibration, original and quantized to validate.
 
         For as long as the context is open: links to blobs are gone afterwards. Only the tenant's own jobs
         and blobs are sources: any other's are as good as unknown. Raises InvalidConfig, ForbiddenPath,
@@ -104,26 +118,31 @@ class Sources:
     @contextmanager
     def opened(
         self, request: JobRequest, tenant: str, inputs: Path, cancelled: Cancelled | None = None
-    ) -> Iterator[list[ModelReader]]:
-        """The sources in the order of `looked_at`, open until the block ends.
+    ) -> Iterator[Opened]:
+        """The sources, open until the block ends.
 
         Blobs are linked below the folder `inputs`, which is made if need be and may hold the links already; it
         also keeps which commit of the hub is read. Raises Cancelled when `cancelled` says so, and what
-        `looked_at` and `open_model` raise.
+        `looked_at`, `open_model` and `open_calibration` raise.
         """
         with ExitStack() as stack:
-            readers = []
+            models: list[ModelReader] = []
+            calibration: Calibration | None = None
             for place in self._places(request, tenant, inputs):
                 files = stack.enter_context(closing(place.files(cancelled)))
-                reader = stack.enter_context(closing(open_model(files)))
+                if place.is_calibration:
+                    with pointing(place.pointer):
+                        calibration = stack.enter_context(closing(open_calibration(files)))
+                    continue
+                models.append(stack.enter_context(closing(open_model(files))))
                 # Once more: a file may have become a link since. From here on the reader knows its files.
-                place.check(reader)
-                readers.append(reader)
-            yield readers
+                place.check(models[-1])
+            yield Opened(models, calibration)
 
     def _places(self, request: JobRequest, tenant: str, inputs: Path) -> Iterator[Place]:
         for name, source in _named_sources(request):
-            yield self._resolve(source, f"/{name}", tenant, inputs / name)
+            place = self._resolve(source, f"/{name}", tenant, inputs / name)
+            yield replace(place, is_calibration=name == CALIBRATION)
 
     def _resolve(self, source: Source, pointer: str, tenant: str, inputs: Path) -> Place:
         if isinstance(source, JobSource):
@@ -190,7 +209,8 @@ def blobs_used(job: Job) -> Iterator[BlobKey]:
 def _named_sources(request: JobRequest) -> tuple[tuple[str, Source], ...]:
     """The sources with the names of their fields."""
     if isinstance(request, QuantizeRequest):
-        return (("source", request.source),)
+        fed = () if request.calibration is None else ((CALIBRATION, request.calibration),)
+        return (("source", request.source), *fed)
     return (("original", request.original), ("quantized", request.quantized))
 
 

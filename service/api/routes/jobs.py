@@ -58,6 +58,7 @@ CREATION_ERRORS = (
     errors.WebhookSecretMissing,
     errors.LookupsBusy,
     errors.ExceedsMemory,
+    errors.InvalidCalibration,
 )
 
 #: What a call may be refused for that comes with an idempotency key.

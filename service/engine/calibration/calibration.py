@@ -70,6 +70,7 @@ class Calibration:
                     f"{layer.name}.{field} has the shape {_shown(found)}, and {info.name} of shape {_shown(info.shape)}"
                     f" with {len(self.timesteps)} timesteps wants {_shown(expected)}: calibrate this very model",
                     tensor=info.name,
+                    pointer="/calibration",
                 )
         return layer
 
