@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
+from bench.bare_server import bare_server
 from bench.common import MB, Samples, cores, measure
 from bench.engine import BLOCK_BYTES, Job, make_backend, run
 from bench.models import Model
@@ -69,7 +70,8 @@ async def small_job(client: Client, one: Model, work: Path, formats: tuple[str, 
 class TableCall:
     """Seconds for one table: kernels alone, all that the service does with its bytes, and the whole call.
 
-    `loopback` is how long the same bytes take through a socket of this machine and back as long as the answer is.
+    `loopback` is how long the same bytes take through a socket of this machine and back as long as the answer is,
+    `bare` how long over HTTP to a server that does nothing with them.
     """
 
     method: str
@@ -77,6 +79,7 @@ class TableCall:
     engine: Samples
     table: Samples
     call: Samples
+    bare: Samples
     loopback: Samples
 
 
@@ -100,8 +103,10 @@ async def table_call(url: str, method: str, repeats: int) -> TableCall:
         with closing(HTTPConnection(urlsplit(url).netloc, timeout=60)) as connection:
             call = measure(lambda: _post(connection, data, method), repeats=repeats)
         answer = len(table())
+        with bare_server(answer) as host, closing(HTTPConnection(host, timeout=60)) as connection:
+            bare = measure(lambda: _post(connection, data, method), repeats=repeats)
         loopback = measure(lambda: _loopback(data, answer), repeats=repeats)
-        return TableCall(method, weights.nbytes, engine, measure(table, repeats=repeats), call, loopback)
+        return TableCall(method, weights.nbytes, engine, measure(table, repeats=repeats), call, bare, loopback)
 
     return await asyncio.to_thread(measured)
 
@@ -109,7 +114,7 @@ async def table_call(url: str, method: str, repeats: int) -> TableCall:
 def table_row(measured: TableCall) -> list[str]:
     """As shown: milliseconds, rates, and shares of the kernels' rate."""
     engine = measured.engine.median
-    parts = (measured.engine, measured.table, measured.call, measured.loopback)
+    parts = (measured.engine, measured.table, measured.call, measured.bare, measured.loopback)
     times = [f"{s.median * 1e3:.1f}" for s in parts]
     return [
         f"{measured.nbytes / MB:.0f} MB, {measured.method}",
