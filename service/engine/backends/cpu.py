@@ -17,7 +17,8 @@ from service.engine.backends.reference import ReferenceBackend
 from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram
 from service.engine.inputs import LayerInputs
-from service.engine.methods.base import Method
+from service.engine.methods.base import Method, Solution
+from service.engine.methods.gptq import Gptq
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.metrics import ErrorSums
@@ -138,6 +139,17 @@ class CpuBackend(ReferenceBackend):
         if not x.size or not has_kernel(form, method, grid, inputs):
             return super().quantize(x, scheme, method, grid, inputs)
         return self.measure_output(x, self._computed(x, form, method, grid).packed_rows(), inputs)
+
+    def _solved(self, x: FloatArray, scheme: Scheme, method: Method, inputs: LayerInputs) -> Solution:
+        form = Form(scheme, *x.shape)
+        if not x.size or type(method) is not Gptq or not has_kernel(form, MinMax(), None):
+            return super()._solved(x, scheme, method, inputs)
+        from service.engine.backends.cpu_gptq import solve
+
+        def split(fill: Fill, rows: int, step: int) -> None:
+            self._split(fill, rows, step, form.cols * INLINE_ELEMENTS)
+
+        return solve(x, form, method, inputs, split)
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
         """See `Backend.quantize_many`."""

@@ -12,7 +12,7 @@ from service.engine.backends.base import Backend, Grid
 from service.engine.decode import dequantize, regions
 from service.engine.histogram import Histogram
 from service.engine.inputs import LayerInputs
-from service.engine.methods.base import Method
+from service.engine.methods.base import Method, Solution
 from service.engine.methods.minmax import MinMax
 from service.engine.metrics import ErrorSums
 from service.engine.packing import pack_rows
@@ -65,13 +65,16 @@ class ReferenceBackend(Backend):
         x = _as_float32(raw)
         finite = bool(np.isfinite(x).all())
         bound = _bound(scheme, grid)
-        found = method.solve(np, x if finite else np.zeros_like(x), bound, inputs)
+        found = self._solved(x if finite else np.zeros_like(x), bound, method, inputs)
         scale, zero = bound.stored_grid(found.scale, found.zero, x.shape[1])
         packed = pack_rows(found.codes, scheme.bits)
         q = QuantizedRows(
             scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False), bound.tensor_divisor
         )
         return replace(q, errors=self.compare(x, self.dequantize(q))) if finite else q
+
+    def _solved(self, x: FloatArray, scheme: Scheme, method: Method, inputs: LayerInputs) -> Solution:
+        return method.solve(np, x, scheme, inputs)
 
     def _quantize_tile(self, raw: Array, scheme: Scheme, method: Method, grid: Grid | None) -> QuantizedRows:
         x = _as_float32(raw)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.methods.base import Solution
+from service.engine.schemes.base import BLOCK as SCALE_BLOCK
 from service.engine.schemes.base import AnyArray, Scheme
-from service.engine.schemes.codebook import CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.table import TableScheme
 
 #: Columns of which the products with all others are made anew together. Longer groups have a block of their own, ...
 BLOCK = 128
@@ -41,19 +42,30 @@ class Coded:
 
     @classmethod
     def of(cls, xp: Any, scheme: Scheme, solution: Solution) -> Coded:
-        """A solution with its values."""
-        return cls(scheme, solution.codes, solution.scale, solution.zero, solution.codes).with_codes(xp, solution.codes)
+        """A solution with its values; scales of blocks are repeated for each row."""
+        scale, zero = solution.scale, solution.zero
+        if scheme.granularity == "block":
+            blocks = xp.arange(solution.codes.shape[0]) // SCALE_BLOCK
+            scale, zero = (xp.take(grids, blocks, axis=0) for grids in (scale, zero))
+        return cls(scheme, solution.codes, scale, zero, solution.codes).with_codes(xp, solution.codes)
 
     @property
     def solution(self) -> Solution:
         """Without the values."""
-        return Solution(self.codes, self.scale, self.zero)
+        each = SCALE_BLOCK if self.scheme.granularity == "block" else 1
+        return Solution(self.codes, self.scale[::each, :], self.zero[::each, :])
 
     @property
     def group(self) -> int:
         """Columns from one group to the next."""
-        size = self.scheme.group_size if self.scheme.granularity == "group" else None
-        return size or self.codes.shape[1]
+        return int(self.scheme.width or self.codes.shape[1])
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a group's scale may be any that can be stored, whatever the others have."""
+        scheme = self.scheme
+        plain = isinstance(scheme, (IntegerScheme, TableScheme)) and scheme.granularity in ("channel", "group")
+        return plain and self.group <= LONGEST_GROUP
 
     def with_codes(self, xp: Any, codes: AnyArray) -> Coded:
         """Other codes on the same grids."""
@@ -167,7 +179,7 @@ def _started(xp: Any, coded: Coded, group: int, values: AnyArray, rest: AnyArray
     scheme = coded.scheme
     scale, zero = coded.scale[:, group], coded.zero[:, group]
     scales, zeros = [scale], [zero]
-    if type(scheme) in (IntegerScheme, CodebookScheme) and coded.group <= LONGEST_GROUP:
+    if coded.is_free:
         top = (1 << scheme.bits) - 1
         moves = [(factor, shift) for factor, shift in TRIALS[1:] if not (shift and scheme.symmetric)]
         scales += [scheme.store_scale(xp, scale * factor) for factor, _ in moves]

@@ -61,9 +61,11 @@ class Gptq(Method):
         """Of each row the best by its output error: that of `mse`, or the walk's and the descent's from there."""
         gram = xp.asarray(inputs.gram)
         factor = inputs.once((self, scheme, xp.__name__), lambda: self.factor(xp, gram, scheme))
-        plain = Coded.of(xp, scheme, super().solve(xp, x, scheme, inputs))
-        start = super().solve(xp, x, scheme, LayerInputs(inputs.cols, mean_square=np.asarray(factor.seen)))
-        walked = nearest_plane(xp, x, Coded.of(xp, scheme, start), factor)
+        plain = start = Coded.of(xp, scheme, super().solve(xp, x, scheme, inputs))
+        if scheme.granularity != "block":  # rows of a block have to stay on one grid
+            seen = LayerInputs(inputs.cols, mean_square=np.asarray(factor.seen))
+            start = Coded.of(xp, scheme, super().solve(xp, x, scheme, seen))
+        walked = nearest_plane(xp, x, start, factor)
         better = descend(xp, x, gram, walked, self.sweeps)
         return plain.unless_better(xp, x, gram, better).solution
 
