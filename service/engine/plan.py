@@ -197,7 +197,7 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
     # An override that names a tensor means it; otherwise the skip patterns come first.
     if override is None and (skipped := output.config.skips(info.name)) is not None:
         return _copied(f"skip pattern {skipped!r}")
-    whole = build(config, info.dtype)
+    whole = _built(config, info.dtype)
     if _is_too_wide(info, whole):
         return Decision(f"rows of {info.cols} elements are too long", notable=True)
     scheme, regrouped = fit_group(whole, info.cols, output.format)
@@ -213,6 +213,11 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
     rule = f"{rule}; {choice.reason}" if choice.reason else rule
     auto_scale = config.scale_dtype in (None, "auto") and "F32" in scheme.choices("scale_dtype")
     return _quantized(rule, scheme, choice, bool(regrouped), auto_scale)
+
+
+@lru_cache(maxsize=256)  # a model has thousands of tensors and few configurations
+def _built(config: TensorConfig, dtype: str) -> Scheme:
+    return build(config, dtype)
 
 
 @lru_cache(maxsize=256)

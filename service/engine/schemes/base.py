@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import ml_dtypes
@@ -78,6 +79,7 @@ class Scheme(BaseModel):
     scale_dtype: ScaleDtype = "F16"
 
     @classmethod
+    @cache  # asked for every tensor
     def choices(cls, parameter: str) -> tuple[Any, ...]:
         """The values that a parameter with a choice of them can have."""
         return _literals(cls.model_fields[parameter].annotation)
