@@ -56,15 +56,15 @@ def _is_paired(cols, group):
 
 
 @njit(nogil=True)
-def _store_ranges(x, kind, first, count, group, paired, scratch, low, high):
+def _store_ranges(x, kind, first, count, group, paired, symmetric, scratch, low, high):
     """Write the ranges of the groups of `count` elements."""
     if paired:
-        store_ranges(x + item_bytes(kind) * first, kind, count, group, low, high)
+        store_ranges(x + item_bytes(kind) * first, kind, count, group, symmetric, low, high)
     else:
         for at in range(0, count, group):
             n, place = min(group, count - at), at // group * 4
             span = as_f32(x, kind, first + at, n, scratch)
-            store_ranges(span, KIND_F32, whole_vectors(n), whole_vectors(n), low + place, high + place)
+            store_ranges(span, KIND_F32, whole_vectors(n), whole_vectors(n), symmetric, low + place, high + place)
 
 
 @njit(nogil=True)
@@ -73,7 +73,7 @@ def _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, ze
     base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
         n = min(SPAN, cols - start)
-        _store_ranges(x, kind, first + start, n, n, paired, scratch, base, base + 4 * LANES)
+        _store_ranges(x, kind, first + start, n, n, paired, form[3], scratch, base, base + 4 * LANES)
         lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
     ranges[0], ranges[LANES] = lowest, highest
     _store_grids(ranges, LANES, 1, form, codebook, grids, scale, zero)
@@ -84,7 +84,7 @@ def _grids_of_span(x, kind, first, count, group, paired, form, codebook, grids, 
     """The grids of the groups of a span."""
     room = ranges.size // GRID_NUMBERS
     base = address_of(ranges)
-    _store_ranges(x, kind, first, count, group, paired, scratch, base, base + 4 * room)
+    _store_ranges(x, kind, first, count, group, paired, form[3], scratch, base, base + 4 * room)
     groups = (count + group - 1) // group
     _store_grids(ranges, room, groups, form, codebook, grids, scale, zero)
 
