@@ -27,6 +27,11 @@ class Beside:
     activation_scale: FloatArray | None = None
     activation_zero_point: FloatArray | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(value.nbytes for name in PARTS if (value := getattr(self, name)) is not None)
+
     def cells(self) -> dict[str, Any]:
         """As JSON, without what it has not."""
         return {name: value.tolist() for name in PARTS if (value := getattr(self, name)) is not None}

@@ -86,6 +86,7 @@ def work_of(plan: Plan, backend: Backend) -> Work:
 @cache
 def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str) -> float:
     """How long the kernel takes for one element, on all cores."""
+    method = method.quantizes_as
     x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
     grid: Grid | None = None
     if scheme.takes_pass:

@@ -98,7 +98,15 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
     coding = max((_coding(o, info, d.scheme, rows) for o, d in ways if d.scheme is not None), default=0)
     feeding = plan.feed.held_bytes(info) if plan.feed is not None and tensor.is_fed else 0
     writing = max(block if d.scheme is None else _codes(o, info, d.scheme, rows) for o, d in ways)
-    return reading + coding + writing + feeding
+    is_stretched = any(d.method is not None and d.method.scales_inputs for _, d in ways)
+    return reading + coding + writing + feeding + (_stretching(tensor, rows) if is_stretched else 0)
+
+
+def _stretching(tensor: TensorPlan, rows: int) -> int:
+    """A block in float32 as it is scaled, quantized and read back, and the Gram matrix of divided inputs."""
+    cols = tensor.info.cols
+    gram = cols * cols if tensor.tells and "gram" in tensor.tells else 0
+    return 4 * (3 * rows * cols + 2 * gram)
 
 
 def _codes(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:

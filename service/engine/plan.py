@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from service.engine.config import (
 from service.engine.formats.base import Format, FormatOptions, ModelLayout, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.methods.base import Method
+from service.engine.methods.registry import methods
 from service.engine.progress import Notice
 from service.engine.records import record
 from service.engine.report import Budget
@@ -41,6 +42,8 @@ GROUP_SIZES = (256, 128, 64, 32, 16)
 #: A tensor is worked on in blocks of a multiple of some rows, and copied where so many are longer than that many bytes:
 #: no weight matrix is, and memory is to follow the block.
 MAX_SMALLEST_BLOCK_BYTES = 256 << 20
+#: Bytes of what a column of inputs is divided by.
+SCALE_BYTES = 4
 #: The fields of LayerInputs that calibration tells of a layer; None where a job has no calibration.
 Tells = frozenset[str] | None
 #: Layers that a warning names.
@@ -282,7 +285,19 @@ def _check_output(index: int, spec: OutputSpec, is_calibrated: bool) -> OutputPl
         # Candidates that nobody has named are those that the format holds.
         if reason and (config.bit_width != AUTO or resolved.candidates or all(refused.values())):
             raise UnsupportedByFormat(f"{spec.format} cannot hold {reason}", pointer=f"{pointer}/format")
+        if config.method in scaling_methods() and "input_scale" not in format_.keeps:
+            raise UnsupportedByFormat(
+                f"{spec.format} cannot hold what {config.method} has the inputs of a layer divided by, for its loaders"
+                " do not divide them: choose `parquet`, or another method",
+                pointer=f"{pointer}/format",
+            )
     return OutputPlan(spec.name, format_, options, resolved)
+
+
+@cache
+def scaling_methods() -> frozenset[str]:
+    """The ids of methods that have a layer's inputs divided."""
+    return frozenset(id_ for id_, cls in methods().items() if cls.scales_inputs)
 
 
 def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
@@ -314,7 +329,10 @@ def _is_held(config: TensorConfig, output: OutputPlan) -> bool:
 
 def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> int:
     """What the tensor takes in this output, without headers."""
-    return output.format.stored_bytes(info, decision.scheme, output.options) if decision.scheme else info.nbytes
+    if decision.scheme is None:
+        return info.nbytes
+    beside = SCALE_BYTES * info.cols if decision.method is not None and decision.method.scales_inputs else 0
+    return output.format.stored_bytes(info, decision.scheme, output.options) + beside
 
 
 def _feed(outputs: Sequence[OutputPlan], calibration: Calibration | None) -> Feed | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 import service
 from service.engine.backends.base import Backend, Grid
+from service.engine.equalise import TRIAL_ROWS, Stretch
 from service.engine.formats.base import ModelReader
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
@@ -24,15 +25,14 @@ from service.engine.metrics import ErrorSums
 from service.engine.plan import Decision, Plan, choices
 from service.engine.progress import Cancelled, Happening, Progress, Report
 from service.engine.publish import stop_when
+from service.engine.sampling import spread
 from service.engine.schemes.base import Scheme
-from service.engine.tensors import Array, TensorInfo
+from service.engine.tensors import Array, QuantizedRows, TensorInfo
 
 #: Its name in the work folder.
 MEASURED = "sensitivity.jsonl"
 #: Elements of a tensor that are looked at; one that has fewer is looked at whole.
 SAMPLE_ELEMENTS = 1 << 20
-#: Pieces that the sample is made of, evenly spread.
-SAMPLE_PIECES = 16
 #: Share of a run's fraction that measuring takes.
 MEASURING_SHARE = 0.15
 
@@ -107,10 +107,19 @@ def _measure(
     found: dict[str, ErrorSums] = {}
     for scheme, method in wanted.ways:
         stop_when(cancelled)
-        grid = _grid(x, scheme, method, backend)
-        found[_key((scheme, method))] = backend.quantize(x, scheme, method, grid, inputs).errors
+        found[_key((scheme, method))] = _quantized(x, scheme, method, inputs, backend).errors
         backend.take_notices()  # the run itself tells what it lacks
     return found
+
+
+def _quantized(x: Array, scheme: Scheme, method: Method, inputs: LayerInputs | None, backend: Backend) -> QuantizedRows:
+    if method.scales_inputs and inputs is not None:
+        trial = np.concatenate([x[slice(*span)] for span in spread(len(x), TRIAL_ROWS)])
+        if (stretch := Stretch.of(trial, scheme, inputs, backend)) is not None:
+            grid = _grid(stretch.apply(x), scheme, method.quantizes_as, backend)
+            return stretch.quantize(x, scheme, method.quantizes_as, grid, backend)
+    method = method.quantizes_as
+    return backend.quantize(x, scheme, method, _grid(x, scheme, method, backend), inputs)
 
 
 def _grid(x: Array, scheme: Scheme, method: Method, backend: Backend) -> Grid | None:
@@ -122,13 +131,8 @@ def _grid(x: Array, scheme: Scheme, method: Method, backend: Backend) -> Grid | 
 
 def _sample(info: TensorInfo, reader: ModelReader) -> Array:
     """Some rows of the tensor, (rows, cols), in its dtype: all of them, or pieces at equal distances."""
-    if info.size <= SAMPLE_ELEMENTS:
-        return reader.rows(info, 0, info.rows)
-    rows = max(1, SAMPLE_ELEMENTS // info.cols)
-    pieces = min(rows, SAMPLE_PIECES)
-    height = rows // pieces
-    starts = np.linspace(0, info.rows - height, pieces).astype(np.int64)
-    return np.concatenate([reader.rows(info, int(start), int(start) + height) for start in starts])
+    rows = max(1, SAMPLE_ELEMENTS // max(1, info.cols))
+    return np.concatenate([reader.rows(info, *span) for span in spread(info.rows, rows)])
 
 
 def _key(way: Way) -> str:

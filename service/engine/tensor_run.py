@@ -14,10 +14,12 @@ from functools import partial
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
+from service.engine.beside import Beside
 from service.engine.calibration.feed import Feed
 from service.engine.clock import Clock
 from service.engine.completion import Completion
 from service.engine.config import ResolvedConfig
+from service.engine.equalise import TRIAL_ROWS, Stretch
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.inputs import LayerInputs
@@ -28,6 +30,7 @@ from service.engine.plan import Decision, OutputPlan, TensorPlan, with_scale
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import TensorReport
+from service.engine.sampling import spread
 from service.engine.schemes.base import BLOCK, ROW_MULTIPLE, SCALE_RANGES, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
@@ -76,6 +79,11 @@ class _Attempt:
     sums: ErrorSums = field(default_factory=ErrorSums)
     largest_scale: float = 0.0
     grid: Grid | None = None
+    stretch: Stretch | None = None
+
+    def beside(self) -> Beside | None:
+        """What is stored beside the codes."""
+        return None if self.stretch is None else Beside(input_scale=self.stretch.scale)
 
 
 class TensorRun:
@@ -105,11 +113,13 @@ class TensorRun:
         self._inputs = self._read_inputs()
         attempts = _grouped(dict(enumerate(self._decisions)))
         while attempts:
+            self._stretch(attempts)
             self._find_grids(attempts)
             for attempt in attempts:
+                beside = attempt.beside()
                 for output in attempt.outputs:
                     writer = self._stations.writers[output]
-                    self._behind.put(partial(writer.begin, self._info, attempt.decision.scheme))
+                    self._behind.put(partial(writer.begin, self._info, attempt.decision.scheme, beside))
             self._write(attempts)
             for text in self._tools.backend.take_notices():
                 self._stations.warn(Notice("device_lacking", text, self._info.name))
@@ -127,21 +137,36 @@ class TensorRun:
     def _finish(self) -> None:
         self._stations.completion.finished(tuple(self._reports[index] for index in range(len(self._outputs))))
 
+    def _stretch(self, attempts: list[_Attempt]) -> None:
+        """Find what the layer's inputs are divided by, where a method wants that."""
+        if self._inputs is None:
+            return
+        for attempt in attempts:
+            scheme, method = attempt.decision.scheme, attempt.decision.method
+            if scheme is not None and method is not None and method.scales_inputs:
+                attempt.stretch = Stretch.of(self._some_rows(), scheme, self._inputs, self._tools.backend)
+
+    def _some_rows(self) -> Array:
+        """Rows that are spread over the tensor."""
+        return np.concatenate([self._rows(*span) for span in spread(self._info.rows, TRIAL_ROWS)])
+
     def _find_grids(self, attempts: list[_Attempt]) -> None:
         """The extra pass that one scale for a whole tensor takes."""
         wanting = [(a, s) for a in attempts if (s := a.decision.scheme) and s.takes_pass]
         if not wanting:
             return
-        seen: Histogram | None = None
+        seen: dict[Stretch | None, Histogram] = {}
+        stretches = {attempt.stretch for attempt, _ in wanting}
         for start, stop in self._blocks():
-            block = self._tools.backend.observe(self._rows(start, stop))
-            seen = block if seen is None else seen + block
-        assert seen is not None, "a quantizable tensor has rows"
+            x = self._rows(start, stop)
+            for stretch in stretches:
+                block = self._tools.backend.observe(x if stretch is None else stretch.apply(x))
+                seen[stretch] = seen[stretch] + block if stretch in seen else block
         for attempt, scheme in wanting:
-            method = attempt.decision.method
+            method, found = attempt.decision.method, seen[attempt.stretch]
             assert method is not None, "a scheme comes with a method"
-            finite = seen if seen.finite else Histogram.of(np.zeros(1, np.float32))
-            attempt.grid = self._tools.backend.tensor_grid(finite, scheme, method)
+            finite = found if found.finite else Histogram.of(np.zeros(1, np.float32))
+            attempt.grid = self._tools.backend.tensor_grid(finite, scheme, method.quantizes_as)
 
     def _write(self, attempts: list[_Attempt]) -> None:
         if self._ready:
@@ -169,12 +194,19 @@ class TensorRun:
             self._behind.put(partial(self._write_raw, attempt.outputs, raw), raw.nbytes)
             return
         # A search can take seconds for a whole block: it goes by slices, so that a cancel is heard in time.
+        method = method.quantizes_as
         step = self._tools.backend.slice_bytes(method)
         for start, stop in _row_spans(x.shape[0], x.nbytes, step, scheme.row_multiple):
             stop_when(self._tools.cancelled)
-            rows = self._tools.backend.quantize(x[start:stop], scheme, method, attempt.grid, self._inputs)
+            rows = self._quantized(attempt, x[start:stop], scheme, method)
             self._tools.clock.count("quantize", self._bytes_of(stop - start))
             self._take(attempt, rows)
+
+    def _quantized(self, attempt: _Attempt, x: Array, scheme: Scheme, method: Method) -> QuantizedRows:
+        backend = self._tools.backend
+        if attempt.stretch is not None:
+            return attempt.stretch.quantize(x, scheme, method, attempt.grid, backend)
+        return backend.quantize(x, scheme, method, attempt.grid, self._inputs)
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
         attempt.sums += rows.errors

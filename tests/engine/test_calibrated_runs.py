@@ -56,7 +56,7 @@ def codes(happenings: list[Happening]) -> list[str]:
 
 
 @BACKENDS
-@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "mse", "awq"])
 def test_the_reported_output_error_is_that_of_running_the_layers(
     backend: Backend, method: str, model: Path, calibration: Path, tmp_path: Path
 ) -> None:

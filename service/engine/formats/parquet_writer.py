@@ -55,11 +55,13 @@ class ParquetWriter(ModelWriter):
         self._done = self._end = 0  # of the tensor, and where the chunk in work ends
         self._total = self._step = 0
         self._count = 0  # chunks
+        self._beside_bytes = 0
 
     def begin(self, info: TensorInfo, scheme: Scheme | None, beside: Beside | None = None) -> None:
         """See `ModelWriter.begin`."""
         self._info, self._scheme, self._cells = info, scheme, tensor_cells(info, scheme)
         self._cells |= beside.cells() if beside is not None else {}
+        self._beside_bytes = beside.nbytes if beside is not None else 0
         self._done = self._end = self._count = 0
         if scheme is None:
             self._total, self._step = info.nbytes, CHUNK_BYTES
@@ -111,7 +113,8 @@ class ParquetWriter(ModelWriter):
             rows = self._groups.commit()
         self._told.append({"cells": self._cells, "rows": [row.as_json() for row in rows]})
         self._info = None
-        return sum(sum(row.sizes) for row in rows) + TENSOR_SCALE_BYTES * ("tensor_scale" in self._cells)
+        parts = TENSOR_SCALE_BYTES * ("tensor_scale" in self._cells) + self._beside_bytes
+        return sum(sum(row.sizes) for row in rows) + parts
 
     def abandon(self) -> None:
         """See `ModelWriter.abandon`."""

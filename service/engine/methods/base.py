@@ -33,6 +33,13 @@ class Method(BaseModel):
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether the error of a column counts by the mean square of its inputs, where that is known.
     is_weighted: ClassVar[bool] = True
+    #: Whether the weights it is given are to be scaled column by column before, and the layer's inputs divided.
+    scales_inputs: ClassVar[bool] = False
+
+    @property
+    def quantizes_as(self) -> Method:
+        """The method by which rows are quantized when all that comes before is done."""
+        return self
 
     @abstractmethod
     def find(self, xp: Any, x: AnyArray, scheme: Scheme, weights: AnyArray | None = None) -> tuple[AnyArray, AnyArray]:
