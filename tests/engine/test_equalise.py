@@ -99,4 +99,4 @@ def test_what_is_known_of_divided_inputs_is_what_would_be_measured_of_them() -> 
 
 def test_a_format_whose_loaders_divide_no_inputs_refuses_the_method() -> None:
     with pytest.raises(UnsupportedByFormat, match="choose `parquet`, or another method"):
-        check_outputs(specs("compressed-tensors", method="awq"))
+        check_outputs(specs("compressed-tensors", method="awq"), is_calibrated=True)

@@ -25,7 +25,9 @@ NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width
           "chunk_offset", "scale_dtype", "quant_axis", "group_size", "is_diffusion_model", "modality",
           "sha256")  # fmt: skip
 #: What files of earlier versions may not have.
-OPTIONAL = ("input_scale", "block_rows", "tensor_scale")
+OPTIONAL = ("block_rows", "tensor_scale")
+#: A number for each column of a tensor.
+INPUT_SCALE = "input_scale"
 #: What Arrow raises for strange content. What the system reports has become another error below it.
 DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
@@ -65,9 +67,11 @@ class ParquetFile:
         `data` itself is not read; `at` is (row group, row in it).
         """
         for group in range(self._parquet.num_row_groups):
-            batch = self._read(group, [*self._known, "scales", "zero_points"])
+            batch = self._read(group, [*self._known, *self._beside, "scales", "zero_points"])
             with damage_in(self.name):
                 cells = [dict.fromkeys(OPTIONAL) | row for row in batch.select(self._known).to_pylist()]
+                for row, scale in zip(cells, batch[INPUT_SCALE] if self._beside else [], strict=False):
+                    row[INPUT_SCALE] = scale.values.to_numpy(zero_copy_only=False) if scale.is_valid else None
                 for column in ("scales", "zero_points"):
                     lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
                     for row, length in zip(cells, lengths, strict=True):
@@ -98,7 +102,7 @@ class ParquetFile:
             return table.combine_chunks().to_batches()[0] if table.num_rows else _empty(columns)
 
     def _check_claims(self) -> None:
-        columns = frozenset({*NEEDED, *OPTIONAL, *BYTE_COLUMNS})
+        columns = frozenset({*NEEDED, *OPTIONAL, INPUT_SCALE, *BYTE_COLUMNS})
         try:
             check_claims(self._read_at, self._source.size, columns)
         except Refused as refused:
@@ -110,7 +114,8 @@ class ParquetFile:
     def _check_columns(self) -> None:
         found = self._parquet.schema_arrow
         self._known = [*NEEDED, *(name for name in OPTIONAL if name in found.names)]
-        for column in (*self._known, *BYTE_COLUMNS):
+        self._beside = [INPUT_SCALE] if INPUT_SCALE in found.names else []
+        for column in (*self._known, *self._beside, *BYTE_COLUMNS):
             expected = SCHEMA.field(column).type
             if column not in found.names or found.field(column).type != expected:
                 raise UnsupportedModel(f"{self.name} has no column {column!r} of type {expected}")

@@ -25,6 +25,9 @@ MAX_ROW_GROUPS = 1 << 16
 MAX_PAGES = 1 << 18
 #: Elements of all lists in a row, on the average: `shape` has one for each dimension.
 MAX_VALUES_PER_ROW = 64
+#: Of these lists, which have one for each column of a matrix.
+MAX_LONG_VALUES_PER_ROW = 1 << 20
+LONG_LISTS = frozenset({"input_scale"})
 #: What the pages of a row group may unpack to beside a multiple of their bytes in the file.
 FREE_BYTES = 256 << 20
 MAX_RATIO = 8
@@ -117,12 +120,13 @@ def _check_group(read: ReadAt, size: int, group: Struct, columns: frozenset[str]
     if rows < 0 or budget.rows < 0:
         raise Refused(f"its row groups claim more than {MAX_ROWS} rows")
     unpacked = packed = 0
-    max_values = MAX_VALUES_PER_ROW * (rows + 1)
     for chunk in group[_COLUMNS]:
         column = chunk[_COLUMN_META]
         name = b".".join(column[_PATH]).decode(errors="replace")
-        if name.partition(".")[0] not in columns:
+        root = name.partition(".")[0]
+        if root not in columns:
             continue
+        max_values = (MAX_LONG_VALUES_PER_ROW if root in LONG_LISTS else MAX_VALUES_PER_ROW) * (rows + 1)
         column_bytes, column_packed, values = _sum(_pages(read, size, column, budget), name)
         if max(values, column[_NUM_VALUES]) > max_values:
             raise Refused(f"column {name!r:.80} claims {max(values, column[_NUM_VALUES])} values")

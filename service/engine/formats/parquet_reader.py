@@ -198,10 +198,10 @@ def _tensor_scale(info: TensorInfo, scheme: Scheme, cells: Mapping[str, Any]) ->
     return np.float32(value)
 
 
-def _input_scale(info: TensorInfo, given: list[float | None] | None) -> FloatArray | None:
+def _input_scale(info: TensorInfo, given: Array | None) -> FloatArray | None:
     if given is None:
         return None
-    scale = np.array(given, np.float32)
+    scale = np.array(given, np.float32)  # a copy: what is given may be a view of all rows
     if scale.shape != (info.cols,) or not ((scale > 0) & np.isfinite(scale)).all():
         _corrupt(info, f"`input_scale` has to be {info.cols} numbers above 0")
     return scale
