@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.engine.backends.base import Grid
+from service.engine.backends.cpu_gptq import GptqRun
 from service.engine.backends.reference import ReferenceBackend
 from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram
@@ -129,7 +130,7 @@ class CpuBackend(ReferenceBackend):
 
     def slice_bytes(self, method: Method) -> int:
         """See `Backend.slice_bytes`."""
-        return 8 << 20 if isinstance(method, MinMax) else 4 << 20
+        return 8 << 20 if isinstance(method, (MinMax, Gptq)) else 4 << 20
 
     def quantize(
         self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
@@ -144,12 +145,11 @@ class CpuBackend(ReferenceBackend):
         form = Form(scheme, *x.shape)
         if not x.size or type(method) is not Gptq or not has_kernel(form, MinMax(), None):
             return super()._solved(x, scheme, method, inputs)
-        from service.engine.backends.cpu_gptq import solve
 
         def split(fill: Fill, rows: int, step: int) -> None:
             self._split(fill, rows, step, form.cols * INLINE_ELEMENTS)
 
-        return solve(x, form, method, inputs, split)
+        return GptqRun(form, method, inputs, split).solve(x)
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
         """See `Backend.quantize_many`."""

@@ -1,4 +1,7 @@
-"""`Gptq` with kernels: what they are given, and what they need to work in."""
+"""`Gptq` with kernels: what they are given, and what they need to work in.
+
+Beside the Gram matrix two factors of its size are held while dampings are tried, and then one.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +9,108 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Solution
 from service.engine.methods.descent import BLOCK, LONGEST_GROUP, PASSES, TRIALS
-from service.engine.methods.gptq import Factor, Gptq
+from service.engine.methods.gptq import Factor, Gptq, added_for, trial_rows
 from service.engine.methods.mse import Mse
-from service.engine.schemes.base import Scheme
 from service.engine.tensors import FloatArray
 
 if TYPE_CHECKING:
     from service.engine.backends.cpu import Form
 
-#: Calls a function on pieces (first, last) of so many rows, each a multiple of a number of rows but the last.
+#: Calls a function on pieces (first, last) of so many rows or columns, all but the last a multiple of some.
 Split = Callable[[Callable[[int, int], None], int, int], None]
 
 
-def solve(x: FloatArray, form: Form, method: Gptq, inputs: LayerInputs, split: Split) -> Solution:
-    """See `Gptq.solve`, of x (rows, cols)."""
-    from service.engine.backends.cpu_kernels import gptq as kernels
-    from service.engine.backends.cpu_kernels.products import PANEL
-    from service.engine.backends.cpu_kernels.vector import LANES
+class GptqRun:
+    """Solves rows of one tensor; the factor is made once for all of them."""
 
-    assert inputs.gram is not None, "the method needs it"
-    gram, scheme, groups = inputs.gram, form.scheme, form.row_groups
-    factor = inputs.once((method, scheme), lambda: _factor(method, scheme, gram))
-    mse = Mse()
-    clips = np.array(mse.starts(scheme), np.float32)
-    searched = form.group <= LONGEST_GROUP
-    trials = [move for move in TRIALS if not (move[1] and scheme.symmetric)] if searched else TRIALS[:1]
-    block = max(BLOCK, form.group) if searched else BLOCK
-    counts = LayerInputs(inputs.cols, mean_square=factor.seen).weights
-    found = Solution(
-        np.empty(x.shape, np.uint8), np.empty((len(x), groups), np.float32), np.empty((len(x), groups), np.float32)
-    )
+    def __init__(self, form: Form, method: Gptq, inputs: LayerInputs, split: Split) -> None:
+        # Imported here: whoever does without it need not load Numba.
+        from service.engine.backends.cpu_kernels import cholesky, gptq, products, vector
 
-    def fill(first: int, last: int) -> None:
-        panels = np.empty((kernels.PANELS, form.cols, PANEL), np.float32)
-        parts = np.empty((kernels.PARTS, block, PANEL), np.float32)
-        lots = np.empty((kernels.LOTS, max(form.group, block), LANES), np.float32)
-        small = np.empty((kernels.SMALL, LANES), np.float32)
-        grids, totals = np.empty((4, groups, PANEL), np.float32), np.empty((2, PANEL))
-        for start in range(first, last, PANEL):
-            kernels.solve_rows(
-                x, start, min(start + PANEL, last), gram.ctypes.data, factor.upper.ctypes.data, factor.order,
-                inputs.weights, counts, clips, mse.max_iterations, np.array(trials, np.float32), PASSES,
-                method.sweeps, block, form.group, form.codebook, form.numbers(), found.codes, found.scale, found.zero,
-                panels, parts, lots, small, grids, totals,
-            )  # fmt: skip
+        assert inputs.gram is not None, "the method needs it"
+        self._cholesky, self._kernels = cholesky, gptq
+        self._panel, self._lanes = products.PANEL, vector.LANES
+        self._form, self._method, self._inputs, self._split = form, method, inputs, split
+        self._gram = np.ascontiguousarray(inputs.gram, np.float32)
+        self._clips = np.array(Mse().starts(form.scheme), np.float32)
+        searched = form.group <= LONGEST_GROUP
+        moves = [move for move in TRIALS if not (move[1] and form.scheme.symmetric)] if searched else TRIALS[:1]
+        self._trials = np.array(moves, np.float32)
+        self._block = max(BLOCK, form.group) if searched else BLOCK
 
-    split(fill, len(x), PANEL)
-    return found
+    def solve(self, x: FloatArray) -> Solution:
+        """See `Gptq.solve`."""
+        key = (self._method.id, self._method.dampings, self._form.scheme, "cpu")
+        factor = self._inputs.once(key, self._factor)
+        return self._solved(x, factor, self._method.sweeps)[0]
 
+    def _factor(self) -> Factor:
+        """See `Gptq.factor`."""
+        trial = trial_rows(self._form.cols)
+        best, least = None, float("inf")
+        for damping in self._method.dampings:
+            factor = self._factored(damping)
+            error = float(self._solved(trial, factor, 0)[1].sum())
+            if best is None or error < least:
+                best, least = factor, error
+        assert best is not None, "at least one is tried"
+        return best
 
-def _factor(method: Gptq, scheme: Scheme, gram: FloatArray) -> Factor:
-    """With its rows one after the other in memory."""
-    found = method.factor(np, gram, scheme)
-    return Factor(np.ascontiguousarray(found.order, np.int64), np.ascontiguousarray(found.upper), found.seen)
+    def _factored(self, damping: float) -> Factor:
+        """See `factored` of the method."""
+        active = np.diagonal(self._gram)
+        order, cols = np.argsort(active, stable=True), len(active)
+        added = np.float32(added_for(float(active.mean()), damping))
+        upper, pivots = np.empty((cols, cols), np.float32), np.empty(cols, np.float32)
+        size = self._cholesky.BLOCK
+        left, lower = np.empty((size, cols), np.float32), np.zeros((size, size), np.float32)
+        shared = self._gram, order, added, upper, pivots
+
+        def scratch() -> tuple[FloatArray, FloatArray]:
+            return np.empty((cols, self._panel), np.float32), np.empty((size, self._panel), np.float32)
+
+        for first in range(0, cols, size):
+            stop = min(first + size, cols)
+            self._cholesky.factor_block(*shared, first, stop, left, lower, *scratch())
+
+            def fill(start: int, end: int, first: int = first, stop: int = stop) -> None:
+                place = first, stop, left, lower, stop + start, stop + end
+                self._cholesky.factor_columns(*shared, *place, *scratch())
+
+            if stop < cols:
+                self._split(fill, cols - stop, self._panel)
+        seen = np.empty(cols, np.float32)
+        seen[order] = np.sqrt(pivots * active[order])
+        return Factor(order, upper, seen)
+
+    def _solved(self, x: FloatArray, factor: Factor, sweeps: int) -> tuple[Solution, npt.NDArray[np.float64]]:
+        """The solution, and the output error of each row after the walk and the descent."""
+        kernels, form, panel = self._kernels, self._form, self._panel
+        rows, groups = len(x), form.scheme.groups(form.cols)
+        found = Solution(np.empty(x.shape, np.uint8), *(np.empty((rows, groups), np.float32) for _ in range(2)))
+        errors = np.empty(rows)
+        plain_counts, counts = self._inputs.weights, LayerInputs(form.cols, mean_square=factor.seen).weights
+
+        def fill(first: int, last: int) -> None:
+            panels = np.empty((kernels.PANELS, form.cols, panel), np.float32)
+            parts = np.empty((kernels.PARTS, self._block, panel), np.float32)
+            lots = np.empty((kernels.LOTS, max(form.group, self._block), self._lanes), np.float32)
+            small = np.empty((kernels.SMALL, self._lanes), np.float32)
+            grids, totals = np.empty((4, groups, panel), np.float32), np.empty((2, panel))
+            for start in range(first, last, panel):
+                stop = min(start + panel, last)
+                kernels.solve_rows(
+                    x, start, stop, self._gram.ctypes.data, factor.upper.ctypes.data, factor.order,
+                    plain_counts, counts, self._clips, Mse().max_iterations, self._trials, PASSES, sweeps,
+                    self._block, form.group, form.codebook, form.numbers(), found.codes, found.scale, found.zero,
+                    panels, parts, lots, small, grids, totals,
+                )  # fmt: skip
+                errors[start:stop] = totals[1, : stop - start]
+
+        self._split(fill, rows, panel)
+        return found, errors

@@ -19,6 +19,7 @@ from service.engine.methods.base import Method, Solution
 from service.engine.methods.descent import Coded, descend
 from service.engine.methods.mse import Mse
 from service.engine.schemes.base import AnyArray, Scheme
+from service.engine.tensors import FloatArray
 
 #: Columns that are walked through before their errors reach the others, in one matrix product.
 BLOCK = 128
@@ -72,7 +73,7 @@ class Gptq(Method):
     def factor(self, xp: Any, gram: AnyArray, scheme: Scheme) -> Factor:
         """With the damping of least output error on rows of normal weights."""
         cols = gram.shape[0]
-        trial = xp.asarray(np.random.default_rng(0).standard_normal((TRIAL_ROWS, cols), np.float32))
+        trial = xp.asarray(trial_rows(cols))
         start = Coded.of(xp, scheme, super().solve(xp, trial, scheme, LayerInputs(cols)))
         best, least = None, float("inf")
         for damping in self.dampings:
@@ -84,12 +85,21 @@ class Gptq(Method):
         return best
 
 
+def trial_rows(cols: int) -> FloatArray:
+    """Those on which dampings are tried."""
+    return np.random.default_rng(0).standard_normal((TRIAL_ROWS, cols), np.float32)
+
+
+def added_for(mean: float, damping: float) -> float:
+    """What a damping adds to the diagonal of a Gram matrix, which has this mean."""
+    return damping * mean if mean > 0 else 1.0
+
+
 def factored(xp: Any, gram: AnyArray, damping: float) -> Factor:
     """Factor `gram` (cols, cols) with the share `damping` of its diagonal's mean added to the diagonal."""
     active = xp.linalg.diagonal(gram)
     order = xp.argsort(active, stable=True)
-    mean = float(xp.mean(active))
-    added = damping * mean if mean > 0 else 1.0
+    added = added_for(float(xp.mean(active)), damping)
     ordered = xp.astype(xp.take(xp.take(gram, order, axis=0), order, axis=1), xp.float64)
     upper = xp.linalg.cholesky(ordered + added * xp.eye(gram.shape[0], dtype=xp.float64)).T
     diagonal = xp.linalg.diagonal(upper)
