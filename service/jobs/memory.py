@@ -12,8 +12,8 @@ import pyarrow as pa
 #: `M_ARENA_MAX` of glibc's malloc.h, and how many heaps threads may share.
 _ARENA_MAX = -8
 ARENAS = 2
-#: Objects more than there were, when the collector looks at the new ones.
-YOUNG = 10_000
+#: Objects more than there were, when the collector looks at the new ones; and after how many such looks at older ones.
+YOUNG, OLDER = 10_000, 4
 
 
 def limit_arenas() -> None:
@@ -43,7 +43,7 @@ def set_aside() -> None:
     and a third of the time went into looking at it again and again.
     """
     gc.freeze()
-    gc.set_threshold(YOUNG)
+    gc.set_threshold(YOUNG, OLDER, OLDER)
 
 
 @cache
