@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from service.engine.calibration.calibration import Calibration
 from service.engine.calibration.entries import CalibrationFile
 from service.engine.calibration.imatrix_file import ImatrixCalibration
-from service.engine.calibration.parquet_file import ParquetCalibration
 from service.engine.calibration.safetensors_file import SafetensorsCalibration
 from service.engine.formats.source import LocalFiles
 from service.errors import InvalidCalibration, ModelNotFound, SourceChanged
 from service.storage.faults import storage_error
 from service.storage.model_files import ModelFiles, OpenFile
 
-_KINDS: dict[str, type[CalibrationFile]] = {
+
+def _parquet(file: OpenFile) -> CalibrationFile:
+    # Half of Arrow's libraries, for which no start of the server has to wait.
+    from service.engine.calibration.parquet_file import ParquetCalibration
+
+    return ParquetCalibration(file)
+
+
+_KINDS: dict[str, Callable[[OpenFile], CalibrationFile]] = {
     ".safetensors": SafetensorsCalibration,
-    ".parquet": ParquetCalibration,
+    ".parquet": _parquet,
     ".gguf": ImatrixCalibration,
 }
 

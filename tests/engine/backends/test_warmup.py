@@ -80,3 +80,27 @@ def test_importing_the_application_loads_nothing_that_only_some_calls_need() -> 
     code = f"import sys, service.api.app; print(sorted(sys.modules.keys() & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_importing_the_application_loads_no_more_libraries_than_it_is_made_of() -> None:
+    made_of = {
+        "anyio",
+        "fastapi",
+        "ml_dtypes",
+        "numpy",
+        "prometheus_client",
+        "pyarrow",
+        "pydantic_settings",
+        "uuid_utils",
+    }
+    theirs = {"annotated_doc", "annotated_types", "dotenv", "idna", "pydantic", "pydantic_core", "sniffio", "starlette",
+              "typing_extensions", "typing_inspection", "opentelemetry"}  # fmt: skip
+    code = (
+        "import sys; before = set(sys.modules); import service.api.app\n"
+        "files = {name: getattr(module, '__file__', None) or '' for name, module in sys.modules.items()}\n"
+        "print(*{name.partition('.')[0] for name in files.keys() - before if 'site-packages' in files[name]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split())
+    assert found >= {"numpy", "fastapi"}
+    assert found - made_of - theirs == set()
