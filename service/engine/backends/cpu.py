@@ -115,9 +115,9 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, threads: int = 1, device_memory_bytes: int = 0) -> None:
         super().__init__(threads, device_memory_bytes)
         # Imported here, not with the module: a listing of the backends need not pay for Numba.
-        from service.engine.backends.cpu_kernels import histogram, rows, search
+        from service.engine.backends.cpu_kernels import histogram, nested, rows, search
 
-        self._rows, self._search, self._observe = rows, search, histogram
+        self._rows, self._search, self._observe, self._nested = rows, search, histogram, nested
         self._buffers = Buffers()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="arrowquant-cpu") if threads > 1 else None
 
@@ -126,6 +126,7 @@ class CpuBackend(ReferenceBackend):
         x = np.linspace(-1.0, 1.0, 64, dtype=np.float32).reshape(2, 32)
         for method in (MinMax(), Mse()):
             self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
+            self.quantize(x, NestedScheme(), method)
         self.observe(x)
 
     def slice_bytes(self, method: Method) -> int:
@@ -137,6 +138,8 @@ class CpuBackend(ReferenceBackend):
     ) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
+        if x.size and type(scheme) is NestedScheme and is_measured_alike(method, inputs):
+            return self.measure_output(x, self._nested_rows(x, form, scheme, method), inputs)
         if not x.size or not has_kernel(form, method, grid, inputs):
             return super().quantize(x, scheme, method, grid, inputs)
         return self.measure_output(x, self._computed(x, form, method, grid).packed_rows(), inputs)
@@ -150,6 +153,23 @@ class CpuBackend(ReferenceBackend):
             self._split(fill, rows, step, form.cols * INLINE_ELEMENTS)
 
         return GptqRun(form, method, inputs, split).solve(x)
+
+    def _nested_rows(self, x: Array, form: Form, scheme: NestedScheme, method: Method) -> QuantizedRows:
+        source, packed = Input(x), self._buffers.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
+        made = self._nested.NestedRows.of(scheme, form.rows, form.cols, form.tile_rows, packed)
+
+        def fill(first: int, last: int) -> None:
+            address = source.address(first * form.cols, last * form.cols)
+            if isinstance(method, Mse):
+                made.search(address, source.kind, method, first, last)
+            else:
+                made.find_ranges(address, source.kind, first, last)
+            made.encode(address, source.kind, first, last)
+
+        self._split(fill, form.rows, form.tile_rows, form.cols, source)
+        grids = form.rows, form.row_groups
+        scale, zero = scheme.stored_grid(made.scale.reshape(grids), made.zero.reshape(grids), form.cols)
+        return QuantizedRows(scheme, form.cols, packed, scale, zero, error_sums(x.size, made.sums))
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
         """See `Backend.quantize_many`."""
@@ -382,9 +402,14 @@ def has_kernel(form: Form, method: Method, grid: Grid | None, inputs: LayerInput
         return False
     if grid is not None:
         return True
+    searched = type(method) is MinMax or form.group <= SEARCH_ELEMENTS
+    return form.scheme.granularity != "tensor" and searched and is_measured_alike(method, inputs)
+
+
+def is_measured_alike(method: Method, inputs: LayerInputs | None) -> bool:
+    """Whether the method is one that has kernels, in which every element counts alike."""
     weighs = inputs is not None and inputs.mean_square is not None
-    searched = type(method) is Mse and not weighs and form.group <= SEARCH_ELEMENTS
-    return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
+    return type(method) is MinMax or (type(method) is Mse and not weighs)
 
 
 def error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:

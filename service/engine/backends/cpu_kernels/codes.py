@@ -105,7 +105,7 @@ def in_range(part: State) -> Vec:
     return Vec(squares.builder, squares.builder.and_(most.value, some.value))
 
 
-def _encode(
+def encode(
     builder: ir.IRBuilder,
     source: ir.Value,
     count: ir.Value,
@@ -173,7 +173,7 @@ def encode_integer(builder, source, count, inverse, scale, zero, top, codes, sum
         steps, level = integer_steps(x, inverses, lowest, highest)
         return steps.plus(offset), level * scales
 
-    _encode(builder, source, count, codes, sums, rule)
+    encode(builder, source, count, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _F, _F, _P, _P)
@@ -186,7 +186,7 @@ def encode_nf4(builder, source, count, inverse, scale, codes, sums):
         index = nf4_index(x * inverses)
         return index, index.look_up(table) * scales
 
-    _encode(builder, source, count, codes, sums, rule)
+    encode(builder, source, count, codes, sums, rule)
 
 
 @emitted(types.none, _P, _P, _P, _P)

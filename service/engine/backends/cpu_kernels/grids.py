@@ -26,6 +26,7 @@ from service.engine.backends.cpu_kernels.vector import (
     loop,
 )
 from service.engine.schemes.base import SCALE_LIMITS, PlainScaleDtype
+from service.engine.schemes.nested import SMALLEST_SUPER
 
 #: Scale dtypes that the kernels have, as they number them.
 SCALE_KINDS = {name: number for number, name in enumerate(get_args(PlainScaleDtype))}
@@ -104,6 +105,20 @@ def _to_half(value: Vec) -> Vec:
 
 
 _ROUND = {"F32": lambda v: v, "F16": _to_half, "BF16": lambda v: _without_last_bits(v, 16)}
+
+
+@emitted(types.float32, types.float32, _P)
+def store_super(builder: ir.IRBuilder, scale: ir.Value, kind: ir.Value) -> Vec:
+    """`NestedScheme.store_super`."""
+    given = Vec(builder, scale).splat()
+    stored = given
+    for name, number in SCALE_KINDS.items():
+        smallest, largest = SCALE_LIMITS[name]
+        bounds = (given.const(float(np.float32(v))) for v in (max(smallest, SMALLEST_SUPER), largest))
+        rounded = _ROUND[name](given.max(next(bounds)).min(next(bounds)))
+        chosen = builder.icmp_signed("==", kind, ir.Constant(I64, number))
+        stored = Vec(builder, builder.select(chosen, rounded.value, stored.value))
+    return (given > given.const(0.0)).select(stored, given.const(0.0)).lane(0)
 
 
 @emitted(types.none, _P, _P, _P, _P, _P, types.boolean, *FORM)

@@ -50,13 +50,13 @@ CODE_BUFFER, SUM_BUFFER = SPAN + 4 * LANES, (SUMS + PARTS) * LANES
 
 
 @njit(nogil=True)
-def _is_paired(cols, group):
+def is_paired(cols, group):
     """Whether rows are whole pairs of vectors, and groups as well or half a pair, and so need no copy as float32."""
     return cols % PAIR == 0 and (group % PAIR == 0 or group == HALF_PAIR)
 
 
 @njit(nogil=True)
-def _store_ranges(x, kind, first, count, group, paired, symmetric, scratch, low, high):
+def span_ranges(x, kind, first, count, group, paired, symmetric, scratch, low, high):
     """Write the ranges of the groups of `count` elements."""
     if paired:
         store_ranges(x + item_bytes(kind) * first, kind, count, group, symmetric, low, high)
@@ -73,7 +73,7 @@ def _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, ze
     base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
         n = min(SPAN, cols - start)
-        _store_ranges(x, kind, first + start, n, n, paired, form[3], scratch, base, base + 4 * LANES)
+        span_ranges(x, kind, first + start, n, n, paired, form[3], scratch, base, base + 4 * LANES)
         lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
     ranges[0], ranges[LANES] = lowest, highest
     _store_grids(ranges, LANES, 1, form, codebook, grids, scale, zero)
@@ -84,7 +84,7 @@ def _grids_of_span(x, kind, first, count, group, paired, form, codebook, grids, 
     """The grids of the groups of a span."""
     room = ranges.size // GRID_NUMBERS
     base = address_of(ranges)
-    _store_ranges(x, kind, first, count, group, paired, form[3], scratch, base, base + 4 * room)
+    span_ranges(x, kind, first, count, group, paired, form[3], scratch, base, base + 4 * room)
     groups = (count + group - 1) // group
     _store_grids(ranges, room, groups, form, codebook, grids, scale, zero)
 
@@ -151,7 +151,8 @@ def _quantize_span(
 
 
 @njit(nogil=True)
-def _finish_sums(buffer, sums):
+def finish_sums(buffer, sums):
+    """Write the sums of a tile."""
     address = address_of(buffer)
     for i in range(SUMS - 1):
         sums[i] = sum_of(address, i)
@@ -171,7 +172,7 @@ def quantize_rows(
     `stored_zero` may be empty.
     """
     scratch, codes, running = address_of(span_buffer), address_of(code_buffer), address_of(sum_buffer)
-    wide, paired = group > SPAN, _is_paired(cols, group)
+    wide, paired = group > SPAN, is_paired(cols, group)
     range_buffer[:] = 0.0  # of grids that are given, nothing is known
     fits = address_of(range_buffer) + 16 * (LANES if wide else range_buffer.size // GRID_NUMBERS)
     for row in range(first_row, last_row):
@@ -192,7 +193,7 @@ def quantize_rows(
                 scale, zero, fits, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
             )  # fmt: skip
         if row + 1 == last_row or (row + 1 - first_row) % tile_rows == 0:
-            _finish_sums(sum_buffer, sums[row // tile_rows])
+            finish_sums(sum_buffer, sums[row // tile_rows])
     first, count = first_row * row_groups, (last_row - first_row) * row_groups
     if stored_scale.size:
         store_scale_bits(address_of(scale) + 4 * first, count, form[4], address_of(stored_scale) + 2 * first)
@@ -239,4 +240,4 @@ def compare_elements(x, x_kind, y, y_kind, first, last, tile, sums, x_buffer, y_
             a = as_f32(x, x_kind, at, count, address_of(x_buffer))
             b = as_f32(y, y_kind, at, count, address_of(y_buffer))
             add_sums(a, b, whole_vectors(count), address_of(sum_buffer))
-        _finish_sums(sum_buffer, sums[start // tile])
+        finish_sums(sum_buffer, sums[start // tile])
