@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from service.engine.backends.base import Backend, Grid
 from service.engine.backends.registry import PREFERENCE, backends, choose_backend
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.methods.registry import methods
 from service.engine.metrics import ErrorSums
@@ -85,6 +87,23 @@ def test_a_method_comes_as_close_as_in_the_reference(
     grid = grid_of(REFERENCE, x, scheme, method)
     mine, theirs = (one.quantize(x, scheme, method, grid).errors for one in (backend(id_), REFERENCE))
     assert mine.sum_dd <= theirs.sum_dd * 1.001
+
+
+@BACKENDS
+@SCHEMES
+@pytest.mark.parametrize(("cols", "dtype"), [(160, np.float32), (150, ml_dtypes.bfloat16)])
+def test_a_weighted_search_comes_as_close_as_in_the_reference(
+    id_: str, scheme: Scheme, dtype: np.dtype, cols: int, rng: np.random.Generator
+) -> None:
+    if scheme.granularity == "tensor":
+        pytest.skip("a histogram knows no columns")
+    x, mse = matrix(rng, 80, cols).astype(dtype), methods()["mse"]()
+    inputs = LayerInputs(cols, mean_square=rng.lognormal(0, 1, cols).astype(np.float32))
+    errors = []
+    for one in (backend(id_), REFERENCE):
+        lost = x.astype(np.float64) - one.dequantize(one.quantize(x, scheme, mse, inputs=inputs))
+        errors.append((lost**2 * inputs.weights).sum())
+    assert errors[0] <= errors[1] * 1.001
 
 
 @BACKENDS

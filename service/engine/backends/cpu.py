@@ -115,9 +115,10 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, threads: int = 1, device_memory_bytes: int = 0) -> None:
         super().__init__(threads, device_memory_bytes)
         # Imported here, not with the module: a listing of the backends need not pay for Numba.
-        from service.engine.backends.cpu_kernels import histogram, nested, rows, search
+        from service.engine.backends.cpu_kernels import histogram, nested, rows, search, weighted_search
 
         self._rows, self._search, self._observe, self._nested = rows, search, histogram, nested
+        self._weighted_search = weighted_search
         self._buffers = Buffers()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="arrowquant-cpu") if threads > 1 else None
 
@@ -127,6 +128,7 @@ class CpuBackend(ReferenceBackend):
         for method in (MinMax(), Mse()):
             self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
             self.quantize(x, NestedScheme(), method)
+        self.quantize(x, IntegerScheme(group_size=16), Mse(), inputs=LayerInputs(32, np.ones(32, np.float32)))
         self.observe(x)
 
     def slice_bytes(self, method: Method) -> int:
@@ -140,9 +142,10 @@ class CpuBackend(ReferenceBackend):
         form = Form(scheme, *x.shape)
         if x.size and type(scheme) is NestedScheme and is_measured_alike(method, inputs):
             return self.measure_output(x, self._nested_rows(x, form, scheme, method), inputs)
-        if not x.size or not has_kernel(form, method, grid, inputs):
+        if not x.size or not has_kernel(form, method, grid):
             return super().quantize(x, scheme, method, grid, inputs)
-        return self.measure_output(x, self._computed(x, form, method, grid).packed_rows(), inputs)
+        weights = column_weights(method, inputs)
+        return self.measure_output(x, self._computed(x, form, method, grid, weights).packed_rows(), inputs)
 
     def _solved(self, x: FloatArray, scheme: Scheme, method: Method, inputs: LayerInputs) -> Solution:
         form = Form(scheme, *x.shape)
@@ -201,13 +204,15 @@ class CpuBackend(ReferenceBackend):
         np.concatenate([np.ascontiguousarray(x).view(np.uint8) for x in xs], out=together.view(np.uint8))
         return together
 
-    def _computed(self, x: Array, form: Form, method: Method, grid: Grid | None) -> _Result:
+    def _computed(
+        self, x: Array, form: Form, method: Method, grid: Grid | None, weights: FloatArray | None = None
+    ) -> _Result:
         source, result = Input(x), _Result(form, grid, self._buffers)
 
         def fill(first: int, last: int) -> None:
             address = source.address(first * form.cols, last * form.cols)
             if grid is None and isinstance(method, Mse):
-                self._search_grids(address, source.kind, form, method, first, last, result)
+                self._search_grids(address, source.kind, form, method, weights, first, last, result)
             self._quantize_rows(
                 address, source.kind, form, isinstance(method, MinMax) and grid is None, first, last, result
             )
@@ -301,13 +306,22 @@ class CpuBackend(ReferenceBackend):
                 done.result()
 
     def _search_grids(
-        self, address: int, kind: int, form: Form, method: Mse, first: int, last: int, result: _Result
-    ) -> None:
+        self, address: int, kind: int, form: Form, method: Mse, weights: FloatArray | None,
+        first: int, last: int, result: _Result,
+    ) -> None:  # fmt: skip
         search, rows = self._search, self._rows
         clips = search.lots_of_starts(method.starts(form.scheme))
         whole = form.cols // form.group
         for first_group, last_group, size in ((0, whole, form.group), (whole, form.row_groups, form.cols % form.group)):
-            if last_group > first_group:
+            if last_group > first_group and weights is not None:
+                self._weighted_search.search_weighted_grids(
+                    address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
+                    weights, clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
+                    np.empty(2 * search.LANES * size, np.float32),
+                    np.empty(rows.SPAN_BUFFER, np.float32),
+                    np.empty(search.LANE_STATE, np.float32),
+                )  # fmt: skip
+            elif last_group > first_group:
                 turns = search.TURNS if size <= search.LONGEST_IN_TURNS else 1
                 search.search_grids(
                     address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
@@ -395,21 +409,25 @@ class _Result:
         return scale.reshape(shape), zero.reshape(shape)
 
 
-def has_kernel(form: Form, method: Method, grid: Grid | None, inputs: LayerInputs | None = None) -> bool:
+def column_weights(method: Method, inputs: LayerInputs | None) -> FloatArray | None:
+    """What the errors of columns count, if that is to make a difference."""
+    return inputs.weights if inputs is not None and method.is_weighted else None
+
+
+def has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
     """Whether the kernels compute what the method means."""
     # A subclass may mean something else, so only these very classes count.
     if type(form.scheme) not in (IntegerScheme, CodebookScheme):
         return False
     if grid is not None:
         return True
-    searched = type(method) is MinMax or form.group <= SEARCH_ELEMENTS
-    return form.scheme.granularity != "tensor" and searched and is_measured_alike(method, inputs)
+    searched = type(method) is Mse and form.group <= SEARCH_ELEMENTS
+    return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
 
 
 def is_measured_alike(method: Method, inputs: LayerInputs | None) -> bool:
     """Whether the method is one that has kernels, in which every element counts alike."""
-    weighs = inputs is not None and inputs.mean_square is not None
-    return type(method) is MinMax or (type(method) is Mse and not weighs)
+    return type(method) is MinMax or (type(method) is Mse and column_weights(method, inputs) is None)
 
 
 def error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
-from service.engine.backends.cpu import CpuBackend, Form, has_kernel
+from service.engine.backends.cpu import CpuBackend, Form, column_weights, has_kernel
 from service.engine.backends.cuda_many import QuantizeMany
 from service.engine.backends.cuda_pieces import Compare, Dequantize, Observe, Quantize
 from service.engine.backends.cupy_device import CupyDevice, device_count, why_not
@@ -87,7 +87,8 @@ class CudaBackend(Backend):
     ) -> QuantizedRows:
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
-        if not _fits(x) or not has_kernel(form, method, grid, inputs):
+        is_weighted = grid is None and column_weights(method, inputs) is not None
+        if not _fits(x) or not has_kernel(form, method, grid) or is_weighted:
             return self._host.quantize(x, scheme, method, grid, inputs)
         pieces = Quantize(x, form, method, grid, self._buffers, self._on_host)
         self._run(pieces, x)

@@ -93,9 +93,13 @@ class Lanes:
 Found = tuple[Vec, Vec, Vec, Vec]
 
 
-def _in_floats(state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form: Form, codebook: ir.Value) -> Found:
+def in_floats(
+    state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form: Form, codebook: ir.Value,
+    weights: ir.Value | None = None,
+) -> Found:  # fmt: skip
     """Of elements that are float32: on a table, or on an integer grid of many levels.
 
+    Each counts as much as its weight at `weights`, if there are any, and `size` is then their sum.
     Levels are counted from a center, so that little cancels in the fit, and in steps of the scale like all sums.
     """
     builder, scale, zero, inverse = size.builder, state[SCALE], state[ZERO], state[INVERSE]
@@ -113,11 +117,16 @@ def _in_floats(state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form:
             else:
                 level = (value + rounder).max(lowest).min(highest) - rounder
             rest = value - level
+            if weights is None:
+                counted, counted_rest, sum_of_levels = level, rest, state[1] + level
+            else:
+                weight = Memory(builder, weights, F32).load(builder.mul(i, ir.Constant(I64, LANES)))
+                counted, counted_rest, sum_of_levels = weight * level, weight * rest, weight.fma(level, state[1])
             return [
-                rest.fma(rest, state[0]),
-                state[1] + level,
-                level.fma(level, state[2]),
-                level.fma(rest, state[3]),
+                rest.fma(counted_rest, state[0]),
+                sum_of_levels,
+                level.fma(counted, state[2]),
+                level.fma(counted_rest, state[3]),
             ]
 
         return loop(builder, count, 1, [zeros(builder) for _ in range(4)], step)
@@ -176,15 +185,24 @@ def advance(
     is, or after `steps`; then the lane goes on with the next of `starts` starts.
     """
     state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
-    step, limit, number, sizes = state[STEP], *(Vec(builder, value).splat() for value in (steps, starts, size))
-    none, one = step.const(0.0), step.const(1.0)
 
     def find(is_fixed: bool) -> State:
         if is_fixed:
             return list(_in_fixed_point(state, source, count, sizes, one / sizes, form))
-        return list(_in_floats(state, source, count, sizes, form, codebook))
+        return list(in_floats(state, source, count, sizes, form, codebook))
 
+    sizes = Vec(builder, size).splat()
+    one = sizes.const(1.0)
     error, spread, fitted, mean_level = either(builder, fixed, find)
+    return go_on(state, (error, spread, fitted, mean_level), clips, starts, steps, form)
+
+
+def go_on(state: Lanes, found: Found, clips: ir.Value, starts: ir.Value, steps: ir.Value, form: Form) -> Vec:
+    """Keep what is best, and choose the grid that each lane tries next; whether any is left. See `advance`."""
+    error, spread, fitted, mean_level = found
+    builder, step = error.builder, state[STEP]
+    limit, number = (Vec(builder, value).splat() for value in (steps, starts))
+    none, one = step.const(0.0), step.const(1.0)
     best = error < state[BEST_ERROR]
     for name, value in ((BEST_SCALE, state[SCALE]), (BEST_ZERO, state[ZERO]), (BEST_ERROR, error)):
         state[name] = best.select(value, state[name])
