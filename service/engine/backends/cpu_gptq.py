@@ -47,7 +47,7 @@ class GptqRun:
         """See `Gptq.solve`."""
         key = (self._method.id, self._method.dampings, self._form.scheme, "cpu")
         factor = self._inputs.once(key, self._factor)
-        return self._solved(x, factor, self._method.sweeps)[0]
+        return self._solved(x, factor, self._method.rounds, self._method.sweeps)[0]
 
     def _factor(self) -> Factor:
         """See `Gptq.factor`."""
@@ -55,7 +55,7 @@ class GptqRun:
         best, least = None, float("inf")
         for damping in self._method.dampings:
             factor = self._factored(damping)
-            error = float(self._solved(trial, factor, 0)[1].sum())
+            error = float(self._solved(trial, factor, 1, 0)[1].sum())
             if best is None or error < least:
                 best, least = factor, error
         assert best is not None, "at least one is tried"
@@ -88,7 +88,9 @@ class GptqRun:
         seen[order] = np.sqrt(pivots * active[order])
         return Factor(order, upper, seen)
 
-    def _solved(self, x: FloatArray, factor: Factor, sweeps: int) -> tuple[Solution, npt.NDArray[np.float64]]:
+    def _solved(
+        self, x: FloatArray, factor: Factor, rounds: int, sweeps: int
+    ) -> tuple[Solution, npt.NDArray[np.float64]]:
         """The solution, and the output error of each row after the walk and the descent."""
         kernels, form, panel = self._kernels, self._form, self._panel
         rows, groups = len(x), form.scheme.groups(form.cols)
@@ -106,11 +108,11 @@ class GptqRun:
                 stop = min(start + panel, last)
                 kernels.solve_rows(
                     x, start, stop, self._gram.ctypes.data, factor.upper.ctypes.data, factor.order,
-                    plain_counts, counts, self._clips, Mse().max_iterations, self._trials, PASSES, sweeps,
+                    plain_counts, counts, self._clips, Mse().max_iterations, self._trials, PASSES, rounds, sweeps,
                     self._block, form.group, form.codebook, form.numbers(), found.codes, found.scale, found.zero,
                     panels, parts, lots, small, grids, totals,
                 )  # fmt: skip
-                errors[start:stop] = totals[1, : stop - start]
+                errors[start:stop] = totals[0, : stop - start]
 
         self._split(fill, rows, panel)
         return found, errors

@@ -36,9 +36,9 @@ from service.engine.backends.cpu_kernels.trials import (
 from service.engine.backends.cpu_kernels.vector import LANES
 from service.engine.schemes.codebook import NF4_MIDPOINTS
 
-#: Panels of all columns: weights, values, their errors, and the values of the plain solution.
+#: Panels of all columns: weights, values, their errors, and the best values yet.
 PANELS = 4
-WEIGHTS, VALUES, ERRORS, PLAIN = range(PANELS)
+WEIGHTS, VALUES, ERRORS, BEST = range(PANELS)
 #: Panels of a block's columns: what is wanted or left, what a group would have to make up for, and minus its changes.
 PARTS = 3
 #: Lots of a group: weights, levels, rest, rest before, h, values before and best values.
@@ -244,9 +244,19 @@ def _store(values, group, scale, zero, codebook, row, lane, codes, scales, zeros
         scales[row, g], zeros[row, g] = scale[g, lane], zero[g, lane]
 
 
+@njit(nogil=True)
+def _keep(totals, values, best, grids):
+    """Of each row the values and grids of less error."""
+    for lane in range(PANEL):
+        if totals[1, lane] < totals[0, lane]:
+            totals[0, lane] = totals[1, lane]
+            best[:, lane] = values[:, lane]
+            grids[:2, :, lane] = grids[2:, :, lane]
+
+
 @kernel
 def solve_rows(
-    x, first, last, gram, upper, order, plain_counts, counts, clips, iterations, trials, passes, sweeps,
+    x, first, last, gram, upper, order, plain_counts, counts, clips, iterations, trials, passes, rounds, sweeps,
     block, group, codebook, form, codes, scales, zeros, panels, parts, lots, small, grids, totals,
 ):  # fmt: skip
     """Solve rows [first, last) of x, PANEL of them at most; see `Gptq.solve`.
@@ -257,26 +267,25 @@ def solve_rows(
     panels, ...   working memory: (PANELS, cols, PANEL), (PARTS, block, PANEL), (LOTS, group or block, LANES),
                   (SMALL, LANES), (4, groups, PANEL) float32 and (2, PANEL) float64
     """
-    weights, values, errors, plain = panels[WEIGHTS], panels[VALUES], panels[ERRORS], panels[PLAIN]
+    weights, values, errors, best = panels[WEIGHTS], panels[VALUES], panels[ERRORS], panels[BEST]
     cols, rows = x.shape[1], last - first
     _load(x, first, rows, weights)
     _start_grids(weights, plain_counts, group, clips, iterations, codebook, form, lots, small, grids[0], grids[1])
     for j in range(cols):
         place = _at(weights, j, 0)
-        _code_column(place, j, group, codebook, form, weights, grids[0], grids[1], small, plain, errors, j)
+        _code_column(place, j, group, codebook, form, weights, grids[0], grids[1], small, best, errors, j)
     _output_errors(gram, block, errors, parts[0], totals[0])
     scale, zero = grids[2], grids[3]
     _start_grids(weights, counts, group, clips, iterations, codebook, form, lots, small, scale, zero)
-    _walk(upper, order, block, group, codebook, form, panels, parts[0], scale, zero, small)
-    for j in range(cols):
-        for i in range(PANEL):
-            errors[j, i] = weights[j, i] - values[j, i]
-    span = min(group, block)
-    for _ in range(sweeps):
-        _sweep(gram, block, span, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small)
-    _output_errors(gram, block, errors, parts[0], totals[1])
+    for _ in range(rounds):
+        _walk(upper, order, block, group, codebook, form, panels, parts[0], scale, zero, small)
+        errors[:] = weights - values
+        for _ in range(sweeps):
+            _sweep(
+                gram, block, min(group, block), group, trials, passes, codebook, form, panels, parts, lots, scale, zero,
+                small,
+            )  # fmt: skip
+        _output_errors(gram, block, errors, parts[0], totals[1])
+        _keep(totals, values, best, grids)
     for row in range(rows):
-        if totals[1, row] < totals[0, row]:
-            _store(values, group, scale, zero, codebook, first + row, row, codes, scales, zeros)
-        else:
-            _store(plain, group, grids[0], grids[1], codebook, first + row, row, codes, scales, zeros)
+        _store(best, group, grids[0], grids[1], codebook, first + row, row, codes, scales, zeros)
