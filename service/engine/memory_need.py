@@ -99,7 +99,8 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
     feeding = plan.feed.held_bytes(info) if plan.feed is not None and tensor.is_fed else 0
     writing = max(block if d.scheme is None else _codes(o, info, d.scheme, rows) for o, d in ways)
     is_stretched = any(d.method is not None and d.method.scales_inputs for _, d in ways)
-    return reading + coding + writing + feeding + (_stretching(tensor, rows) if is_stretched else 0)
+    solving = sum(d.method.held_bytes(info.cols) for _, d in ways if d.method is not None)
+    return reading + coding + writing + feeding + solving + (_stretching(tensor, rows) if is_stretched else 0)
 
 
 def _stretching(tensor: TensorPlan, rows: int) -> int:

@@ -45,21 +45,13 @@ class GptqRun:
 
     def solve(self, x: FloatArray) -> Solution:
         """See `Gptq.solve`."""
-        key = (self._method.id, self._method.dampings, self._form.scheme, "cpu")
-        factor = self._inputs.once(key, self._factor)
-        return self._solved(x, factor, self._method.rounds, self._method.sweeps)[0]
-
-    def _factor(self) -> Factor:
-        """See `Gptq.factor`."""
         trial = trial_rows(self._form.cols)
-        best, least = None, float("inf")
-        for damping in self._method.dampings:
-            factor = self._factored(damping)
-            error = float(self._solved(trial, factor, 1, 0)[1].sum())
-            if best is None or error < least:
-                best, least = factor, error
-        assert best is not None, "at least one is tried"
-        return best
+
+        def loss(factor: Factor) -> float:
+            return float(self._solved(trial, factor, 1, 0)[1].sum())
+
+        factor = self._method.factor(self._inputs, self._form.scheme, "cpu", self._factored, loss)
+        return self._solved(x, factor, self._method.rounds, self._method.sweeps)[0]
 
     def _factored(self, damping: float) -> Factor:
         """See `factored` of the method."""

@@ -48,6 +48,11 @@ class Method(BaseModel):
         `weights` (broadcastable to x) say how much the squared error of each element counts.
         """
 
+    def held_bytes(self, cols: int) -> int:
+        """Bytes that it holds of a tensor of so many columns for its whole run, beside the rows at work."""
+        del cols
+        return 0
+
     def solve(self, xp: Any, x: AnyArray, scheme: Scheme, inputs: LayerInputs) -> Solution:
         """Codes and grids of whole rows x (rows, cols) float32 that are fed `inputs`.
 

@@ -9,6 +9,7 @@ second walk on these grids ends elsewhere, often better.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +65,13 @@ class Gptq(Method):
     def solve(self, xp: Any, x: AnyArray, scheme: Scheme, inputs: LayerInputs) -> Solution:
         """Of each row the best by its output error: that of `mse`, or the walk's and the descent's from there."""
         gram = xp.asarray(inputs.gram)
-        factor = inputs.once((self, scheme, xp.__name__), lambda: self.factor(xp, gram, scheme))
+        trial = xp.asarray(trial_rows(inputs.cols))
+        begun = Coded.of(xp, scheme, super().solve(xp, trial, scheme, LayerInputs(inputs.cols)))
+
+        def loss(factor: Factor) -> float:
+            return float(xp.sum(nearest_plane(xp, trial, begun, factor).output_errors(xp, trial, gram)))
+
+        factor = self.factor(inputs, scheme, xp.__name__, lambda damping: factored(xp, gram, damping), loss)
         plain = start = Coded.of(xp, scheme, super().solve(xp, x, scheme, inputs))
         if scheme.granularity != "block":  # rows of a block have to stay on one grid
             seen = LayerInputs(inputs.cols, mean_square=np.asarray(factor.seen))
@@ -75,19 +82,35 @@ class Gptq(Method):
             best = best.unless_better(xp, x, gram, start)
         return best.solution
 
-    def factor(self, xp: Any, gram: AnyArray, scheme: Scheme) -> Factor:
-        """With the damping of least output error on rows of normal weights."""
-        cols = gram.shape[0]
-        trial = xp.asarray(trial_rows(cols))
-        start = Coded.of(xp, scheme, super().solve(xp, trial, scheme, LayerInputs(cols)))
-        best, least = None, float("inf")
-        for damping in self.dampings:
-            factor = factored(xp, gram, damping)
-            error = float(xp.sum(nearest_plane(xp, trial, start, factor).output_errors(xp, trial, gram)))
-            if best is None or error < least:
-                best, least = factor, error
-        assert best is not None, "at least one is tried"
-        return best
+    def held_bytes(self, cols: int) -> int:
+        """Two factors, while one is tried and the best is kept; later one."""
+        return 8 * cols * cols
+
+    def factor(
+        self,
+        inputs: LayerInputs,
+        scheme: Scheme,
+        library: str,
+        make: Callable[[float], Factor],
+        loss: Callable[[Factor], float],
+    ) -> Factor:
+        """The factor that `make` gives for the damping of least `loss`, which is found once for each scheme.
+
+        Schemes that agree on a damping share its factor, as far as the same `library` makes it.
+        """
+
+        def tried() -> float:
+            best, least, kept = self.dampings[0], float("inf"), None
+            for damping in self.dampings:
+                factor = make(damping)
+                error = loss(factor)
+                if kept is None or error < least:
+                    best, least, kept = damping, error, factor
+            inputs.once(("gptq", library, best), lambda: kept)
+            return best
+
+        damping = inputs.once(("gptq", library, self.dampings, scheme), tried)
+        return inputs.once(("gptq", library, damping), lambda: make(damping))
 
 
 def trial_rows(cols: int) -> FloatArray:
