@@ -34,7 +34,6 @@ broken promise about the result, a crash of a library, an input that takes more 
 they reach in `service`, half by changes that know JSON and lengths (`bench/fuzzing/mutate.py`), all of them from valid
 files and from files whose cells lie (`bench/fuzzing/seeds.py`). Parquet and Arrow are decoded by pyarrow's C++, whose
 branches guide nothing. *memory* is what a target's process took above what it had before its first input.
-There is no reader of calibration files yet, so none is fuzzed.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from service.engine.tables import Tools, quantize_table
 
 INDEX = "model.safetensors.index.json"
 DIGEST = "0" * 64
+#: Kinds of calibration, by the ends of their names.
+CALIBRATIONS = ("safetensors", "parquet", "gguf")
 
 
 def _weights(rows: int = 4, cols: int = 32) -> np.ndarray:
@@ -145,6 +148,56 @@ _LIES: dict[str, list[Any]] = {
     "modality": [None, "x"],
     "sha256": [None, "", "x" * 64, hashlib.sha256(b"").hexdigest()],
 }
+
+
+@cache
+def calibrations() -> tuple[bytes, ...]:
+    """Files of each kind, their kind's number before them."""
+    x = _weights(6, 8)
+    entries = {
+        "timesteps": np.array([0, 500]),
+        "a.gram": x.T @ x,
+        "a.mean_square": x[:2] ** 2,
+        "a.count": np.array([3, 0]),
+        "b.samples": x.astype(np.float16),
+        "b.sample_timestep": np.array([0, 500] * 3),
+    }
+    rows = [
+        {"name": name, "dtype": dtype, "shape": list(array.shape), "data": array.tobytes()}
+        for (name, array), dtype in zip(entries.items(), ("I64", "F32", "F32", "I64", "F16", "I64"), strict=True)
+    ]
+    schema = pa.schema(
+        {"name": pa.string(), "dtype": pa.string(), "shape": pa.list_(pa.int64()), "data": pa.large_binary()}
+    )
+    tables = [pa.Table.from_pylist(rows, schema)]
+    for column, values in _CALIBRATION_LIES.items():
+        tables += [pa.Table.from_pylist([rows[0] | {column: value}, *rows[1:]], schema) for value in values]
+    made = [b"\0" + save(entries, {"arrowquant.shared": '{"c": "a"}'}), b"\0" + save({"a.gram": x.T @ x})]
+    made += [b"\1" + _parquet(table, use_dictionary=False, compression="none") for table in tables]
+    return (*made, b"\2" + _imatrix())
+
+
+_CALIBRATION_LIES: dict[str, list[Any]] = {
+    "name": [None, "", "a.gram", "x.x"],
+    "dtype": [None, "F4", "F32"],
+    "shape": [None, [], [None], [-1], [1 << 62, 1 << 62], [0, 1 << 62]],
+    "data": [None, b"", b"x"],
+}
+
+
+def _imatrix() -> bytes:
+    """As llama.cpp writes them: of one layer, with a list of texts among its values."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    values = text("general.type") + struct.pack("<I", 8) + text("imatrix")
+    values += text("imatrix.datasets") + struct.pack("<IIQ", 9, 8, 1) + text("a.txt")
+    values += text("imatrix.chunk_count") + struct.pack("<II", 4, 3)
+    tensors = text("blk.0.attn_q.weight.in_sum2") + struct.pack("<IQQIQ", 2, 8, 1, 0, 0)
+    tensors += text("blk.0.attn_q.weight.counts") + struct.pack("<IQQIQ", 2, 1, 1, 0, 32)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 2, 3) + values + tensors
+    return header.ljust(-(-len(header) // 32) * 32, b"\0") + np.arange(9, dtype=np.float32).tobytes()
 
 
 def _parquet(table: pa.Table, **options: Any) -> bytes:

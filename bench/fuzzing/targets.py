@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,12 +24,15 @@ from service.api.ranges import Unsatisfiable, parse_range
 from service.api.replies import is_known
 from service.api.uploads_body import span_of
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.calibration.feed import Averaging, Feed
+from service.engine.calibration.opening import open_calibration
 from service.engine.config import Profile, QuantizationConfig, TensorConfig, resolve
 from service.engine.formats.layout import find_placement
 from service.engine.formats.registry import open_model
 from service.engine.formats.source import LocalFiles
 from service.engine.table_io import read_table, write_table
 from service.engine.tables import Tools, compare_table, dequantize_table, quantize_table
+from service.engine.tensors import TensorInfo
 from service.errors import ArrowQuantError, ModelError, RequestError, RunError
 from service.jobs.blob_paths import check_path, check_together
 from service.storage.file import resolve_model, resolve_target
@@ -56,7 +60,7 @@ class Broken(AssertionError):
     """A promise that an input broke."""
 
 
-# --- models ---
+# --- models and calibrations ---
 
 
 def read_all(path: Path) -> str:
@@ -321,6 +325,33 @@ def _addresses(folder: Path) -> Run:
     return run
 
 
+def _calibration(folder: Path) -> Run:
+    """The first byte chooses the kind of file, and the rest is what is known of the layers of a small model."""
+    model = [
+        TensorInfo(name, "F32", shape, PurePosixPath("m"), 0, 0)
+        for name, shape in (("a.weight", (4, 8)), ("b.weight", (4, 2, 2, 2)), ("blk.0.attn_q.weight", (4, 8)))
+    ]
+
+    def run(data: bytes) -> str:
+        path = folder / f"calibration.{seeds.CALIBRATIONS[data[0] % 3] if data else 'gguf'}"
+        path.write_bytes(data[1:])
+        try:
+            with closing(open_calibration(path)) as calibration:
+                steps = len(calibration.timesteps)
+                feed = Feed(calibration, Averaging(np.full(steps, 1.0 / steps), samples=4))
+                found = [feed.inputs(info) for info in model]
+        except REFUSALS as error:
+            return error.code
+        except RunError as error:
+            raise Broken(f"{error.code}: {error.detail}") from error
+        for inputs in found:
+            if inputs is not None and inputs.weights is not None and not np.isfinite(inputs.weights).all():
+                raise Broken("weights that are not finite")
+        return "read"
+
+    return run
+
+
 def _words(*texts: str) -> tuple[bytes, ...]:
     return tuple(text.encode() for text in texts)
 
@@ -329,6 +360,10 @@ _JSON = _words(
     '"', "{", "}", "[", "]", ":", ",", "null", "true", "1e999", "NaN", "-0", "1e5", '"\\ud800"', "18446744073709551616"
 )
 _SAFETENSORS = (*_JSON, *_words("__metadata__", "data_offsets", "shape", "dtype", "F32", "F4", "BF16", "I64"))
+_CALIBRATION = (
+    *_SAFETENSORS,
+    *_words("a.gram", "a.samples", "timesteps", "a.count", "arrowquant.shared", "GGUF"),
+)
 _INDEX = (*_JSON, *_words("weight_map", "a.safetensors", "../a.safetensors", "/etc/x.safetensors", "\\u0000", "\\\\"))
 _MANIFEST = (*_JSON, *_words("files", "path", "source_fingerprint", "modality"))
 _ADDRESSES = _words("file:", "//", "/", "..", "%2e", "%2F", "%00", "@", "localhost", "?", "#", "out", "up", "back")
@@ -342,6 +377,7 @@ TARGETS = (
     Target("index and shards", _part_of(seeds.shards, (INDEX, "a.safetensors"), INDEX), seeds.of_shards, _INDEX),
     Target("compressed-tensors", _part_of(seeds.compressed, _COMPRESSED), seeds.of_compressed, _SAFETENSORS),
     Target("manifest and metadata", _beside, seeds.of_manifest, _MANIFEST),
+    Target("calibration", _calibration, seeds.calibrations, _CALIBRATION),
     Target("Arrow IPC", _tables, seeds.tables, _words("layer_name", "weights", "shape", "other", "data")),
     Target("Range", _range, seeds.ranges, _words("bytes", "=", "-", ",", "\u0663")),
     Target("Content-Range", _content_range, seeds.content_ranges, _words("bytes ", "*", "/", "-", "\n")),

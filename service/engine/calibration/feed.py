@@ -120,8 +120,9 @@ class Feed:
         allowed = SYMMETRY * float(diagonal.max())
         for start in range(0, cols, step):
             rows = gram[start : start + step]
-            # A comparison with a NaN is false.
-            if not (np.abs(rows - gram[:, start : start + step].T) <= allowed).all():
+            with np.errstate(over="ignore", invalid="ignore"):  # a comparison with a NaN is false
+                apart = np.abs(rows - gram[:, start : start + step].T)
+            if not (apart <= allowed).all():
                 raise InvalidCalibration(f"{entry.name} is not symmetric, or holds a NaN or an infinity")
         return gram
 
@@ -134,7 +135,8 @@ class Feed:
             square += np.einsum("ij,ij->j", scaled, scaled, dtype=np.float64)
             np.maximum(largest, np.abs(x).max(axis=0), out=largest)
             if gram is not None:
-                gram += scaled.T @ scaled
+                with np.errstate(over="ignore", invalid="ignore"):  # what is too large is refused below
+                    gram += scaled.T @ scaled
         if not square.max() <= LARGEST:
             raise InvalidCalibration(f"{layer.name}.samples has squares above {LARGEST:g}")
         return LayerInputs(cols, square.astype(np.float32), gram, largest)

@@ -82,10 +82,13 @@ class _Header:
             return self._string()
         if kind == ARRAY:
             inner, count = self._scalar("I"), self._scalar("Q")
-            if inner == ARRAY:
-                self._corrupt("it has an array of arrays")
+            if inner in SCALARS:
+                self._take(count * struct.calcsize(SCALARS[inner]))
+                return None
+            if inner != STRING:
+                self._corrupt(f"it has an array of the type {inner}")
             for _ in range(count):
-                self._value(inner)
+                self._string()
             return None
         if kind not in SCALARS:
             self._corrupt(f"it has a value of the unknown type {kind}")

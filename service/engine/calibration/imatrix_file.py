@@ -36,7 +36,8 @@ class ImatrixCalibration(CalibrationFile):
         sums, count = self._read(self._tensors[tensor + SUMS]), self._read(self._tensors[tensor + COUNTS])
         if not count[0] > 0:
             raise InvalidCalibration(f"{tensor} in {self.source.name} was never fed: its count is {count[0]}")
-        squares: FloatArray = (sums / count[0]).reshape(entry.shape)
+        with np.errstate(over="ignore"):  # an infinity is refused
+            squares: FloatArray = (sums / count[0]).reshape(entry.shape)
         return squares[start:stop]
 
     def _entry(self, name: str) -> Entry | None:
