@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.engine.calibrations import gram, samples, save_safetensors
 from tests.server import Server, body, validation, wait_until
 from tests.stores import ACCESS_KEY, HUB_TOKEN, S3, SECRET_KEY, SECRETS, Answer, Call, Hub, Proxy, ranged, running_s3
 
@@ -125,6 +126,24 @@ def expected(world: World) -> dict[str, bytes]:
     """What a job makes of the small model when it is read from the disk."""
     job = world.server.run(body(world.models["small"], "parquet", "compressed-tensors"))
     return world.server.files(job["id"])
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://models/fed/fed.safetensors", "s3://models/fed", "hf://own/fed@main/fed.safetensors"]
+)
+def test_a_calibration_is_read_from_where_models_are(world: World, tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "fed"
+    folder.mkdir()
+    save_safetensors(folder / "fed.safetensors", {"layers.0.gram": gram(samples(100, 256))})
+    world.s3.put_folder("models", "fed", folder)
+    world.hub.put_folder("own/fed", folder)
+    job = world.server.run(body(at("s3://models/small"), "parquet", method="auto") | {"calibration": at(place)})
+    [output] = world.server.report(job["id"])["outputs"]
+    assert {t["name"]: t["method"] for t in output["tensors"]}["layers.0.weight"] == "gptq"
+    assert output["output_relative_error"] > 0
+    absent = body(at("s3://models/small"), "parquet") | {"calibration": at("s3://models/fed/other.safetensors")}
+    problem = world.server.client.post("/v1/jobs", json=absent).json()
+    assert (problem["code"], problem["errors"][0]["pointer"]) == ("model_not_found", "/calibration/uri")
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
