@@ -49,7 +49,7 @@ def test_every_scalar_field_of_a_configuration_can_be_set_by_a_variable() -> Non
     config = config_from(values)
     assert (config.bit_width, config.group_size, config.symmetric) == (8, 64, True)
     assert (config.method, config.min_accuracy, config.on_failure) == ("minmax", 0.9, "warn")
-    assert set(QuantizationConfig.model_fields) - set(scalar_fields()) == {"skip", "layers"}
+    assert set(QuantizationConfig.model_fields) - set(scalar_fields()) == {"skip", "layers", "candidates"}
 
 
 def test_a_variable_stands_between_profile_and_request(monkeypatch: pytest.MonkeyPatch) -> None:
