@@ -38,6 +38,9 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads t
 BlockBytes = Annotated[
     int | None, typer.Option("--block-bytes", min=1 << 16, help="Bytes of a tensor to hold at once; not with --server.")
 ]
+CalibrationPath = Annotated[
+    str | None, typer.Option("--calibration", help="What the layers are fed: safetensors, Parquet or imatrix.gguf.")
+]
 MinAccuracy = Annotated[
     float | None, typer.Option("--min-accuracy", min=0, max=1, help="Cosine similarity, of each tensor and of all.")
 ]
@@ -88,9 +91,7 @@ def quantize(
         str | None,
         typer.Option(help="How scales are found: minmax, mse, hqq, awq, gptq, or auto: by the calibration."),
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="What the layers are fed: safetensors, Parquet or imatrix.gguf.")
-    ] = None,
+    calibration: CalibrationPath = None,
     profile: ProfileName = "local",
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of tensors to copy; replaces the defaults.")] = None,
     min_accuracy: MinAccuracy = None,
@@ -156,6 +157,7 @@ def quantize(
 def validate(
     original: Annotated[str, typer.Argument(help="The model as it was.")],
     quantized: Annotated[str, typer.Argument(help="The model as it is now; any format that can be read.")],
+    calibration: CalibrationPath = None,
     profile: ProfileName = "local",
     min_accuracy: MinAccuracy = None,
     backend: BackendName = None,
@@ -173,12 +175,14 @@ def validate(
             from service.cli.remote import run_there
 
             _refuse_means(threads, block_bytes)
-            sources = {"original": _source(original), "quantized": _source(quantized)}
+            named = {"original": original, "quantized": quantized} | _set(calibration=calibration)
+            sources = {name: _source(given) for name, given in named.items()}
             job = run_there(Server(server, api_key), body | sources)
         else:
             from service.cli.local import validate_here
 
-            job = validate_here(body, _path(original), _path(quantized), _means(threads, block_bytes))
+            fed = _path(calibration) if calibration is not None else None
+            job = validate_here(body, _path(original), _path(quantized), _means(threads, block_bytes), fed)
         finish(job, as_json=as_json)
 
 

@@ -26,7 +26,7 @@ from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
-from service.engine.plan import check_outputs
+from service.engine.plan import check_outputs, make_feed
 from service.engine.report import RunReport
 from service.engine.report_page import report_page
 from service.engine.sensitivity import behind_measuring
@@ -98,7 +98,9 @@ def quantize_here(
     return _job(report)
 
 
-def validate_here(body: dict[str, Any], original: Path, quantized: Path, means: Means) -> dict[str, Any]:
+def validate_here(
+    body: dict[str, Any], original: Path, quantized: Path, means: Means, calibration: Path | None = None
+) -> dict[str, Any]:
     """Carry out the body of a validation on two models on this disk; answers like a job."""
     with _as_invalid_config():
         sources = {"original": _source(original), "quantized": _source(quantized)}
@@ -109,6 +111,7 @@ def validate_here(body: dict[str, Any], original: Path, quantized: Path, means: 
         interruptible() as cancelled,
         closing(_open(original)) as before,
         closing(_open(quantized)) as after,
+        _opened_calibration(calibration) as fed,
     ):
         report = validate(
             before,
@@ -118,6 +121,7 @@ def validate_here(body: dict[str, Any], original: Path, quantized: Path, means: 
             block_bytes=means.block_bytes,
             report=display,
             cancelled=cancelled,
+            feed=make_feed([config], fed) if fed is not None else None,
         )
     return _job(report)
 

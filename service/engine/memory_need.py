@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.engine.backends.reference import TILE_ELEMENTS
+from service.engine.calibration.feed import Feed
 from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.histogram import BINS
@@ -54,13 +55,14 @@ def need_to_quantize(plan: Plan, block_bytes: int) -> Need:
     return _need(_largest(peaks), records + min(WAITING_BYTES, plan.source_bytes), block_bytes)
 
 
-def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes: int) -> Need:
+def need_to_validate(original: ModelReader, quantized: ModelReader, block_bytes: int, feed: Feed | None = None) -> Need:
     """What comparing two models will hold; whether they fit together is not asked."""
     others = {info.name: info for info in quantized.tensors}
     before, after = find_format(original.format_id), find_format(quantized.format_id)
     peaks = {
         info.name: before.reading_bytes(info, _block_bytes(info, block_bytes))
         + after.reading_bytes(others[info.name], _block_bytes(others[info.name], block_bytes, like=info))
+        + (feed.held_bytes(info) if feed is not None and others[info.name].stored_as else 0)
         for info in original.tensors
         if info.name in others
     }

@@ -161,7 +161,7 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: C
     when the calibration is not the model's.
     """
     checked = check_outputs(outputs, is_calibrated=calibration is not None)
-    feed = _feed(checked, calibration)
+    feed = None if calibration is None else make_feed([output.config for output in checked], calibration)
     if coded := next((t for t in reader.tensors if t.stored_as), None):
         raise AlreadyQuantized(
             f"tensor {coded.name} is stored as {coded.stored_as} ({reader.format_id}); give the original weights",
@@ -335,11 +335,9 @@ def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> in
     return output.format.stored_bytes(info, decision.scheme, output.options) + beside
 
 
-def _feed(outputs: Sequence[OutputPlan], calibration: Calibration | None) -> Feed | None:
-    """What reads the calibration as the outputs, all alike, want it."""
-    if calibration is None:
-        return None
-    first, *others = (output.config for output in outputs)
+def make_feed(configs: Sequence[ResolvedConfig], calibration: Calibration) -> Feed:
+    """What reads the calibration as the configurations of all outputs, alike, want it; raises InvalidConfig."""
+    first, *others = configs
     wanted = (first.calibration_samples, first.timestep_weights)
     if any((other.calibration_samples, other.timestep_weights) != wanted for other in others):
         detail = "all outputs of a job are calibrated alike; set samples and weights of timesteps in `config`"

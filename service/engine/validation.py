@@ -10,6 +10,8 @@ from typing import Any
 
 import service
 from service.engine.backends.base import Backend
+from service.engine.backends.output_error import with_output
+from service.engine.calibration.feed import Feed
 from service.engine.checkpoint import JOURNAL, Entry, Journal
 from service.engine.clock import Clock, Times
 from service.engine.formats.base import ModelReader
@@ -19,7 +21,7 @@ from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
 from service.engine.tensor_run import Tools, row_blocks
-from service.engine.tensors import TensorInfo, non_finite
+from service.engine.tensors import FloatArray, TensorInfo, non_finite
 from service.errors import ModelsDiffer, NonFiniteWeights
 from service.storage.faults import storage_faults
 
@@ -37,8 +39,11 @@ def validate(
     cancelled: Cancelled,
     work: Path | None = None,
     clock: Clock | None = None,
+    feed: Feed | None = None,
 ) -> RunReport:
     """Measure how far `quantized` is from `original`, tensor by tensor; writes nothing but a journal.
+
+    With the Gram matrices of `feed` the outputs of layers are compared as well, and decide.
 
     That lies in the folder `work`, if there is one: a run on the same models goes on behind its last tensor.
     Raises ModelsDiffer when names or shapes do not match, and Cancelled.
@@ -46,7 +51,7 @@ def validate(
     pairs = _pairs(original, quantized)
     with storage_faults("writing the checkpoint"):
         tools = Tools(backend, block_bytes, report, cancelled, clock or Clock())
-        comparison = _Comparison(original, quantized, pairs, tools, work)
+        comparison = _Comparison(original, quantized, pairs, tools, work, feed)
         try:
             return comparison.execute(min_accuracy)
         finally:
@@ -63,10 +68,12 @@ class _Comparison:
         pairs: list[tuple[TensorInfo, TensorInfo]],
         tools: Tools,
         work: Path | None,
+        feed: Feed | None,
     ) -> None:
         self._original, self._quantized = original, quantized
-        self._pairs, self._tools = pairs, tools
-        self._journal = Journal(work / JOURNAL, _fingerprint(original, quantized, tools)) if work is not None else None
+        self._pairs, self._tools, self._feed = pairs, tools, feed
+        run = _fingerprint(original, quantized, tools, feed)
+        self._journal = Journal(work / JOURNAL, run) if work is not None else None
         self._meter = Meter(tools.report, len(pairs), sum(info.nbytes for info, _ in pairs))
         self._reports: list[TensorReport] = []
         self._warnings: list[str] = []
@@ -120,7 +127,8 @@ class _Comparison:
     def _measure(self, info: TensorInfo, other: TensorInfo) -> None:
         begun = time.monotonic()
         original, quantized, tools = self._original, self._quantized, self._tools
-        sums = _compare(original, quantized, info, other, tools, self._meter)
+        gram = self._gram(info) if other.stored_as else None
+        sums = _compare(original, quantized, info, other, tools, self._meter, gram)
         measured = _report(info, other, sums, time.monotonic() - begun)
         warnings: list[Notice] = []
         if sums is None and not _same_bytes(original, quantized, info, other, tools):
@@ -136,10 +144,18 @@ class _Comparison:
         for notice in warnings:
             tools.report(notice)
 
+    def _gram(self, info: TensorInfo) -> FloatArray | None:
+        """Of the inputs of the layer that a tensor of codes belongs to, if that is known."""
+        if self._feed is None:
+            return None
+        with self._tools.clock.during("read"):
+            inputs = self._feed.inputs(info)
+        return None if inputs is None else inputs.gram
 
-def _fingerprint(original: ModelReader, quantized: ModelReader, tools: Tools) -> str:
+
+def _fingerprint(original: ModelReader, quantized: ModelReader, tools: Tools, feed: Feed | None) -> str:
     """Names all that the measured figures depend on."""
-    parts: list[Any] = [service.__version__, tools.backend.id, tools.block_bytes]
+    parts: list[Any] = [service.__version__, tools.backend.id, tools.block_bytes, feed.identity if feed else None]
     for reader in (original, quantized):
         parts += [reader.layout.fingerprint, reader.identity()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -175,6 +191,7 @@ def _compare(
     other: TensorInfo,
     tools: Tools,
     meter: Meter,
+    gram: FloatArray | None,
 ) -> ErrorSums | None:
     """The errors of a float tensor, None of any other."""
     if not (info.is_float and other.is_float):
@@ -186,7 +203,8 @@ def _compare(
         with tools.clock.during("read", nbytes):
             x, y = original.rows(info, start, stop), quantized.rows(other, start, stop)
         with tools.clock.during("compare", nbytes):
-            sums += tools.backend.compare(x, y)
+            compared = tools.backend.compare(x, y)
+            sums += compared if gram is None or not compared.finite else with_output(compared, x, y, gram)
         del x, y  # not held while the next ones are read
         meter.within_tensor(info.nbytes * stop // max(1, info.rows))
     if not sums.finite:

@@ -16,7 +16,7 @@ from service.engine.checkpoint import JOURNAL
 from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.registry import is_readable, open_model
 from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
-from service.engine.plan import OutputSpec, check_outputs, make_plan
+from service.engine.plan import OutputSpec, check_outputs, make_feed, make_plan
 from service.errors import ArrowQuantError, InvalidCalibration, InvalidConfig, TargetInUse
 from service.jobs.folders import REPORT
 from service.jobs.job import Job
@@ -135,7 +135,8 @@ class Admission:
                 if isinstance(request, QuantizeRequest):
                     plan = make_plan(readers[0], output_specs(request, config), *fed)
                     return need_to_quantize(plan, self._block_bytes), tensors
-                return need_to_validate(readers[0], readers[1], self._block_bytes), tensors
+                feed = make_feed([config], fed[0]) if fed else None
+                return need_to_validate(readers[0], readers[1], self._block_bytes, feed), tensors
         except InvalidCalibration:
             raise
         except ArrowQuantError:

@@ -167,6 +167,9 @@ class ValidateRequest(_JobBody):
     kind: Literal["validate"]
     original: Source
     quantized: Source
+    calibration: CalibrationSource | None = Field(
+        default=None, description="What the original's layers are fed: their outputs are then compared as well."
+    )
 
 
 JobRequest = TypeAliasType("JobRequest", Annotated[QuantizeRequest | ValidateRequest, Field(discriminator="kind")])

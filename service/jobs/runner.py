@@ -12,7 +12,7 @@ from service.engine.budget import plan_within_budgets
 from service.engine.clock import Clock, Part, Times
 from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
 from service.engine.pipeline import quantize
-from service.engine.plan import make_plan
+from service.engine.plan import make_feed, make_plan
 from service.engine.progress import Report
 from service.engine.report import RunReport
 from service.engine.sensitivity import MEASURED, behind_measuring
@@ -183,8 +183,10 @@ class Runner:
                     tools["report"] = behind_measuring(tools["report"])
                 return quantize(plan, opened.models[0], work, **tools)
             original, quantized = opened.models
-            self._claim(job, need_to_validate(original, quantized, self._block_bytes))
-            return validate(original, quantized, work=work, min_accuracy=config.min_accuracy or 0.0, **tools)
+            feed = make_feed([config], opened.calibration) if opened.calibration is not None else None
+            self._claim(job, need_to_validate(original, quantized, self._block_bytes, feed))
+            floor = config.min_accuracy or 0.0
+            return validate(original, quantized, work=work, min_accuracy=floor, feed=feed, **tools)
 
     def _claim(self, job: Job, need: Need) -> None:
         """Have the job hold what its headers say that it needs, whatever was known when it was queued."""

@@ -208,10 +208,10 @@ def blobs_used(job: Job) -> Iterator[BlobKey]:
 
 def _named_sources(request: JobRequest) -> tuple[tuple[str, Source], ...]:
     """The sources with the names of their fields."""
+    fed = () if request.calibration is None else ((CALIBRATION, request.calibration),)
     if isinstance(request, QuantizeRequest):
-        fed = () if request.calibration is None else ((CALIBRATION, request.calibration),)
         return (("source", request.source), *fed)
-    return (("original", request.original), ("quantized", request.quantized))
+    return (("original", request.original), ("quantized", request.quantized), *fed)
 
 
 def _choose(outputs: Sequence[OutputRequest], name: str | None) -> OutputRequest:

@@ -11,7 +11,7 @@ import pytest
 from tests.engine.calibrations import gram, samples, save_parquet, save_safetensors
 from tests.scenarios.conftest import NewModel, Weights
 from tests.scenarios.readers import read_parquet
-from tests.server import Json, Server, body, uri
+from tests.server import Json, Server, body, uri, validation
 
 FED = {"blocks.a": samples(400, 192, seed=3), "blocks.b": samples(400, 96, seed=4)}
 LOW = {"bit_width": 3, "group_size": 32, "min_accuracy": 0.5}
@@ -108,6 +108,25 @@ def test_jobs_of_a_batch_have_their_calibrations(
     batch = server.client.post("/v1/batches", json={"items": items}).json()
     results = [server.finish(job_id)["result"] for job_id in batch["job_ids"]]
     assert ["output_relative_error" in result for result in results] == [True, False]
+
+
+def test_a_validation_with_calibration_finds_the_outputs_that_the_job_reported(
+    server: Server, new_model: NewModel, place: Path, tensors: dict[str, np.ndarray]
+) -> None:
+    model = new_model(tensors)
+    grams = save_safetensors(place / "grams.safetensors", {f"{name}.gram": gram(fed) for name, fed in FED.items()})
+    job = server.run(calibrated(model, grams, method="gptq"))
+    stored = {"type": "job", "job_id": job["id"]}
+    plain, fed = (server.run(validation(model, stored) | given) for given in ({}, {"calibration": uri(grams)}))
+    assert "output_relative_error" not in plain["result"]
+    for name in ("output_relative_error", "output_cosine_similarity", "relative_error"):
+        assert fed["result"][name] == pytest.approx(job["result"][name], rel=1e-4)
+    between = (fed["result"]["cosine_similarity"] + fed["result"]["output_cosine_similarity"]) / 2
+    passed = {
+        key: server.run(validation(model, stored, min_accuracy=between) | given)["result"]["passed"]
+        for key, given in (("plain", {}), ("fed", {"calibration": uri(grams)}))
+    }
+    assert passed == {"plain": False, "fed": True}
 
 
 def test_what_is_wrong_with_a_calibration_is_told_before_the_job_begins(

@@ -13,7 +13,7 @@ from service.engine.tensors import Array, FloatArray
 TILE_ELEMENTS = 1 << 20
 
 
-def with_output(sums: ErrorSums, x: Array, y: FloatArray, gram: FloatArray) -> ErrorSums:
+def with_output(sums: ErrorSums, x: Array, y: Array, gram: FloatArray) -> ErrorSums:
     """`sums` with the output error of y (rows, cols) against x under `gram` (cols, cols).
 
     Sums of matrix products in float32 add up in float64. What is multiplied is the difference, and the rest follows
@@ -25,7 +25,7 @@ def with_output(sums: ErrorSums, x: Array, y: FloatArray, gram: FloatArray) -> E
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
             a = np.ascontiguousarray(x[rows], np.float32)
-            d = a - y[rows]
+            d = a - np.asarray(y[rows], np.float32)
             fed = a @ gram
             xx += _dot(fed, a)
             xd += _dot(fed, d)
