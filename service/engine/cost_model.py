@@ -76,7 +76,7 @@ def work_of(plan: Plan, backend: Backend) -> Work:
     for tensor in plan.tensors:
         info, ways = tensor.info, {(d.scheme, d.method) for d in tensor.decisions}
         coded = [(s, m) for s, m in ways if s is not None and m is not None]
-        compute_s += sum(info.size * seconds_per_weight(backend, s, m, info.dtype) for s, m in coded)
+        compute_s += sum(info.size * seconds_per_weight(backend, s, m, info.dtype, tensor.is_fed) for s, m in coded)
     outputs = range(len(plan.outputs))
     written = sum(map(plan.predicted_bytes, outputs))
     quantized = sum(map(plan.quantized, outputs))
@@ -84,14 +84,14 @@ def work_of(plan: Plan, backend: Backend) -> Work:
 
 
 @cache
-def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str) -> float:
-    """How long the kernel takes for one element, on all cores."""
+def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str, is_fed: bool = False) -> float:
+    """How long the kernel takes for one element, on all cores, where the layer's inputs are known or not."""
     method = method.quantizes_as
     x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
     grid: Grid | None = None
     if scheme.takes_pass:
         grid = backend.tensor_grid(backend.observe(x), scheme, method)
-    inputs = _made_up_inputs() if method.needs else None
+    inputs = _made_up_inputs() if is_fed or method.needs else None
     return _median_time(lambda: backend.quantize(x, scheme, method, grid, inputs)) / x.size
 
 

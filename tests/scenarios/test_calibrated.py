@@ -49,7 +49,8 @@ def test_a_calibrated_job_reports_what_its_layers_put_out_and_loses_less_of_it(
         stored = read_parquet(server.download(job["id"], tmp_path / method) / "parquet")
         measured = {t["name"]: t["output_relative_error"] for t in output["tensors"]}
         assert measured == pytest.approx(output_errors(tensors, stored), rel=1e-3)
-        assert output["worst_tensors"] == sorted(measured, key=measured.__getitem__, reverse=True)
+        cosines = {t["name"]: t["output_cosine_similarity"] for t in output["tensors"]}
+        assert output["worst_tensors"] == sorted(cosines, key=cosines.__getitem__)
         assert job["result"]["output_relative_error"] == output["output_relative_error"]
         totals.append(output["output_relative_error"])
     assert {t["method"] for t in output["tensors"]} == {"gptq"}
