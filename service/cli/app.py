@@ -89,7 +89,7 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="A scheme by name, such as nf4; instead of --bits.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="How scales are found: minmax, mse, hqq, awq, gptq, or auto: by the calibration."),
+        typer.Option(help="How scales are found: minmax, mse, hqq, awq, svd, gptq, or auto: by the calibration."),
     ] = None,
     calibration: CalibrationPath = None,
     profile: ProfileName = "local",

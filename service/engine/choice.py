@@ -27,15 +27,17 @@ class Choice:
 
 
 @cache
-def choose_method(asked: str, tells: frozenset[str] | None) -> Choice:
+def choose_method(asked: str, tells: frozenset[str] | None, rank: int | None = None) -> Choice:
     """For a layer of which calibration `tells` these fields of LayerInputs; None where the job has no calibration.
+
+    `rank` is that of a low-rank part, where the method has one and something is said of it.
 
     Raises InvalidConfig when there is none, and the method that was asked for cannot do without.
     """
     if asked == AUTO:
         chosen = _best(BEST_FIRST, tells or frozenset())
         return Choice(chosen, f"auto: {chosen.id}, {_known(chosen, tells)}", _lacking(chosen, tells))
-    method = methods()[asked]()
+    method = methods()[asked](**({} if rank is None else {"rank": rank}))
     if all(need in (tells or ()) for need in method.needs):
         is_plain = tells is None or not method.is_weighted
         return Choice(method, None if is_plain else f"{asked}, {_known(method, tells)}", _lacking(method, tells))

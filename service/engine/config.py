@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
 
+from service.engine.methods.base import MAX_RANK, MIN_RANK
 from service.engine.methods.registry import methods
 from service.engine.schemes.base import Granularity, GroupSize, Scheme
 from service.engine.schemes.nested import NestedScheme
@@ -81,6 +82,13 @@ class TensorConfig(BaseModel):
         description="How scales are found, one of `/v1/methods`; `auto` is the best that a layer's calibration allows.",
     )
 
+    svd_rank: int | None = Field(
+        default=None,
+        ge=MIN_RANK,
+        le=MAX_RANK,
+        description="With method `svd`: the rank of the part of the weights that is stored in 16 bits; 32 by default.",
+    )
+
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, value: str | None) -> str | None:
@@ -101,6 +109,8 @@ class TensorConfig(BaseModel):
         if widths and self.bit_width not in (None, *widths):
             has = " or ".join(str(width) for width in widths)
             raise ValueError(f"`number_format` {self.number_format} has {has} bits: `bit_width` cannot be another")
+        if self.svd_rank and self.method not in (None, "svd"):
+            raise ValueError(f"`svd_rank` goes with method svd, not {self.method}: set `method`, or leave it out")
         if self.group_size and self.granularity not in (None, "group"):
             raise ValueError(f"`group_size` goes with granularity group, not {self.granularity}")
         if (named := self.named) and (reason := _clash(named, self.tensor_fields())):
@@ -132,6 +142,8 @@ class TensorConfig(BaseModel):
             fields.pop("group_size", None)
         if "group_size" in new and "granularity" not in new:
             fields["granularity"] = "group"
+        if "method" in new and "svd_rank" not in new:
+            fields.pop("svd_rank", None)
         fields.update(new)
         named = TensorConfig.model_construct(**fields).named
         for field in ("granularity", "group_size", "scale_dtype", "symmetric"):

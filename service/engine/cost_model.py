@@ -17,6 +17,7 @@ import numpy as np
 
 from service.engine.backends.base import Backend, Grid
 from service.engine.inputs import LayerInputs
+from service.engine.low_rank import LowRank
 from service.engine.methods.base import Method
 from service.engine.plan import Plan
 from service.engine.schemes.base import Scheme
@@ -86,12 +87,15 @@ def work_of(plan: Plan, backend: Backend) -> Work:
 @cache
 def seconds_per_weight(backend: Backend, scheme: Scheme, method: Method, dtype: str, is_fed: bool = False) -> float:
     """How long the kernel takes for one element, on all cores, where the layer's inputs are known or not."""
-    method = method.quantizes_as
+    rank, method = method.low_rank, method.quantizes_as
     x = np.random.default_rng(0).standard_normal(SAMPLE_SHAPE, np.float32).astype(FLOAT_DTYPES[dtype])
     grid: Grid | None = None
     if scheme.takes_pass:
         grid = backend.tensor_grid(backend.observe(x), scheme, method)
     inputs = _made_up_inputs() if is_fed or method.needs else None
+    if rank:
+        low_rank = LowRank.of(x[:rank].astype(np.float16), inputs)
+        return _median_time(lambda: low_rank.quantize(x, scheme, method, grid, backend)) / x.size
     return _median_time(lambda: backend.quantize(x, scheme, method, grid, inputs)) / x.size
 
 

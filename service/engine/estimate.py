@@ -9,7 +9,7 @@ from typing import Any
 from service.engine.backends.base import Backend
 from service.engine.cost_model import Rates, work_of
 from service.engine.memory_need import need_to_quantize
-from service.engine.plan import Decision, Plan
+from service.engine.plan import Decision, OutputPlan, Plan, stored_bytes
 from service.engine.rates import rates
 from service.engine.tensors import TensorInfo
 from service.errors import DiskFull, StorageFailure
@@ -61,7 +61,7 @@ def describe(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> di
                 "format": output.format.id,
                 "predicted_bytes": plan.predicted_bytes(index),
                 "config": output.config.model_dump(mode="json", exclude_none=True),
-                "tensors": [_row(t.info, t.decisions[index]) for t in plan.tensors],
+                "tensors": [_row(t.info, t.decisions[index], output) for t in plan.tensors],
             }
             | ({"budget": asdict(budget)} if plan.budgets and (budget := plan.budgets[index]) else {})
             for index, output in enumerate(plan.outputs)
@@ -69,7 +69,7 @@ def describe(plan: Plan, backend: Backend, block_bytes: int, folder: Path) -> di
     }
 
 
-def _row(info: TensorInfo, decision: Decision) -> dict[str, Any]:
+def _row(info: TensorInfo, decision: Decision, output: OutputPlan) -> dict[str, Any]:
     scheme, method = decision.scheme, decision.method
     row: dict[str, Any] = {
         "name": info.name,
@@ -78,7 +78,7 @@ def _row(info: TensorInfo, decision: Decision) -> dict[str, Any]:
         "scheme": scheme.id if scheme else "none",
         "rule": decision.rule,
         "original_bytes": info.nbytes,
-        "predicted_bytes": scheme.stored_bytes(info.rows, info.cols) if scheme else info.nbytes,
+        "predicted_bytes": stored_bytes(info, decision, output),
     }
     if scheme and method:
         row |= {"method": method.id, "bit_width": scheme.bits, "granularity": scheme.granularity}

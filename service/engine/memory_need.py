@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from service.engine.backends.reference import TILE_ELEMENTS
 from service.engine.calibration.feed import Feed
+from service.engine.equalise import TRIAL_ROWS
 from service.engine.formats.base import Format, ModelReader
 from service.engine.formats.registry import find_format
 from service.engine.histogram import BINS
+from service.engine.low_rank import SPARE
 from service.engine.plan import OutputPlan, Plan, TensorPlan
 from service.engine.schemes.base import ROW_MULTIPLE, Scheme
 from service.engine.tensor_run import row_blocks
@@ -34,6 +36,8 @@ SCALE_BYTES = 11
 OBSERVED_ELEMENTS, HISTOGRAM_BYTES = 1 << 22, 16 * BINS
 #: What is kept of a tensor for its whole run: header, decisions, and in each output its report and place.
 TENSOR_BYTES, OUTPUT_TENSOR_BYTES = 3 << 10, 4 << 10
+#: For each element of a factor of a low-rank part: itself, what it is multiplied with, and sums in float64.
+FACTOR_BYTES = 32
 #: The widest codes that a fallback may take.
 FALLBACK_BITS = 8
 
@@ -102,7 +106,9 @@ def _quantizing(tensor: TensorPlan, plan: Plan, source: type[Format], block_byte
     writing = max(block if d.scheme is None else _codes(o, info, d.scheme, rows) for o, d in ways)
     is_stretched = any(d.method is not None and d.method.scales_inputs for _, d in ways)
     solving = sum(d.method.held_bytes(info.cols) for _, d in ways if d.method is not None)
-    return reading + coding + writing + feeding + solving + (_stretching(tensor, rows) if is_stretched else 0)
+    rank = max((d.method.low_rank for _, d in ways if d.method is not None), default=0)
+    beside = max(_stretching(tensor, rows) if is_stretched else 0, _factoring(tensor, rows, rank) if rank else 0)
+    return reading + coding + writing + feeding + solving + beside
 
 
 def _stretching(tensor: TensorPlan, rows: int) -> int:
@@ -110,6 +116,12 @@ def _stretching(tensor: TensorPlan, rows: int) -> int:
     cols = tensor.info.cols
     gram = cols * cols if tensor.tells and "gram" in tensor.tells else 0
     return 4 * (3 * rows * cols + 2 * gram)
+
+
+def _factoring(tensor: TensorPlan, rows: int, rank: int) -> int:
+    """A block in float32 as it was, as it is quantized, read back and multiplied, and both factors in the making."""
+    cols = tensor.info.cols
+    return 16 * max(rows, TRIAL_ROWS) * cols + (rank + SPARE) * (16 * rows + FACTOR_BYTES * cols)
 
 
 def _codes(output: OutputPlan, info: TensorInfo, scheme: Scheme, rows: int) -> int:

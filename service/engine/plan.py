@@ -33,7 +33,7 @@ from service.engine.report import Budget
 from service.engine.schemes.base import ROW_MULTIPLE, ScaleDtype, Scheme
 from service.engine.schemes.integer import IntegerScheme
 from service.engine.schemes.registry import schemes
-from service.engine.tensors import DTYPE_BITS, TensorInfo
+from service.engine.tensors import DTYPE_BITS, TensorInfo, low_rank_bytes
 from service.engine.timesteps import timestep_weights
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
 
@@ -212,10 +212,20 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
         return Decision(f"{scheme.id} with its scales would take no fewer bytes", notable=True)
     rule = f"layers pattern {override!r}" if override is not None else f"profile {output.config.profile}"
     rule = f"{rule}; {regrouped}" if regrouped else rule
-    choice = choose_method(config.method or "minmax", tells)
+    choice = choose_method(config.method or "minmax", tells, config.svd_rank)
+    rank = choice.method.low_rank
+    if rank and not _is_worth(rank, scheme, info):
+        method = choice.method.quantizes_as
+        choice = Choice(method, f"too small for a low-rank part of rank {rank}: {method.id} alone", choice.missing)
     rule = f"{rule}; {choice.reason}" if choice.reason else rule
     auto_scale = config.scale_dtype in (None, "auto") and "F32" in scheme.choices("scale_dtype")
     return _quantized(rule, scheme, choice, bool(regrouped), auto_scale)
+
+
+def _is_worth(rank: int, scheme: Scheme, info: TensorInfo) -> bool:
+    """Whether a low-rank part is smaller than the matrix, and both it and the codes than the tensor."""
+    stored = scheme.stored_bytes(info.rows, info.cols) + low_rank_bytes(info.rows, info.cols, rank)
+    return rank < min(info.rows, info.cols) and stored < info.nbytes
 
 
 @lru_cache(maxsize=256)  # a model has thousands of tensors and few configurations
@@ -291,6 +301,12 @@ def _check_output(index: int, spec: OutputSpec, is_calibrated: bool) -> OutputPl
                 " do not divide them: choose `parquet`, or another method",
                 pointer=f"{pointer}/format",
             )
+        if config.method in low_rank_methods() and "low_rank_down" not in format_.keeps:
+            raise UnsupportedByFormat(
+                f"{spec.format} cannot hold the low-rank part that {config.method} takes from the weights, for its"
+                " loaders do not add it: choose `parquet`, or another method",
+                pointer=f"{pointer}/format",
+            )
     return OutputPlan(spec.name, format_, options, resolved)
 
 
@@ -298,6 +314,12 @@ def _check_output(index: int, spec: OutputSpec, is_calibrated: bool) -> OutputPl
 def scaling_methods() -> frozenset[str]:
     """The ids of methods that have a layer's inputs divided."""
     return frozenset(id_ for id_, cls in methods().items() if cls.scales_inputs)
+
+
+@cache
+def low_rank_methods() -> frozenset[str]:
+    """The ids of methods that store a low-rank part of the weights beside the codes."""
+    return frozenset(id_ for id_, cls in methods().items() if cls().low_rank)
 
 
 def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
@@ -331,7 +353,10 @@ def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> in
     """What the tensor takes in this output, without headers."""
     if decision.scheme is None:
         return info.nbytes
-    beside = SCALE_BYTES * info.cols if decision.method is not None and decision.method.scales_inputs else 0
+    beside = 0
+    if decision.method is not None:
+        beside += SCALE_BYTES * info.cols if decision.method.scales_inputs else 0
+        beside += low_rank_bytes(info.rows, info.cols, decision.method.low_rank)
     return output.format.stored_bytes(info, decision.scheme, output.options) + beside
 
 

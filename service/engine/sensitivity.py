@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from service.engine.backends.base import Backend, Grid
 from service.engine.equalise import TRIAL_ROWS, Stretch
 from service.engine.formats.base import ModelReader
 from service.engine.inputs import LayerInputs
+from service.engine.low_rank import LowRank, find_down
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums
 from service.engine.plan import Decision, Plan, choices
@@ -104,15 +105,31 @@ def _measure(
     wanted: _Wanted, inputs: LayerInputs | None, reader: ModelReader, backend: Backend, cancelled: Cancelled
 ) -> dict[str, ErrorSums]:
     x = _sample(wanted.info, reader)
+    ranks = {method.low_rank for _, method in wanted.ways} - {0}
+    low_ranks = {rank: _low_rank(rank, wanted.info, inputs, reader, cancelled) for rank in ranks}
     found: dict[str, ErrorSums] = {}
     for scheme, method in wanted.ways:
         stop_when(cancelled)
-        found[_key((scheme, method))] = _quantized(x, scheme, method, inputs, backend).errors
+        found[_key((scheme, method))] = _quantized(
+            x, scheme, method, inputs, backend, low_ranks.get(method.low_rank)
+        ).errors
         backend.take_notices()  # the run itself tells what it lacks
     return found
 
 
-def _quantized(x: Array, scheme: Scheme, method: Method, inputs: LayerInputs | None, backend: Backend) -> QuantizedRows:
+def _quantized(
+    x: Array,
+    scheme: Scheme,
+    method: Method,
+    inputs: LayerInputs | None,
+    backend: Backend,
+    low_rank: LowRank | None = None,
+) -> QuantizedRows:
+    if low_rank is not None:
+        trial = np.concatenate([x[slice(*span)] for span in spread(len(x), TRIAL_ROWS)])
+        if low_rank.gains(trial, scheme, method.quantizes_as, backend):
+            grid = _grid(low_rank.apply(x), scheme, method.quantizes_as, backend)
+            return low_rank.quantize(x, scheme, method.quantizes_as, grid, backend)
     if method.scales_inputs and inputs is not None:
         trial = np.concatenate([x[slice(*span)] for span in spread(len(x), TRIAL_ROWS)])
         if (stretch := Stretch.of(trial, scheme, inputs, backend)) is not None:
@@ -120,6 +137,21 @@ def _quantized(x: Array, scheme: Scheme, method: Method, inputs: LayerInputs | N
             return stretch.quantize(x, scheme, method.quantizes_as, grid, backend)
     method = method.quantizes_as
     return backend.quantize(x, scheme, method, _grid(x, scheme, method, backend), inputs)
+
+
+def _low_rank(
+    rank: int, info: TensorInfo, inputs: LayerInputs | None, reader: ModelReader, cancelled: Cancelled
+) -> LowRank | None:
+    """Of the whole tensor: a few of its rows would be followed too closely."""
+    step = max(1, SAMPLE_ELEMENTS // max(1, info.cols))
+
+    def blocks() -> Iterator[Array]:
+        for start in range(0, info.rows, step):
+            stop_when(cancelled)
+            yield reader.rows(info, start, min(start + step, info.rows))
+
+    down = find_down(blocks, info.rows, info.cols, rank, inputs)
+    return None if down is None else LowRank.of(down, inputs)
 
 
 def _grid(x: Array, scheme: Scheme, method: Method, backend: Backend) -> Grid | None:

@@ -179,7 +179,7 @@ def _ways(decisions: Sequence[Decision]) -> Ways | None:
     """How each output stores a tensor that may share a run with others if it is small, or None."""
     ways = tuple(decision.way for decision in decisions)
     is_copied = not any(ways)
-    in_one_pass = all(way is not None and not way[0].takes_pass for way in ways)
+    in_one_pass = all(way is not None and not way[0].takes_pass and not way[1].low_rank for way in ways)
     return ways if is_copied or in_one_pass else None
 
 

@@ -29,7 +29,7 @@ from service.engine.table_io import (
     text_column,
 )
 from service.engine.tensors import FLOAT_DTYPES, Array, CodeArray, FloatArray, QuantizedRows
-from service.errors import InvalidTable, NonFiniteWeights
+from service.errors import InvalidConfig, InvalidTable, NonFiniteWeights
 
 _FIGURES: list[tuple[str, Any]] = [
     ("cosine_similarity", pa.float64()),
@@ -88,6 +88,9 @@ def quantize_table(table: pa.Table, config: TensorConfig, tools: Tools) -> pa.Ta
     """
     check_columns(table, ("layer_name", "weights"), ("shape",))
     method = choose_method(config.method or "minmax", None).method
+    if method.low_rank:
+        detail = f"the answer has no columns for the low-rank part of method {method.id!r}: choose another"
+        raise InvalidConfig(detail, pointer="/method")
     coded = [_quantize(name, x, shape, config, method, tools) for name, x, shape in _tensors(table)]
     columns = dict(zip(_PLAIN.names, pa.Table.from_pylist([c.row for c in coded], _PLAIN).columns, strict=True))
     columns |= {name: _binaries([c.parts[name] for c in coded]) for name in _BINARY}

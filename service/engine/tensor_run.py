@@ -23,6 +23,7 @@ from service.engine.equalise import TRIAL_ROWS, Stretch
 from service.engine.formats.base import Format, ModelReader, ModelWriter
 from service.engine.histogram import Histogram
 from service.engine.inputs import LayerInputs
+from service.engine.low_rank import LowRank, find_down
 from service.engine.meter import Meter
 from service.engine.methods.base import Method
 from service.engine.metrics import ErrorSums, Quality
@@ -34,7 +35,7 @@ from service.engine.sampling import spread
 from service.engine.schemes.base import BLOCK, ROW_MULTIPLE, SCALE_RANGES, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
-from service.engine.tensors import Array, QuantizedRows, TensorInfo, non_finite
+from service.engine.tensors import Array, QuantizedRows, TensorInfo, low_rank_bytes, non_finite
 from service.engine.write_behind import WriteBehind
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
@@ -79,11 +80,19 @@ class _Attempt:
     sums: ErrorSums = field(default_factory=ErrorSums)
     largest_scale: float = 0.0
     grid: Grid | None = None
-    stretch: Stretch | None = None
+    made: Stretch | LowRank | None = None  # what is done to the weights before
 
     def beside(self) -> Beside | None:
         """What is stored beside the codes."""
-        return None if self.stretch is None else Beside(input_scale=self.stretch.scale)
+        if isinstance(self.made, LowRank):
+            return Beside(low_rank_down=self.made.down)
+        return None if self.made is None else Beside(input_scale=self.made.scale)
+
+    def stored_bytes(self, info: TensorInfo, scheme: Scheme) -> int:
+        """What the tensor takes in this scheme with all that is beside its codes."""
+        if isinstance(self.made, LowRank):
+            return scheme.stored_bytes(info.rows, info.cols) + low_rank_bytes(info.rows, info.cols, len(self.made.down))
+        return scheme.stored_bytes(info.rows, info.cols) + (0 if self.made is None else self.made.scale.nbytes)
 
 
 class TensorRun:
@@ -98,6 +107,7 @@ class TensorRun:
         self._decisions = plan.decisions
         self._is_fed = plan.is_fed
         self._inputs: LayerInputs | None = None
+        self._low_ranks: dict[int, LowRank | None] = {}  # by rank, as far as they were looked for
         self._stations, self._tools = stations, tools
         self._ready = ready or {}
         self._outputs, self._behind = stations.outputs, stations.behind
@@ -114,6 +124,7 @@ class TensorRun:
         attempts = _grouped(dict(enumerate(self._decisions)))
         while attempts:
             self._stretch(attempts)
+            self._factor(attempts)
             self._find_grids(attempts)
             for attempt in attempts:
                 beside = attempt.beside()
@@ -144,7 +155,31 @@ class TensorRun:
         for attempt in attempts:
             scheme, method = attempt.decision.scheme, attempt.decision.method
             if scheme is not None and method is not None and method.scales_inputs:
-                attempt.stretch = Stretch.of(self._some_rows(), scheme, self._inputs, self._tools.backend)
+                attempt.made = Stretch.of(self._some_rows(), scheme, self._inputs, self._tools.backend)
+
+    def _factor(self, attempts: list[_Attempt]) -> None:
+        """Find the low-rank parts, where a method wants them; a tensor that gains nothing by it does without."""
+        for attempt in attempts:
+            scheme, method = attempt.decision.scheme, attempt.decision.method
+            if scheme is None or method is None or not method.low_rank:
+                continue
+            low_rank = self._low_rank(method.low_rank)
+            codes, backend = method.quantizes_as, self._tools.backend
+            if low_rank is not None and low_rank.gains(self._some_rows(), scheme, codes, backend):
+                attempt.made = low_rank
+            else:
+                rule = f"{attempt.decision.rule}; a low-rank part gains nothing: {codes.id} alone"
+                attempt.decision = replace(attempt.decision, rule=rule, method=codes)
+
+    def _low_rank(self, rank: int) -> LowRank | None:
+        if rank not in self._low_ranks:
+            info = self._info
+            down = find_down(self._all_rows, info.rows, info.cols, rank, self._inputs)
+            self._low_ranks[rank] = None if down is None else LowRank.of(down, self._inputs)
+        return self._low_ranks[rank]
+
+    def _all_rows(self) -> Iterator[Array]:
+        return (self._rows(start, stop) for start, stop in self._blocks())
 
     def _some_rows(self) -> Array:
         """Rows that are spread over the tensor."""
@@ -155,15 +190,15 @@ class TensorRun:
         wanting = [(a, s) for a in attempts if (s := a.decision.scheme) and s.takes_pass]
         if not wanting:
             return
-        seen: dict[Stretch | None, Histogram] = {}
-        stretches = {attempt.stretch for attempt, _ in wanting}
+        seen: dict[Stretch | LowRank | None, Histogram] = {}
+        ways = {attempt.made for attempt, _ in wanting}
         for start, stop in self._blocks():
             x = self._rows(start, stop)
-            for stretch in stretches:
-                block = self._tools.backend.observe(x if stretch is None else stretch.apply(x))
-                seen[stretch] = seen[stretch] + block if stretch in seen else block
+            for made in ways:
+                block = self._tools.backend.observe(x if made is None else made.apply(x))
+                seen[made] = seen[made] + block if made in seen else block
         for attempt, scheme in wanting:
-            method, found = attempt.decision.method, seen[attempt.stretch]
+            method, found = attempt.decision.method, seen[attempt.made]
             assert method is not None, "a scheme comes with a method"
             finite = found if found.finite else Histogram.of(np.zeros(1, np.float32))
             attempt.grid = self._tools.backend.tensor_grid(finite, scheme, method.quantizes_as)
@@ -204,8 +239,8 @@ class TensorRun:
 
     def _quantized(self, attempt: _Attempt, x: Array, scheme: Scheme, method: Method) -> QuantizedRows:
         backend = self._tools.backend
-        if attempt.stretch is not None:
-            return attempt.stretch.quantize(x, scheme, method, attempt.grid, backend)
+        if attempt.made is not None:
+            return attempt.made.quantize(x, scheme, method, attempt.grid, backend)
         return backend.quantize(x, scheme, method, attempt.grid, self._inputs)
 
     def _take(self, attempt: _Attempt, rows: QuantizedRows) -> None:
@@ -280,7 +315,7 @@ class TensorRun:
             warn(Notice("accuracy_missed", missed, name, where))
             return None
         wider = _wider(scheme, self._info, self._outputs[output].format)
-        if wider is None or wider.stored_bytes(self._info.rows, self._info.cols) >= self._info.nbytes:
+        if wider is None or attempt.stored_bytes(self._info, wider) >= self._info.nbytes:
             warn(Notice("fallback_copied", f"{missed}: copied as it was", name, where))
             return Decision(f"{missed}: copied")
         warn(Notice("fallback_taken", f"{missed}: {wider.id} instead", name, where))
@@ -289,7 +324,7 @@ class TensorRun:
     def _commit(self, attempt: _Attempt, output: int) -> None:
         decision, info = attempt.decision, self._info
         scheme = decision.scheme
-        quality = Quality.of(attempt.sums, scheme.stored_bytes(info.rows, info.cols)) if scheme else None
+        quality = Quality.of(attempt.sums, attempt.stored_bytes(info, scheme)) if scheme else None
         stored = self._stations.writers[output].commit(quality)
         self._tools.clock.count("write", stored)
         seconds = time.monotonic() - self._started

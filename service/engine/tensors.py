@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
+HalfArray = npt.NDArray[np.float16]
+
+#: Elements of the rows to which low-rank parts are added at once.
+TILE_ELEMENTS = 1 << 20
 
 #: The floating dtypes that can be quantized, by their safetensors name.
 FLOAT_DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -89,6 +93,8 @@ class QuantizedRows:
                 bytes (rows, n), see `NestedScheme.stored_grid`
     errors      what these rows lost
     tensor_scale  what `scale` is to be divided by, where the scheme has such a scale for the tensor
+    up          (rows, rank) float16, where the tensor has a low-rank part: times its other factor, which is the
+                tensor's, to be added to what the codes stand for
     """
 
     scheme: Scheme
@@ -98,6 +104,7 @@ class QuantizedRows:
     zero_point: CodeArray | None
     errors: ErrorSums
     tensor_scale: np.float32 | None = None
+    up: HalfArray | None = None
 
     @property
     def rows(self) -> int:
@@ -107,7 +114,21 @@ class QuantizedRows:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.packed.nbytes + self.scale.nbytes + (self.zero_point.nbytes if self.zero_point is not None else 0)
+        parts = (self.packed, self.scale, self.zero_point, self.up)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def low_rank_bytes(rows: int, cols: int, rank: int) -> int:
+    """What a low-rank part takes as it is stored."""
+    return 2 * rank * (rows + cols)
+
+
+def add_low_rank(x: FloatArray, up: HalfArray, down: HalfArray) -> None:
+    """Add up (rows, r) times down (r, cols) to x (rows, cols), in tiles."""
+    wide = down.astype(np.float32)
+    step = max(1, TILE_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, len(x), step):
+        x[start : start + step] += up[start : start + step].astype(np.float32) @ wide
 
 
 def codes_of(info: TensorInfo, nbytes: int) -> int:

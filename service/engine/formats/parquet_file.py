@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from service.engine.formats.parquet_guard import Refused, check_claims
-from service.engine.formats.parquet_schema import BYTE_COLUMNS, SCHEMA
+from service.engine.formats.parquet_schema import BYTE_COLUMNS, LOW_RANK, SCHEMA
 from service.errors import CorruptModel, UnsupportedModel
 from service.storage.model_files import OpenFile
 
@@ -26,6 +26,10 @@ NEEDED = ("layer_name", "shape", "dtype", "num_params", "quant_type", "bit_width
           "sha256")  # fmt: skip
 #: What files of earlier versions may not have.
 OPTIONAL = ("block_rows", "tensor_scale")
+#: The columns of bytes that every file has.
+ALWAYS = tuple(column for column in BYTE_COLUMNS if column not in LOW_RANK)
+#: What a row says of columns that its file does not have.
+ABSENT = (*OPTIONAL, *(f"{column}_bytes" for column in LOW_RANK))
 #: A number for each column of a tensor.
 INPUT_SCALE = "input_scale"
 #: What Arrow raises for strange content. What the system reports has become another error below it.
@@ -67,26 +71,28 @@ class ParquetFile:
         `data` itself is not read; `at` is (row group, row in it).
         """
         for group in range(self._parquet.num_row_groups):
-            batch = self._read(group, [*self._known, *self._beside, "scales", "zero_points"])
+            lengthy = [column for column in self._bytes if column != "data"]
+            batch = self._read(group, [*self._known, *self._beside, *lengthy])
             with damage_in(self.name):
-                cells = [dict.fromkeys(OPTIONAL) | row for row in batch.select(self._known).to_pylist()]
+                cells = [dict.fromkeys(ABSENT) | row for row in batch.select(self._known).to_pylist()]
                 for row, scale in zip(cells, batch[INPUT_SCALE] if self._beside else [], strict=False):
                     row[INPUT_SCALE] = scale.values.to_numpy(zero_copy_only=False) if scale.is_valid else None
-                for column in ("scales", "zero_points"):
+                for column in lengthy:
                     lengths = pc.binary_length(cast(pa.LargeBinaryArray, batch[column])).to_pylist()
                     for row, length in zip(cells, lengths, strict=True):
                         row[f"{column}_bytes"] = length
             yield from (row | {"at": (group, i)} for i, row in enumerate(cells))
 
     def cells(self, at: tuple[int, int], sha256: str) -> list[memoryview]:
-        """`data`, `scales` and `zero_points` of a row, empty where null; CorruptModel when the hash is wrong."""
+        """BYTE_COLUMNS of a row, empty where null; CorruptModel when the hash is wrong."""
         group, row = at
         with self._lock:
             if self._cached is None or self._cached[0] != group:
                 self._cached = None  # before the next is read, so that there is never more than one
-                self._cached = group, self._read(group, list(BYTE_COLUMNS))
+                self._cached = group, self._read(group, self._bytes)
             batch = self._cached[1]
-        cells = [_cell(cast(pa.LargeBinaryArray, batch[column]), row) for column in BYTE_COLUMNS]
+        cells = [_cell(cast(pa.LargeBinaryArray, batch[column]), row) for column in self._bytes]
+        cells += [memoryview(b"")] * (len(BYTE_COLUMNS) - len(cells))
         if at not in self._verified and hashlib.sha256(cells[0]).hexdigest() != sha256:
             raise CorruptModel(f"row {row} of row group {group} in {self.name} is damaged: its `sha256` is another's")
         self._verified.add(at)
@@ -115,7 +121,8 @@ class ParquetFile:
         found = self._parquet.schema_arrow
         self._known = [*NEEDED, *(name for name in OPTIONAL if name in found.names)]
         self._beside = [INPUT_SCALE] if INPUT_SCALE in found.names else []
-        for column in (*self._known, *self._beside, *BYTE_COLUMNS):
+        self._bytes = [*ALWAYS, *(LOW_RANK if set(LOW_RANK) <= set(found.names) else ())]
+        for column in (*self._known, *self._beside, *self._bytes):
             expected = SCHEMA.field(column).type
             if column not in found.names or found.field(column).type != expected:
                 raise UnsupportedModel(f"{self.name} has no column {column!r} of type {expected}")

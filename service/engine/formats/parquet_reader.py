@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, NoReturn, get_args
@@ -17,10 +17,20 @@ from service.engine.formats.layout import Placement
 from service.engine.formats.parquet_file import ParquetFile
 from service.engine.formats.parquet_guard import MAX_ROWS
 from service.engine.formats.parquet_schema import COPIED, PACKING
+from service.engine.methods.base import MAX_RANK
 from service.engine.packing import WORD_BITS, unpack_flat
 from service.engine.schemes.base import BLOCK, TENSOR_SCALE_BYTES, GroupSize, Scheme
 from service.engine.schemes.registry import build_scheme, schemes
-from service.engine.tensors import DTYPE_BITS, FLOAT_DTYPES, Array, FloatArray, TensorInfo
+from service.engine.tensors import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    Array,
+    FloatArray,
+    HalfArray,
+    TensorInfo,
+    add_low_rank,
+    low_rank_bytes,
+)
 from service.errors import CorruptModel, UnknownDtype, UnsupportedModel
 
 GROUP_SIZES = get_args(GroupSize.__value__)
@@ -46,6 +56,7 @@ class StoredTensor:
     chunks: tuple[StoredChunk, ...]
     input_scale: FloatArray | None = None
     tensor_scale: np.float32 | None = None
+    rank: int = 0  # of its low-rank part
 
     def overlapping(self, start: int, stop: int) -> Iterator[StoredChunk]:
         """The chunks that hold some of the elements start to stop."""
@@ -65,6 +76,7 @@ class ParquetReader(ModelReader):
 
     def __init__(self, placement: Placement) -> None:
         self._files: dict[PurePosixPath, ParquetFile] = {}
+        self._down: tuple[str, HalfArray] | None = None  # of the tensor that was read last
         try:
             for name in placement.weights:
                 self._files[name] = ParquetFile(placement.source.open(name))
@@ -119,7 +131,7 @@ class ParquetReader(ModelReader):
     ) -> FloatArray:
         """Rows first to last of the tensor, which lie in this chunk."""
         cols, bits = tensor.info.cols, scheme.bits
-        data, scales, zeros = self._files[chunk.file].cells(chunk.at, chunk.sha256)
+        data, scales, zeros, up, _ = self._files[chunk.file].cells(chunk.at, chunk.sha256)
         if data.nbytes != -(-(chunk.stop - chunk.start) * bits // 8):
             _corrupt(tensor.info, f"`data` has {data.nbytes} bytes for {chunk.stop - chunk.start} codes of {bits} bits")
         scale, zero = scheme.grid_arrays(scales, zeros, cols)
@@ -132,10 +144,25 @@ class ParquetReader(ModelReader):
         begin, end = first * cols - chunk.start, last * cols - chunk.start
         if cols * bits % WORD_BITS == 0:  # then a row is packed as it is everywhere else
             packed = np.frombuffer(data[begin * bits // 8 : end * bits // 8], np.uint8).reshape(last - first, -1)
-            return tensor.unscaled(dequantize_packed(packed, scheme, cols, scale, zero))
-        aligned = begin // 8 * 8  # eight codes fill whole bytes
-        codes = unpack_flat(data[aligned * bits // 8 : -(-end * bits // 8)], bits, end - aligned)[begin - aligned :]
-        return tensor.unscaled(dequantize_codes(codes.reshape(last - first, cols), scheme, scale, zero))
+            x = dequantize_packed(packed, scheme, cols, scale, zero)
+        else:
+            aligned = begin // 8 * 8  # eight codes fill whole bytes
+            codes = unpack_flat(data[aligned * bits // 8 : -(-end * bits // 8)], bits, end - aligned)[begin - aligned :]
+            x = dequantize_codes(codes.reshape(last - first, cols), scheme, scale, zero)
+        if tensor.rank:
+            ups = np.frombuffer(up, np.float16).reshape(-1, tensor.rank)
+            add_low_rank(x, ups[first - chunk.start // cols : last - chunk.start // cols], self._low_rank_down(tensor))
+        return tensor.unscaled(x)
+
+    def _low_rank_down(self, tensor: StoredTensor) -> HalfArray:
+        """It stands in the first row of the tensor alone, and is kept while others are read."""
+        kept = self._down
+        if kept is None or kept[0] != tensor.info.name:
+            first = tensor.chunks[0]
+            cell = self._files[first.file].cells(first.at, first.sha256)[-1]
+            kept = tensor.info.name, np.array(np.frombuffer(cell, np.float16).reshape(tensor.rank, -1))
+            self._down = kept
+        return kept[1]
 
     def _stamps(self) -> list[tuple[PurePosixPath, int, bytes]]:
         hashes: dict[PurePosixPath, list[Any]] = {name: [] for name in self._files}
@@ -182,11 +209,27 @@ def _tensor(rows: list[tuple[PurePosixPath, dict[str, Any]]]) -> StoredTensor:
     if scheme is None:
         return StoredTensor(info, None, tuple(chunks))
     nbytes = sum(-(-(c.stop - c.start) * scheme.bits // 8) for c in chunks)
+    rank = _rank(info, chunks, [row for _, row in rows])
     nbytes += sum((row["scales_bytes"] or 0) + (row["zero_points_bytes"] or 0) for _, row in rows)
+    nbytes += low_rank_bytes(info.rows, info.cols, rank)
     tensor_scale = _tensor_scale(info, scheme, cells)
     nbytes += TENSOR_SCALE_BYTES * scheme.has_tensor_scale
     stored = replace(info, dtype="F32", nbytes=nbytes, stored_as=scheme.id)
-    return StoredTensor(stored, scheme, tuple(chunks), _input_scale(info, cells["input_scale"]), tensor_scale)
+    return StoredTensor(stored, scheme, tuple(chunks), _input_scale(info, cells["input_scale"]), tensor_scale, rank)
+
+
+def _rank(info: TensorInfo, chunks: Sequence[StoredChunk], rows: Sequence[Mapping[str, Any]]) -> int:
+    """Of the low-rank part, 0 where there is none: `low_rank_down` in the first row, `low_rank_up` in all."""
+    rank, rest = divmod(rows[0]["low_rank_down_bytes"] or 0, 2 * info.cols)
+    downs = [row["low_rank_down_bytes"] for row in rows[1:]]
+    ups = [2 * rank * ((chunk.stop - chunk.start) // info.cols) or None for chunk in chunks]
+    if rest or rank > MAX_RANK or any(downs) or [row["low_rank_up_bytes"] or None for row in rows] != ups:
+        _corrupt(
+            info,
+            f"`low_rank_up` and `low_rank_down` have to be of one rank, at most {MAX_RANK}: 2 bytes of it for each row"
+            " of the matrix, and in the first row of the tensor for each column",
+        )
+    return rank
 
 
 def _tensor_scale(info: TensorInfo, scheme: Scheme, cells: Mapping[str, Any]) -> np.float32 | None:

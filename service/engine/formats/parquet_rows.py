@@ -42,7 +42,9 @@ class Row:
             return True
         if BYTE_COLUMNS[column] == "scales":
             return "scale_dtype" in self.cells
-        return self.cells.get("symmetric") is False
+        if BYTE_COLUMNS[column] == "zero_points":
+            return self.cells.get("symmetric") is False
+        return "low_rank" in self.cells and (BYTE_COLUMNS[column] == "low_rank_up" or self.index == 0)
 
 
 def batch_of(rows: Sequence[Row], shared: dict[str, Any]) -> pa.RecordBatch:

@@ -17,7 +17,9 @@ SUFFIX = ".parquet"
 #: Element i of a chunk is at bit i * bit_width, counted from the least significant bit of the first byte.
 PACKING = "little_endian_bit_stream"
 COPIED = "none"
-BYTE_COLUMNS = ("data", "scales", "zero_points")
+#: Of what a tensor may have beside its codes, the columns of bytes.
+LOW_RANK = ("low_rank_up", "low_rank_down")
+BYTE_COLUMNS = ("data", "scales", "zero_points", *LOW_RANK)
 
 SCHEMA = pa.schema(
     [
@@ -39,6 +41,8 @@ SCHEMA = pa.schema(
         ("block_rows", pa.uint32()),
         ("tensor_scale", pa.float32()),
         ("input_scale", pa.list_(pa.float32())),
+        ("low_rank_up", pa.large_binary()),
+        ("low_rank_down", pa.large_binary()),
         ("is_diffusion_model", pa.bool_()),
         ("modality", pa.string()),
         ("time_group_bounds", pa.list_(pa.uint32())),

@@ -16,6 +16,7 @@ from service.engine.formats.parquet_groups import RowGroups
 from service.engine.formats.parquet_pages import MAX_CELL_BYTES
 from service.engine.formats.parquet_rows import Row
 from service.engine.formats.parquet_schema import (
+    BYTE_COLUMNS,
     FORMAT_VERSION,
     METADATA_PREFIX,
     SCHEMA,
@@ -26,7 +27,7 @@ from service.engine.formats.parquet_schema import (
 from service.engine.metrics import Quality
 from service.engine.packing import WORD_BITS, pack_flat, unpack_rows
 from service.engine.schemes.base import TENSOR_SCALE_BYTES, Scheme
-from service.engine.tensors import DTYPE_BITS, Array, CodeArray, QuantizedRows, TensorInfo
+from service.engine.tensors import DTYPE_BITS, Array, CodeArray, HalfArray, QuantizedRows, TensorInfo
 from service.errors import UnsupportedModel
 from service.storage.faults import storage_faults
 
@@ -56,11 +57,15 @@ class ParquetWriter(ModelWriter):
         self._total = self._step = 0
         self._count = 0  # chunks
         self._beside_bytes = 0
+        self._down: HalfArray | None = None
 
     def begin(self, info: TensorInfo, scheme: Scheme | None, beside: Beside | None = None) -> None:
         """See `ModelWriter.begin`."""
         self._info, self._scheme, self._cells = info, scheme, tensor_cells(info, scheme)
         self._cells |= beside.cells() if beside is not None else {}
+        self._down = beside.low_rank_down if beside is not None else None
+        if self._down is not None:
+            self._cells["low_rank"] = len(self._down)  # not a column: says whether there are these of bytes
         self._beside_bytes = beside.nbytes if beside is not None else 0
         self._done = self._end = self._count = 0
         if scheme is None:
@@ -86,7 +91,9 @@ class ParquetWriter(ModelWriter):
                     which = slice(None) if per_tensor else slice(*(scheme.scale_rows(n) for n in (start, piece.stop)))
                     scales = _bytes(rows.scale[which])
                     zeros = None if rows.zero_point is None else _bytes(rows.zero_point[which])
-                self._groups.add(_bit_stream(rows.packed[piece], bits, rows.cols), scales, zeros)
+                up = None if rows.up is None else _bytes(rows.up[piece])
+                down = None if self._down is None or self._done else _bytes(self._down)  # with the first rows
+                self._groups.add(_bit_stream(rows.packed[piece], bits, rows.cols), scales, zeros, up, down)
                 self._done += piece.stop - start
                 start = piece.stop
 
@@ -109,7 +116,7 @@ class ParquetWriter(ModelWriter):
         self._cells.update(quality_cells(quality))
         with storage_faults("writing the weights"):
             if not self._count:  # a tensor without elements has its row as well
-                self._groups.open_row(Row(self._cells, 0, 0, [0, 0, 0]), 0)
+                self._groups.open_row(Row(self._cells, 0, 0, [0] * len(BYTE_COLUMNS)), 0)
             rows = self._groups.commit()
         self._told.append({"cells": self._cells, "rows": [row.as_json() for row in rows]})
         self._info = None
@@ -167,7 +174,7 @@ class ParquetWriter(ModelWriter):
                 " name the tensor in `skip`, so that it is copied in pieces",
                 tensor=info.name,
             )
-        self._groups.open_row(Row(self._cells, self._count, offset, [0, 0, 0]), nbytes)
+        self._groups.open_row(Row(self._cells, self._count, offset, [0] * len(BYTE_COLUMNS)), nbytes)
         self._end, self._count = self._done + size, self._count + 1
         return True
 

@@ -12,6 +12,9 @@ from service.engine.decode import regions, row_tiles
 from service.engine.inputs import LayerInputs
 from service.engine.schemes.base import AnyArray, Scheme
 
+#: What there may be of a low-rank part.
+MIN_RANK, MAX_RANK = 16, 128
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -35,6 +38,11 @@ class Method(BaseModel):
     is_weighted: ClassVar[bool] = True
     #: Whether the weights it is given are to be scaled column by column before, and the layer's inputs divided.
     scales_inputs: ClassVar[bool] = False
+
+    @property
+    def low_rank(self) -> int:
+        """The rank of what is taken from the weights before, to be stored beside the codes; 0 where there is none."""
+        return 0
 
     @property
     def quantizes_as(self) -> Method:
