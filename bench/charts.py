@@ -1,9 +1,10 @@
-"""Draws the figures of a page as bars, a picture for each page."""
+"""Draws the figures of a page as bars or curves, a picture for each page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ OURS, OTHERS, MARK = "#1f6f8b", "#b8c4c9", "#c1440e"
 #: Inches: the width of a picture, the height of a bar, and that of a title with its axis.
 WIDTH, BAR_HEIGHT, FRAME_HEIGHT = 9.0, 0.27, 1.0
 DPI = 110
+OTHER_DOT = {"color": MARK, "marker": "x"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,33 @@ def _draw_one(chart: Chart, axis: Any) -> None:
     axis.set_xlabel(chart.unit, fontsize=8)
     axis.set_title(chart.title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Points (x, y) of one kind; ours are joined by a line, others stand alone. The first of a frame has its title."""
+
+    title: str
+    label: str
+    points: Sequence[tuple[float, float]]
+    ours: bool = True
+
+
+def draw_curves(frames: Sequence[Sequence[Curve]], path: Path) -> None:
+    """Write frames of dB over bits as a PNG, two beside each other; nothing where matplotlib is absent."""
+    if not find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+
+    rows = -(-len(frames) // 2)
+    figure = Figure(figsize=(WIDTH, 3 * rows), layout="constrained")
+    for curves, axis in zip(frames, figure.subplots(rows, 2, squeeze=False).flat, strict=False):
+        for curve in curves:
+            style = {"color": OURS, "marker": ".", "linestyle": "-" if curve.ours else ""}
+            axis.plot(*zip(*curve.points, strict=True), label=curve.label, **style | ({} if curve.ours else OTHER_DOT))
+        axis.set_title(curves[0].title, fontsize=9, loc="left")
+        axis.set_xlabel("bits of a weight, all counted", fontsize=8)
+        axis.set_ylabel("dB", fontsize=8)
+        axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})

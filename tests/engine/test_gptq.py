@@ -9,6 +9,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
+from bench.published_gptq import as_published
 from service.engine.backends.base import Backend
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method, Solution
@@ -51,24 +52,6 @@ def row_errors(x: np.ndarray, scheme: Scheme, inputs: LayerInputs, found: Soluti
     return ((error @ gram) * error).sum(1) / ((x @ gram) * x).sum(1)
 
 
-def as_published(x: np.ndarray, scheme: IntegerScheme, inputs: LayerInputs) -> Solution:
-    """GPTQ as in the paper: minmax grids, a damping of 1%, activation order, the inverse's factor, no lazy batches."""
-    start = MinMax().solve(np, x, scheme, inputs)
-    gram = inputs.gram.astype(np.float64)  # type: ignore[union-attr]
-    order = np.argsort(-np.diagonal(gram), kind="stable")
-    damped = gram[np.ix_(order, order)] + 0.01 * np.diagonal(gram).mean() * np.eye(len(gram))
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    left, codes = x[:, order].astype(np.float64), np.empty_like(start.codes)
-    for step, column in enumerate(order):
-        group = column // scheme.group_size
-        grid = start.scale[:, group], start.zero[:, group]
-        q = scheme.encode(np, left[:, step : step + 1].astype(np.float32), *grid)
-        codes[:, column] = q[:, 0]
-        error = (left[:, step] - scheme.decode(np, q, *grid)[:, 0]) / upper[step, step]
-        left[:, step:] -= error[:, None] * upper[step, step:]
-    return Solution(codes, start.scale, start.zero)
-
-
 @pytest.mark.parametrize(("bits", "to_minmax", "to_mse", "to_published"), [(2, 0.2, 0.3, 0.6), (4, 0.2, 0.3, 0.8)])
 def test_calibration_gains_much_over_mse_and_the_descent_over_gptq_as_published(
     bits: int, to_minmax: float, to_mse: float, to_published: float, rng: np.random.Generator
@@ -79,7 +62,7 @@ def test_calibration_gains_much_over_mse_and_the_descent_over_gptq_as_published(
         unaware = Mse().solve(np, x, scheme, LayerInputs(cols))
         found = {m.id: m.solve(np, x, scheme, inputs) for m in (MinMax(), Mse(), Gptq())}
         errors = {id_: row_errors(x, scheme, inputs, solution) for id_, solution in found.items()}
-        published = row_errors(x, scheme, inputs, as_published(x, scheme, inputs))
+        published = row_errors(x, scheme, inputs, as_published(x, scheme, inputs)[0])
         assert errors["mse"].sum() < 0.95 * row_errors(x, scheme, inputs, unaware).sum()
         assert errors["gptq"].sum() < to_minmax * errors["minmax"].sum()
         assert errors["gptq"].sum() < to_mse * errors["mse"].sum()
