@@ -2,96 +2,26 @@
 
 Within a group only its part of G counts, and h, what it would have to make up for if it were all 0: its values v add
 v (G v - 2 h) to the error. So several grids are tried at once for each group, each with its own codes: coordinate
-by coordinate the best one given all others, the scale by least squares, in turn.
+by coordinate the best one given all others, the scale by least squares, in turn. As that ends where no coordinate alone
+can move, every block of columns is walked through anew before (see `walk.py`), towards what would make up for all that
+is left; rows that do not gain by it stay as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.engine.methods.base import Solution
-from service.engine.schemes.base import BLOCK as SCALE_BLOCK
+from service.engine.methods.coded import LONGEST_GROUP, Coded, spans
+from service.engine.methods.walk import Factor, factored, walk
 from service.engine.schemes.base import AnyArray, Scheme
-from service.engine.schemes.integer import IntegerScheme
-from service.engine.schemes.table import TableScheme
 
-#: Columns of which the products with all others are made anew together. Longer groups have a block of their own, ...
+#: Columns of which the products with all others are made anew together.
 BLOCK = 128
-#: ... up to this length; of longer ones the scale stays.
-LONGEST_GROUP = 256
 #: Grids tried for a group: its scale times this, and its zero point plus this. The first is the one it has.
 TRIALS = ((1.0, 0), (0.85, 0), (0.93, 0), (1.08, 0), (1.0, 1), (1.0, -1))
 #: Times that codes and scale of a trial are fitted to each other.
 PASSES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """Rows as they are stored, and what that stands for.
-
-    codes uint8 and values float32 (rows, cols), scale and zero float32 (rows, groups)
-    """
-
-    scheme: Scheme
-    codes: AnyArray
-    scale: AnyArray
-    zero: AnyArray
-    values: AnyArray
-
-    @classmethod
-    def of(cls, xp: Any, scheme: Scheme, solution: Solution) -> Coded:
-        """A solution with its values; scales of blocks are repeated for each row."""
-        scale, zero = solution.scale, solution.zero
-        if scheme.granularity == "block":
-            blocks = xp.arange(solution.codes.shape[0]) // SCALE_BLOCK
-            scale, zero = (xp.take(grids, blocks, axis=0) for grids in (scale, zero))
-        return cls(scheme, solution.codes, scale, zero, solution.codes).with_codes(xp, solution.codes)
-
-    @property
-    def solution(self) -> Solution:
-        """Without the values."""
-        each = SCALE_BLOCK if self.scheme.granularity == "block" else 1
-        return Solution(self.codes, self.scale[::each, :], self.zero[::each, :])
-
-    @property
-    def group(self) -> int:
-        """Columns from one group to the next."""
-        return int(self.scheme.width or self.codes.shape[1])
-
-    @property
-    def is_free(self) -> bool:
-        """Whether a group's scale may be any that can be stored, whatever the others have."""
-        scheme = self.scheme
-        plain = isinstance(scheme, (IntegerScheme, TableScheme)) and scheme.granularity in ("channel", "group")
-        return plain and self.group <= LONGEST_GROUP
-
-    def with_codes(self, xp: Any, codes: AnyArray) -> Coded:
-        """Other codes on the same grids."""
-        values = xp.empty(codes.shape, dtype=xp.float32)
-        for group, (first, stop) in enumerate(_spans(codes.shape[1], self.group)):
-            values[:, first:stop] = self.scheme.decode(
-                xp, codes[:, first:stop], self.scale[:, group], self.zero[:, group]
-            )
-        return replace(self, codes=codes, values=values)
-
-    def coded(self, xp: Any, wanted: AnyArray, column: int) -> tuple[AnyArray, AnyArray]:
-        """The codes next to `wanted` (rows,) in this column, and what they stand for."""
-        grid = self.scale[:, column // self.group], self.zero[:, column // self.group]
-        codes = self.scheme.encode(xp, wanted[:, None], *grid)
-        return codes[:, 0], self.scheme.decode(xp, codes, *grid)[:, 0]
-
-    def output_errors(self, xp: Any, x: AnyArray, gram: AnyArray) -> AnyArray:
-        """Of each row of x, (rows,)."""
-        error = x - self.values
-        return xp.sum((error @ gram) * error, axis=1)
-
-    def unless_better(self, xp: Any, x: AnyArray, gram: AnyArray, other: Coded) -> Coded:
-        """Each row from the one of less output error."""
-        better = (other.output_errors(xp, x, gram) < self.output_errors(xp, x, gram))[:, None]
-        names = ("codes", "scale", "zero", "values")
-        return replace(self, **{n: xp.where(better, getattr(other, n), getattr(self, n)) for n in names})
 
 
 @dataclass(slots=True)
@@ -135,18 +65,75 @@ class _Trials:
         return -xp.sum(self.values * (h + self.rest), axis=-1)
 
 
-def descend(xp: Any, x: AnyArray, gram: AnyArray, coded: Coded, sweeps: int) -> Coded:
-    """Go over all groups of rows x `sweeps` times; no row gets a larger output error."""
+def descend(xp: Any, x: AnyArray, gram: AnyArray, coded: Coded, sweeps: int, added: float) -> Coded:
+    """Go over all groups of rows x `sweeps` times, from the second time on through a walk in each block.
+
+    No row gets a larger output error. For the walks `added` is added to the diagonal of `gram`.
+    """
     codes, scale, zero, values = (
         xp.asarray(a, copy=True) for a in (coded.codes, coded.scale, coded.zero, coded.values)
     )
     better = replace(coded, codes=codes, scale=scale, zero=zero, values=values)
-    for _ in range(sweeps):
-        for first, stop in _spans(x.shape[1], max(BLOCK, coded.group) if coded.group <= LONGEST_GROUP else BLOCK):
+    blocks = list(spans(x.shape[1], block_columns(coded.group)))
+    walks = [BlockWalk.of(xp, gram[first:stop, first:stop], added) for first, stop in blocks] if sweeps > 1 else []
+    for sweep in range(sweeps):
+        for number, (first, stop) in enumerate(blocks):
             rest = (x - values) @ gram[:, first:stop]
-            for start, end in _spans(stop - first, min(coded.group, LONGEST_GROUP)):
-                _improve(xp, x, better, gram[first:stop, first:stop], rest, first, slice(start, end))
+            if sweep:
+                walks[number].improve(xp, x, better, gram[first:stop, first:stop], rest, first)
+            else:
+                _improve_groups(xp, x, better, gram[first:stop, first:stop], rest, first)
     return better
+
+
+def block_columns(group: int) -> int:
+    """Columns of a block: whole groups, unless these are too long."""
+    return max(BLOCK, group) if group <= LONGEST_GROUP else BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWalk:
+    """A walk through a block, given all other columns.
+
+    factor   of the block's part of the damped Gram matrix
+    inverse  of that part, float32
+    """
+
+    factor: Factor
+    inverse: AnyArray
+
+    @classmethod
+    def of(cls, xp: Any, gram: AnyArray, added: float) -> BlockWalk:
+        """For this part of the Gram matrix."""
+        wide = xp.astype(gram, xp.float64) + added * xp.eye(gram.shape[0], dtype=xp.float64)
+        return cls(factored(xp, gram, added), xp.astype(xp.linalg.inv(wide), xp.float32))
+
+    def improve(self, xp: Any, x: AnyArray, coded: Coded, gram: AnyArray, rest: AnyArray, first: int) -> None:
+        """Walk anew and improve groups from there, in the rows that gain by it."""
+        columns = slice(first, first + gram.shape[0])
+        groups = slice(first // coded.group, (columns.stop - 1) // coded.group + 1)
+        places = [(coded.codes, columns), (coded.values, columns), (coded.scale, groups), (coded.zero, groups)]
+        before = [xp.asarray(array[:, place], copy=True) for array, place in places]
+        left, values = xp.asarray(rest, copy=True), before[1]
+        codes = walk(xp, values + rest @ self.inverse, coded, self.factor, first)
+        coded.codes[:, columns] = codes
+        for start, end in spans(gram.shape[0], coded.group):
+            part, group = slice(first + start, first + end), (first + start) // coded.group
+            coded.values[:, part] = coded.scheme.decode(
+                xp, codes[:, start:end], coded.scale[:, group], coded.zero[:, group]
+            )
+        rest += (values - coded.values[:, columns]) @ gram
+        _improve_groups(xp, x, coded, gram, rest, first)
+        lost = values - coded.values[:, columns]
+        gains = xp.sum(lost * (left + left + lost @ gram), axis=1) < 0
+        for (array, place), old in zip(places, before, strict=True):
+            array[:, place] = xp.where(gains[:, None], array[:, place], old)
+
+
+def _improve_groups(xp: Any, x: AnyArray, coded: Coded, gram: AnyArray, rest: AnyArray, first: int) -> None:
+    """All groups of a block at column `first`, of which `rest` is left to make up for."""
+    for start, end in spans(gram.shape[0], min(coded.group, LONGEST_GROUP)):
+        _improve(xp, x, coded, gram, rest, first, slice(start, end))
 
 
 def _improve(xp: Any, x: AnyArray, coded: Coded, gram: AnyArray, rest: AnyArray, first: int, span: slice) -> None:
@@ -188,8 +175,3 @@ def _started(xp: Any, coded: Coded, group: int, values: AnyArray, rest: AnyArray
     values, rest = (xp.asarray(xp.broadcast_to(a[:, None, :], shape), copy=True) for a in (values, rest))
     codes = xp.zeros(shape, dtype=xp.uint8)
     return _Trials(scheme, codes, values, rest, xp.stack(scales, axis=1), xp.stack(zeros, axis=1))
-
-
-def _spans(count: int, step: int) -> Iterator[tuple[int, int]]:
-    """(first, stop) of every `step` of so many, the last of which may be short."""
-    return ((first, min(first + step, count)) for first in range(0, count, step))

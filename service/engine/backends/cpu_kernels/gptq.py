@@ -36,11 +36,13 @@ from service.engine.backends.cpu_kernels.trials import (
 from service.engine.backends.cpu_kernels.vector import LANES
 from service.engine.schemes.codebook import NF4_MIDPOINTS
 
-#: Panels of all columns: weights, values, their errors, and the best values yet.
+#: Panels of all columns: weights, values, their errors, and the values of the plain solution.
 PANELS = 4
-WEIGHTS, VALUES, ERRORS, BEST = range(PANELS)
-#: Panels of a block's columns: what is wanted or left, what a group would have to make up for, and minus its changes.
-PARTS = 3
+WEIGHTS, VALUES, ERRORS, PLAIN = range(PANELS)
+#: Panels of a block's columns: what is left to make up for, what a group would have to, and minus its changes; of a
+#: walk through the block what it heads for, that with what errors add, and these; values and what was left before it.
+PARTS = 8
+_REST_PART, _H_PART, _MINUS, _TARGET, _WANTED, _LOST, _BEFORE, _LEFT_PART = range(PARTS)
 #: Lots of a group: weights, levels, rest, rest before, h, values before and best values.
 LOTS = 7
 _X, _LEVELS, _REST, _LEFT, _H, _OLD, _BEST = range(LOTS)
@@ -103,16 +105,16 @@ def _start_grids(weights, counts, group, clips, iterations, codebook, form, lots
 
 
 @njit(nogil=True)
-def _code_column(wanted, column, group, codebook, form, weights, scale, zero, small, values, errors, place):
-    """Code a column as wanted (an address of a panel's column); its error goes to `place` of `errors`."""
-    grid, g = address_of(small), column // group
+def _code_column(wanted, g, codebook, form, weight, scale, zero, small, value, error):
+    """Code a column of group g as wanted, to `value`; what the weight loses to `error`. All addresses of columns."""
+    grid = address_of(small)
     for lane in range(0, PANEL, LANES):
+        at = 4 * lane
         move_grid(_at(scale, g, lane), _at(zero, g, lane), 1.0, 0.0, grid, *form)
-        where = wanted + 4 * lane, grid, _at(weights, column, lane), _at(values, column, lane)
         if codebook:
-            code_nf4(*where, _at(errors, place, lane))
+            code_nf4(wanted + at, grid, weight + at, value + at, error + at)
         else:
-            code_integer(*where, _at(errors, place, lane))
+            code_integer(wanted + at, grid, weight + at, value + at, error + at)
 
 
 @njit(nogil=True)
@@ -131,7 +133,9 @@ def _walk(upper, order, block, group, codebook, form, panels, wanted, scale, zer
             place = target + PANEL_BYTES * (j - first)
             factors = upper + 4 * (j * cols + j + 1)
             add_products(factors, cols, address_of(errors) + PANEL_BYTES * (j + 1), stop - 1 - j, place, 1)
-            _code_column(place, order[j], group, codebook, form, weights, scale, zero, small, values, errors, j)
+            column, error = order[j], _at(errors, j, 0)
+            weight, value = _at(weights, column, 0), _at(values, column, 0)
+            _code_column(place, column // group, codebook, form, weight, scale, zero, small, value, error)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -175,7 +179,7 @@ def _improve(gram, first, start, n, group, trials, passes, codebook, form, panel
     weights, values, errors = panels[WEIGHTS], panels[VALUES], panels[ERRORS]
     cols, at = weights.shape[0], first + start
     g, inner = at // group, gram + 4 * (at * cols + at)
-    rest, h, minus = parts[0], parts[1], parts[2]
+    rest, h, minus = parts[_REST_PART], parts[_H_PART], parts[_MINUS]
     h[:n] = rest[start : start + n]
     add_products(inner, cols, _at(values, at, 0), n, address_of(h), n)
     for lane in range(0, PANEL, LANES):
@@ -195,22 +199,85 @@ def _improve(gram, first, start, n, group, trials, passes, codebook, form, panel
 
 
 @njit(nogil=True)
-def _sweep(gram, block, span, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small):
-    """Once over all columns, by blocks, and in these by spans of a group."""
+def _improve_groups(
+    gram, first, n, span, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small
+):  # fmt: skip
+    """All groups of a block of n columns, or parts of one, `span` columns at a time."""
     cols = panels.shape[1]
-    rest, minus = parts[0], address_of(parts[2])
+    rest, minus = parts[_REST_PART], address_of(parts[_MINUS])
+    for start in range(0, n, span):
+        count = min(span, n - start)
+        _improve(
+            gram, first, start, count, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small
+        )
+        after = start + count
+        factors = gram + 4 * ((first + after) * cols + first + start)
+        add_products(factors, cols, minus, count, _at(rest, after, 0), n - after)
+
+
+@njit(nogil=True)
+def _rewalk(first, n, group, inverse, upper, order, codebook, form, panels, parts, scale, zero, small):
+    """Walk through a block towards what would make up for all that is left; minus its changes go to _LOST."""
+    weights, values, errors = panels[WEIGHTS], panels[VALUES], panels[ERRORS]
+    target, wanted, lost, coded = parts[_TARGET], parts[_WANTED], parts[_LOST], parts[_MINUS]
+    target[:n] = values[first : first + n]
+    add_products(address_of(inverse), inverse.shape[1], address_of(parts[_REST_PART]), n, address_of(target), n)
+    wanted[:n] = target[:n]
+    for p in range(n - 1, -1, -1):
+        j = order[p]
+        place, weight, value, error = _at(wanted, j, 0), _at(target, j, 0), _at(coded, j, 0), _at(lost, p, 0)
+        add_products(address_of(upper[p]) + 4 * (p + 1), upper.shape[1], _at(lost, p + 1, 0), n - 1 - p, place, 1)
+        _code_column(place, (first + j) // group, codebook, form, weight, scale, zero, small, value, error)
+    lost[:n] = values[first : first + n] - coded[:n]
+    values[first : first + n] = coded[:n]
+    errors[first : first + n] = weights[first : first + n] - coded[:n]
+
+
+@njit(nogil=True)
+def _undo(gram, first, n, group, panels, parts, scale, zero, saved):
+    """Put back what a block was, in the rows in which it has not gained."""
+    weights, values, errors = panels[WEIGHTS], panels[VALUES], panels[ERRORS]
+    cols, g, last = weights.shape[0], first // group, (first + n - 1) // group + 1
+    rest, lost, before, left = parts[_REST_PART], parts[_LOST], parts[_BEFORE], parts[_LEFT_PART]
+    lost[:n] = before[:n] - values[first : first + n]
+    rest[:n] = left[:n]
+    inner = gram + 4 * (first * cols + first)
+    add_products(inner, cols, address_of(lost), n, address_of(rest), n)
+    for lane in range(PANEL):
+        change = np.float32(0.0)
+        for j in range(n):
+            change += lost[j, lane] * (left[j, lane] + rest[j, lane])
+        if not change < 0:
+            values[first : first + n, lane] = before[:n, lane]
+            errors[first : first + n, lane] = weights[first : first + n, lane] - before[:n, lane]
+            scale[g:last, lane], zero[g:last, lane] = saved[0, : last - g, lane], saved[1, : last - g, lane]
+
+
+@njit(nogil=True)
+def _sweep(
+    gram, block, group, walks, rewalks, trials, passes, codebook, form, panels, parts, lots, scale, zero, saved, small
+):  # fmt: skip
+    """Once over all columns, by blocks, each of which is walked through before if it `rewalks`."""
+    inverses, uppers, orders = walks
+    cols, span = panels.shape[1], min(group, block)
+    rest = parts[_REST_PART]
     for first in range(0, cols, block):
-        stop = min(first + block, cols)
-        rest[: stop - first] = np.float32(0.0)
-        add_products(gram + 4 * first * cols, cols, address_of(panels[ERRORS]), cols, address_of(rest), stop - first)
-        for start in range(0, stop - first, span):
-            n = min(span, stop - first - start)
-            _improve(
-                gram, first, start, n, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small
-            )
-            after = start + n
-            factors = gram + 4 * ((first + after) * cols + first + start)
-            add_products(factors, cols, minus, n, _at(rest, after, 0), stop - first - after)
+        n, number = min(block, cols - first), first // block
+        rest[:n] = np.float32(0.0)
+        add_products(gram + 4 * first * cols, cols, address_of(panels[ERRORS]), cols, address_of(rest), n)
+        if rewalks:
+            g, last = first // group, (first + n - 1) // group + 1
+            parts[_BEFORE, :n], parts[_LEFT_PART, :n] = panels[VALUES, first : first + n], rest[:n]
+            saved[0, : last - g], saved[1, : last - g] = scale[g:last], zero[g:last]
+            walk = inverses[number], uppers[number], orders[number]
+            _rewalk(first, n, group, *walk, codebook, form, panels, parts, scale, zero, small)
+            inner = gram + 4 * (first * cols + first)
+            add_products(inner, cols, address_of(parts[_LOST]), n, address_of(rest), n)
+        _improve_groups(
+            gram, first, n, span, group, trials, passes, codebook, form, panels, parts, lots, scale, zero, small
+        )
+        if rewalks:
+            _undo(gram, first, n, group, panels, parts, scale, zero, saved)
 
 
 @njit(nogil=True)
@@ -244,48 +311,40 @@ def _store(values, group, scale, zero, codebook, row, lane, codes, scales, zeros
         scales[row, g], zeros[row, g] = scale[g, lane], zero[g, lane]
 
 
-@njit(nogil=True)
-def _keep(totals, values, best, grids):
-    """Of each row the values and grids of less error."""
-    for lane in range(PANEL):
-        if totals[1, lane] < totals[0, lane]:
-            totals[0, lane] = totals[1, lane]
-            best[:, lane] = values[:, lane]
-            grids[:2, :, lane] = grids[2:, :, lane]
-
-
 @kernel
 def solve_rows(
-    x, first, last, gram, upper, order, plain_counts, counts, clips, iterations, trials, passes, rounds, sweeps,
+    x, first, last, gram, upper, order, walks, plain_counts, counts, clips, iterations, trials, passes, sweeps,
     block, group, codebook, form, codes, scales, zeros, panels, parts, lots, small, grids, totals,
 ):  # fmt: skip
     """Solve rows [first, last) of x, PANEL of them at most; see `Gptq.solve`.
 
     gram, upper   addresses of (cols, cols) float32
+    walks         by block: inverse and upper factor (blocks, block, block), order (blocks, block); see `BlockWalk`
     counts        by column, what its squared error counts where a grid is begun, and for the plain solution
     block         columns of a block, a multiple of the group or the whole of it
     panels, ...   working memory: (PANELS, cols, PANEL), (PARTS, block, PANEL), (LOTS, group or block, LANES),
-                  (SMALL, LANES), (4, groups, PANEL) float32 and (2, PANEL) float64
+                  (SMALL, LANES), (6, groups, PANEL) float32 and (2, PANEL) float64
     """
-    weights, values, errors, best = panels[WEIGHTS], panels[VALUES], panels[ERRORS], panels[BEST]
+    weights, values, errors, plain = panels[WEIGHTS], panels[VALUES], panels[ERRORS], panels[PLAIN]
     cols, rows = x.shape[1], last - first
     _load(x, first, rows, weights)
     _start_grids(weights, plain_counts, group, clips, iterations, codebook, form, lots, small, grids[0], grids[1])
     for j in range(cols):
-        place = _at(weights, j, 0)
-        _code_column(place, j, group, codebook, form, weights, grids[0], grids[1], small, best, errors, j)
+        weight, value, error = _at(weights, j, 0), _at(plain, j, 0), _at(errors, j, 0)
+        _code_column(weight, j // group, codebook, form, weight, grids[0], grids[1], small, value, error)
     _output_errors(gram, block, errors, parts[0], totals[0])
     scale, zero = grids[2], grids[3]
     _start_grids(weights, counts, group, clips, iterations, codebook, form, lots, small, scale, zero)
-    for _ in range(rounds):
-        _walk(upper, order, block, group, codebook, form, panels, parts[0], scale, zero, small)
-        errors[:] = weights - values
-        for _ in range(sweeps):
-            _sweep(
-                gram, block, min(group, block), group, trials, passes, codebook, form, panels, parts, lots, scale, zero,
-                small,
-            )  # fmt: skip
-        _output_errors(gram, block, errors, parts[0], totals[1])
-        _keep(totals, values, best, grids)
+    _walk(upper, order, block, group, codebook, form, panels, parts[0], scale, zero, small)
+    errors[:] = weights - values
+    for sweep in range(sweeps):
+        _sweep(
+            gram, block, group, walks, sweep > 0, trials, passes, codebook, form, panels, parts, lots, scale, zero,
+            grids[4:], small,
+        )  # fmt: skip
+    _output_errors(gram, block, errors, parts[0], totals[1])
     for row in range(rows):
-        _store(best, group, grids[0], grids[1], codebook, first + row, row, codes, scales, zeros)
+        if totals[1, row] < totals[0, row]:
+            _store(values, group, scale, zero, codebook, first + row, row, codes, scales, zeros)
+        else:
+            _store(plain, group, grids[0], grids[1], codebook, first + row, row, codes, scales, zeros)
