@@ -12,7 +12,7 @@ OURS, OTHERS, MARK = "#1f6f8b", "#b8c4c9", "#c1440e"
 #: Inches: the width of a picture, the height of a bar, and that of a title with its axis.
 WIDTH, BAR_HEIGHT, FRAME_HEIGHT = 9.0, 0.27, 1.0
 DPI = 110
-OTHER_DOT = {"color": MARK, "marker": "x"}
+OTHER_DOT = {"color": MARK, "marker": "x", "linestyle": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _draw_one(chart: Chart, axis: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points (x, y) of one kind; ours are joined by a line, others stand alone. The first of a frame has its title."""
+    """Points (x, y) of one kind; ours are joined by steps, others stand alone. The first of a frame has its title."""
 
     title: str
     label: str
@@ -87,7 +87,7 @@ def draw_curves(frames: Sequence[Sequence[Curve]], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, 3 * rows), layout="constrained")
     for curves, axis in zip(frames, figure.subplots(rows, 2, squeeze=False).flat, strict=False):
         for curve in curves:
-            style = {"color": OURS, "marker": ".", "linestyle": "-" if curve.ours else ""}
+            style = {"color": OURS, "marker": ".", "linestyle": "-", "drawstyle": "steps-post"}
             axis.plot(*zip(*curve.points, strict=True), label=curve.label, **style | ({} if curve.ours else OTHER_DOT))
         axis.set_title(curves[0].title, fontsize=9, loc="left")
         axis.set_xlabel("bits of a weight, all counted", fontsize=8)

@@ -10,7 +10,7 @@ import numpy as np
 from bench.charts import Curve, draw_curves
 from bench.common import RESULTS, cores, note, table, write_result
 from bench.quality_layers import SUBJECTS, Layer, Subject
-from bench.quality_marks import ABOUT_MARKS, CLASSES, Outcome, best_below, classed, marks, undominated
+from bench.quality_marks import ABOUT_MARKS, CLASSES, Mark, Outcome, best_below, classed, marks, undominated
 from bench.quality_ours import THOROUGH, Ours, backend, ours
 from bench.quality_peers import Peer, Unfit, peers
 from service.engine.backends.output_error import with_output
@@ -33,18 +33,25 @@ PACKAGES = ("numpy", "torch", "transformers", "hqq", "bitsandbytes", "libggml-py
 def main() -> None:
     """Measure all models, write the page."""
     parts, curves = [INTRODUCTION], []
-    verdicts: list[list[str]] = []
+    held: list[Mark] = []
     for subject in SUBJECTS:
         outcomes = _measure(subject)
         parts += [f"## {subject.title}", subject.about, _methods(outcomes)]
         for low in CLASSES:
             parts += [f"### {subject.title}, {low} bits", _table(classed(outcomes, low), outcomes)]
-        verdicts += [[subject.title, *cells] for cells in marks(outcomes)]
+        held += marks(subject.title, outcomes)
         curves += _curves(subject.title, outcomes)
-    parts += [ABOUT_MARKS, table(["model", "bits", "by", "verdict", "ours, the other"], verdicts)]
+    head = ["model", "bits", "least error of", "others", "lose less", "verdict", "least lead, dB"]
+    parts += [ABOUT_MARKS, table(head, (mark.cells() for mark in held)), "### Where ours loses more, and why"]
+    parts += [table(["model", "error of", "the other", "ours", "what the other has"], _misses(held))]
     picture = "quality.png"
     draw_curves(curves, RESULTS / picture)
     write_result("quality", "Quality at equal bits", *parts, f"![Errors over bits]({picture})", packages=PACKAGES)
+
+
+def _misses(held: Sequence[Mark]) -> Iterator[list[str]]:
+    for mark in held:
+        yield from mark.misses()
 
 
 def _measure(subject: Subject) -> list[Outcome]:

@@ -17,11 +17,17 @@ ABOUT_MARKS = """
 Ours has the least error of weights among data-free methods, and the least error of outputs among calibrated ones, at
 2, 3, 4 and 8 bits, on every model: each other quantizer beside the best of ours that takes no more bits.
 """
-#: By how the other's name begins.
+#: Why ours may lose, by how the other's name begins.
 WHY = {
-    "bitsandbytes NF4": "its scales take 8 bits; ours of nf4 take 16, and groups of 64 under two levels there are not",
-    "ggml IQ": "codes for 4 or 8 weights together, from a table of a lattice: more levels where weights are, at so few "
-    "bits, than any grid for each weight alone",
+    "ggml IQ2": "codes for 8 weights together, from a table of a lattice: more levels where weights are than any grid "
+    "for each weight alone has at so few bits",
+    "ggml IQ3": "codes for 4 weights together, from a table of a lattice",
+    "ggml IQ4": "16 levels that are not equally spaced, under scales of two levels: ours have one or the other",
+    "ggml Q": "super-blocks that go on in the next row where one is short of 256 columns; ours end with "
+    "the row, so that those of short rows cost more bits",
+    "HQQ": "zero points that are any number, in 16 bits; ours are whole ones in as many bits as a code",
+    "bitsandbytes": "scales of 8 bits under others; ours of the same table have 16",
+    "GPTQ as published": "grids of the ranges, which fit where the error of rounding is small",
 }
 
 
@@ -79,25 +85,46 @@ def undominated(one: Outcome, outcomes: Sequence[Outcome]) -> bool:
     return best is not None and one.counts >= best.counts
 
 
-def marks(outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
-    """Rows: bits, by what, the verdict, and the closest call, or all that were missed with the reason."""
+def marks(model: str, outcomes: Sequence[Outcome]) -> Iterator[Mark]:
+    """For each class of bits and each kind what is held against what."""
     for low in CLASSES:
-        for is_calibrated, what in ((False, "weights, data-free"), (True, "outputs, calibrated")):
+        for is_calibrated in (False, True):
             kind = [o for o in outcomes if o.is_calibrated == is_calibrated]
             mine = [o for o in kind if o.is_ours]
-            pairs = [(best_below(mine, o.bits), o) for o in classed(kind, low) if not o.is_ours]
-            if not pairs:
-                yield [str(low), what, "no other", ""]
-                continue
-            missed = [(our, other) for our, other in pairs if our is None or our.counts < other.counts]
-            shown = missed or [min(pairs, key=lambda pair: pair[0].counts - pair[1].counts if pair[0] else 0.0)]
-            text = "; ".join(_beside(our, other, is_missed=bool(missed)) for our, other in shown)
-            yield [str(low), what, "missed" if missed else "met", text]
+            pairs = tuple((best_below(mine, o.bits), o) for o in classed(kind, low) if not o.is_ours)
+            if pairs:
+                yield Mark(model, low, is_calibrated, pairs)
 
 
-def _beside(our: Outcome | None, other: Outcome, *, is_missed: bool) -> str:
-    theirs = f"{other.name} {other.counts:.2f} at {other.bits:.3f}"
-    if our is None:
-        return f"none of so few bits, {theirs}"
-    why = next((reason for prefix, reason in WHY.items() if other.family.startswith(prefix)), "") if is_missed else ""
-    return f"{our.name} {our.counts:.2f} at {our.bits:.3f}, {theirs}{why and f' ({why})'}"
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Of a class of bits every other quantizer of a kind beside the best of ours that takes no more bits, if any."""
+
+    model: str
+    low: int
+    is_calibrated: bool
+    pairs: tuple[tuple[Outcome | None, Outcome], ...]
+
+    @property
+    def what(self) -> str:
+        """Whose error of what."""
+        return "outputs, calibrated" if self.is_calibrated else "weights, data-free"
+
+    @property
+    def missed(self) -> list[tuple[Outcome | None, Outcome]]:
+        """The pairs in which the other loses less."""
+        return [(our, other) for our, other in self.pairs if our is None or our.counts < other.counts]
+
+    def cells(self) -> list[str]:
+        """Model, bits, what; how many others there are, how many lose less; the verdict; the least lead in dB."""
+        leads = [our.counts - other.counts for our, other in self.pairs if our is not None]
+        least = f"{min(leads):+.2f}" if leads else ""
+        verdict = "missed" if self.missed else "met"
+        return [self.model, str(self.low), self.what, str(len(self.pairs)), str(len(self.missed)), verdict, least]
+
+    def misses(self) -> Iterator[list[str]]:
+        """A row for each pair that was missed: model, what, the other, ours, why."""
+        for our, other in self.missed:
+            mine = f"{our.name} {our.counts:.2f} at {our.bits:.3f}" if our else "none of so few bits"
+            why = next((reason for prefix, reason in WHY.items() if other.family.startswith(prefix)), "")
+            yield [self.model, self.what, f"{other.name} {other.counts:.2f} at {other.bits:.3f}", mine, why]

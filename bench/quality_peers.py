@@ -111,13 +111,16 @@ class BitsAndBytes:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        x = torch.from_numpy(layer.weights)
+        if layer.weights.size % self.block:
+            raise Unfit
+        # As rows of one block: those that begin within a block it reads back wrongly on the CPU.
+        x = torch.from_numpy(layer.weights).reshape(-1, self.block)
         codes, state = quantize_4bit(
             x, blocksize=self.block, compress_statistics=self.is_double, quant_type=self.kind.lower()
         )
         parts = [codes, state.absmax] + ([state.state2.absmax] if self.is_double else [])
         nbytes = sum(part.numel() * part.element_size() for part in parts)
-        return Restored(dequantize_4bit(codes, state).numpy(), 8.0 * nbytes)
+        return Restored(dequantize_4bit(codes, state).reshape(layer.weights.shape).numpy(), 8.0 * nbytes)
 
 
 @dataclass(frozen=True, slots=True)
