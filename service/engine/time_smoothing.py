@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypeAliasType
 
-from service.engine.timesteps import Floats, TimeGroups, expected_errors
+from service.engine.timesteps import Floats, TimeGroups, with_zero
 
 Interpolation = TypeAliasType("Interpolation", Literal["linear", "cubic", "sigmoid"])
 
@@ -21,21 +21,22 @@ SIGMOID_ENDS = 6.0
 def smoothed(
     groups: TimeGroups, ranges: npt.ArrayLike, smoothness_weight: float, weights: npt.ArrayLike | None = None
 ) -> TimeGroups:
-    """The same groups, their ranges stretched or shrunk about 0, with the least sum of
+    """The same groups, their ranges stretched about 0, with the least sum of
 
         error / error before  +  smoothness_weight * sum of (log s_g - log s_(g + 1))²
 
-    over scales s among those that are tried, exactly (the groups are a chain: Viterbi 1967). A weight of 0 changes
-    nothing. `ranges` (T, 2) and `weights` (T,) are those that the groups were made of. Groups in which all inputs are
-    0 have no scale, and their neighbours are each other's.
+    over scales s among those that are tried, exactly (the groups are a chain: Viterbi 1967). Scales only grow, so that
+    nothing is cut off. A weight of 0 changes nothing. `ranges` (T, 2) and `weights` (T,) are those that the groups were
+    made of. Groups in which all inputs are 0 have no scale, and their neighbours are each other's.
     """
     live = np.flatnonzero(groups.high > groups.low)
     if smoothness_weight == 0 or len(live) < 2:
         return groups
     own = groups.scale[live]
     tried = np.unique(np.concatenate([own, np.geomspace(own.min(), own.max(), TRIED_SCALES)]))
-    error = _errors(groups, ranges, weights, tried)[live]  # (live, tried)
-    before = error[np.arange(len(live)), np.searchsorted(tried, own)].sum()
+    error = _steps_that_count(groups, ranges, weights)[live, None] * tried**2  # (live, tried), but for a factor
+    error[tried < own[:, None]] = np.inf
+    before = error.min(axis=1).sum()
     logs = np.log(tried)
     penalty = smoothness_weight * (logs[:, None] - logs) ** 2
     chosen = _least_path(error / before if before > 0 else error, penalty)
@@ -69,14 +70,11 @@ def largest_jump(scale: npt.ArrayLike) -> float:
     return float(np.expm1(np.abs(np.diff(logs)).max(initial=0.0)))
 
 
-def _errors(groups: TimeGroups, ranges: npt.ArrayLike, weights: npt.ArrayLike | None, tried: Floats) -> Floats:
-    """The expected error of each group with each scale that is tried: (G, tried)."""
-    at = groups.group_of_step
-    counts = np.ones(len(at)) if weights is None else np.asarray(weights, np.float64)
-    stretch = tried / groups.scale[:, None]
-    low, high = (groups.low[:, None] * stretch)[at].T, (groups.high[:, None] * stretch)[at].T  # (tried, T)
-    errors = np.stack([expected_errors(ranges, *ends, groups.bits) for ends in zip(low, high, strict=True)])
-    return np.asarray(np.add.reduceat(errors * counts, groups.bounds[:-1], axis=1).T)
+def _steps_that_count(groups: TimeGroups, ranges: npt.ArrayLike, weights: npt.ArrayLike | None) -> Floats:
+    """The weights (G,) of each group's steps together, but of those whose inputs are all 0."""
+    low, high = with_zero(ranges)
+    counts = np.ones(len(low)) if weights is None else np.asarray(weights, np.float64)
+    return np.asarray(np.add.reduceat(counts * (high > low), groups.bounds[:-1]))
 
 
 def _least_path(cost: Floats, penalty: Floats) -> npt.NDArray[np.int64]:

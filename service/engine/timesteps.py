@@ -67,7 +67,7 @@ def optimal_groups(ranges: npt.ArrayLike, count: int, bits: int, weights: npt.Ar
 
     `weights` (T,) say how much the error at each step counts; all alike where not given.
     """
-    low, high = _with_zero(ranges)
+    low, high = with_zero(ranges)
     steps, count = len(low), min(count, len(low))
     # Inputs that are all 0 stay so on every grid.
     cost = _costs(low, high, bits, _weights(weights, steps) * (high > low))
@@ -85,7 +85,7 @@ def optimal_groups(ranges: npt.ArrayLike, count: int, bits: int, weights: npt.Ar
 
 def uniform_groups(ranges: npt.ArrayLike, count: int, bits: int) -> TimeGroups:
     """`count` groups (at most T) whose lengths differ by one step at most."""
-    low, high = _with_zero(ranges)
+    low, high = with_zero(ranges)
     count = min(count, len(low))
     return _grouped(low, high, np.arange(count + 1) * len(low) // count, bits)
 
@@ -95,7 +95,7 @@ def expected_errors(ranges: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLi
 
     Values beyond the grid go to its end; for that, those of a step are taken to be spread evenly over its range.
     """
-    least, most = _with_zero(ranges)
+    least, most = with_zero(ranges)
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     width = most - least
     beyond = np.stack([np.maximum(low - least, 0.0), np.maximum(most - high, 0.0)])
@@ -153,7 +153,8 @@ def _betas(schedule: str) -> Floats:
     return np.asarray(np.minimum(1 - kept[1:] / kept[:-1], 0.999))
 
 
-def _with_zero(ranges: npt.ArrayLike) -> tuple[Floats, Floats]:
+def with_zero(ranges: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Both ends (T,) of ranges (T, 2), moved so far that 0 is between them."""
     both = np.asarray(ranges, np.float64)
     return np.minimum(both[:, 0], 0.0), np.maximum(both[:, 1], 0.0)
 
