@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
 
+from service.engine.activation_groups import TimeGrouping, Wanted
 from service.engine.methods.base import MAX_RANK, MIN_RANK
 from service.engine.methods.registry import methods
 from service.engine.schemes.base import Granularity, GroupSize, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
 from service.engine.schemes.table import TableScheme
+from service.engine.time_smoothing import Interpolation
 from service.errors import InvalidConfig
 
 BitWidth = TypeAliasType("BitWidth", Literal[2, 3, 4, 5, 6, 8])
@@ -32,6 +34,8 @@ TimestepWeighting = TypeAliasType("TimestepWeighting", Literal["uniform", "snr_l
 TimestepWeights = TypeAliasType("TimestepWeights", TimestepWeighting | list[float])
 #: Schemes that go by number format and width, beside the integers.
 BY_FORMAT: dict[tuple[str, int | str], str] = {("nf", 4): "nf4", ("fp", 4): "fp4", ("fp", 8): "fp8_e4m3"}
+#: Above this all groups have one scale, whatever that costs; and no schedule has as many steps.
+MOST_SMOOTHNESS, MOST_WINDOW = 1e6, 1000
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 #: The sensitive layers: embeddings, norms, output heads; of a diffusion model also its first and last layers.
@@ -199,8 +203,37 @@ class QuantizationConfig(TensorConfig):
     on_failure: OnFailure | None = Field(default=None, description="What to do with a tensor under `min_accuracy`.")
     on_non_finite: OnNonFinite | None = Field(default=None, description="What to do with a NaN or an infinity.")
     backend: str | None = Field(default=None, description="Where to compute: `auto`, or one of `/v1/backends`.")
-    num_time_groups: int | None = Field(default=None, ge=1, le=100)
-    enable_time_aware: bool | None = None
+    num_time_groups: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="How many groups of timesteps have an activation grid of their own; no more than the calibration "
+        "has timesteps.",
+    )
+    enable_time_aware: bool | None = Field(
+        default=None,
+        description="Whether 8-bit grids for the inputs of layers are stored by groups of timesteps, where calibration "
+        "has their ranges and the format keeps them (`parquet`).",
+    )
+    time_grouping: TimeGrouping | None = Field(
+        default=None, description="Where timesteps are cut: with the least expected error, or at like distances."
+    )
+    smoothness_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_SMOOTHNESS,
+        description="How much a jump between the scales of neighbouring groups counts against their error; 0 leaves "
+        "them as they are.",
+    )
+    boundary_window: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_WINDOW,
+        description="On either side of a cut so many timesteps get grids between those of both groups.",
+    )
+    boundary_interpolation: Interpolation | None = Field(
+        default=None, description="How the grids in a `boundary_window` go over into each other."
+    )
     enable_spatial: bool | None = None
     calibration_samples: int | None = Field(
         default=None, ge=1, description="How many raw samples of each layer and timestep are used at most."
@@ -252,6 +285,19 @@ class ResolvedConfig(QuantizationConfig):
         """Whether there are tensors whose scheme is to be chosen under a target."""
         return any(config.bit_width == AUTO for config in (self, *(self.layers or ())))
 
+    @property
+    def time_groups(self) -> Wanted | None:
+        """How timesteps are to be grouped, if they are."""
+        if not self.enable_time_aware:
+            return None
+        return Wanted(
+            count=self.num_time_groups or 1,
+            grouping=self.time_grouping or "optimal",
+            smoothness_weight=self.smoothness_weight or 0.0,
+            boundary_window=self.boundary_window or 0,
+            boundary_interpolation=self.boundary_interpolation or "linear",
+        )
+
     def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:
         """What holds for the tensor of this name, and the pattern of the override that decided, if any."""
         for override in self.layers or ():
@@ -301,6 +347,10 @@ COMMON_DEFAULTS = QuantizationConfig(
     on_non_finite="fail",
     backend="auto",
     enable_time_aware=True,
+    time_grouping="optimal",
+    smoothness_weight=0.0,
+    boundary_window=0,
+    boundary_interpolation="linear",
 )
 
 

@@ -84,4 +84,5 @@ def _row(info: TensorInfo, decision: Decision, output: OutputPlan) -> dict[str, 
         row |= {"method": method.id, "bit_width": scheme.bits, "granularity": scheme.granularity}
         row |= {"symmetric": scheme.symmetric, "scale_dtype": scheme.scale_dtype}
         row |= {"group_size": scheme.group_size} if scheme.granularity == "group" else {}
+        row |= {"time_groups": decision.time_groups} if decision.time_groups else {}
     return row

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
+from service.engine.activation_groups import group_bytes
 from service.engine.backends.registry import choose_backend
-from service.engine.calibration.calibration import Calibration
+from service.engine.calibration.calibration import DIVIDED_RANGE, RANGE, Calibration
 from service.engine.calibration.feed import Averaging, Feed
 from service.engine.choice import Choice, choose_method
 from service.engine.config import (
@@ -44,7 +45,7 @@ GROUP_SIZES = (256, 128, 64, 32, 16)
 MAX_SMALLEST_BLOCK_BYTES = 256 << 20
 #: Bytes of what a column of inputs is divided by.
 SCALE_BYTES = 4
-#: The fields of LayerInputs that calibration tells of a layer; None where a job has no calibration.
+#: What calibration tells of a layer, as `Layer.tells` has it; None where a job has no calibration.
 Tells = frozenset[str] | None
 #: Layers that a warning names.
 NAMES_SHOWN = 5
@@ -68,6 +69,12 @@ class OutputPlan:
     format: type[Format]
     options: FormatOptions
     config: ResolvedConfig
+    steps: int = 0  # timesteps of the calibration, if there is one
+
+    @property
+    def groups_time(self) -> bool:
+        """Whether activation grids are wanted and kept."""
+        return self.config.time_groups is not None and "time_group_bounds" in self.format.keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Decision:
     notable: bool = False
     auto_scale: bool = False  # the scale dtype may be changed
     missing: str | None = None  # what its calibration lacks
+    time_groups: int = 0  # of timesteps, at most, for which an activation grid is stored
 
     @property
     def way(self) -> tuple[Scheme, Method] | None:
@@ -160,7 +168,10 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: C
     Raises what `check_outputs` raises, AlreadyQuantized when the model's weights are codes, and InvalidCalibration
     when the calibration is not the model's.
     """
-    checked = check_outputs(outputs, is_calibrated=calibration is not None)
+    steps = 0 if calibration is None else len(calibration.timesteps)
+    checked = tuple(
+        replace(output, steps=steps) for output in check_outputs(outputs, is_calibrated=calibration is not None)
+    )
     feed = None if calibration is None else make_feed([output.config for output in checked], calibration)
     if coded := next((t for t in reader.tensors if t.stored_as), None):
         raise AlreadyQuantized(
@@ -169,7 +180,7 @@ def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: C
         )
     tensors = tuple(_plan_of(info, checked, calibration) for info in reader.tensors)
     warnings = tuple(_warnings(checked, tensors, calibration))
-    return Plan(reader.layout, reader.format_id, checked, tensors, _notes(checked, feed), warnings, feed=feed)
+    return Plan(reader.layout, reader.format_id, checked, tensors, _notes(checked, tensors, feed), warnings, feed=feed)
 
 
 def _plan_of(info: TensorInfo, outputs: Sequence[OutputPlan], calibration: Calibration | None) -> TensorPlan:
@@ -219,7 +230,16 @@ def _decide(info: TensorInfo, output: OutputPlan, config: TensorConfig, override
         choice = Choice(method, f"too small for a low-rank part of rank {rank}: {method.id} alone", choice.missing)
     rule = f"{rule}; {choice.reason}" if choice.reason else rule
     auto_scale = config.scale_dtype in (None, "auto") and "F32" in scheme.choices("scale_dtype")
-    return _quantized(rule, scheme, choice, bool(regrouped), auto_scale)
+    groups = _time_groups(choice.method, output, tells)
+    return _quantized(rule, scheme, choice, bool(regrouped), auto_scale, groups)
+
+
+def _time_groups(method: Method, output: OutputPlan, tells: Tells) -> int:
+    """For how many groups of timesteps at most a grid is stored for the inputs of a layer."""
+    wanted = output.config.time_groups
+    if wanted is None or not output.groups_time or not tells:
+        return 0
+    return wanted.most_groups(output.steps) if (DIVIDED_RANGE if method.scales_inputs else RANGE) in tells else 0
 
 
 def _is_worth(rank: int, scheme: Scheme, info: TensorInfo) -> bool:
@@ -240,9 +260,9 @@ def _copied(rule: str) -> Decision:
 
 
 @lru_cache(maxsize=256)
-def _quantized(rule: str, scheme: Scheme, choice: Choice, notable: bool, auto_scale: bool) -> Decision:
+def _quantized(rule: str, scheme: Scheme, choice: Choice, notable: bool, auto_scale: bool, groups: int) -> Decision:
     """Likewise."""
-    return Decision(rule, scheme, choice.method, notable, auto_scale, choice.missing)
+    return Decision(rule, scheme, choice.method, notable, auto_scale, choice.missing, groups)
 
 
 def fit_group(scheme: Scheme, cols: int, format_: type[Format]) -> tuple[Scheme | None, str | None]:
@@ -353,7 +373,7 @@ def stored_bytes(info: TensorInfo, decision: Decision, output: OutputPlan) -> in
     """What the tensor takes in this output, without headers."""
     if decision.scheme is None:
         return info.nbytes
-    beside = 0
+    beside = group_bytes(decision.time_groups)
     if decision.method is not None:
         beside += SCALE_BYTES * info.cols if decision.method.scales_inputs else 0
         beside += low_rank_bytes(info.rows, info.cols, decision.method.low_rank)
@@ -371,10 +391,18 @@ def make_feed(configs: Sequence[ResolvedConfig], calibration: Calibration) -> Fe
     return Feed(calibration, Averaging(weights, first.calibration_samples or 1))
 
 
-def _notes(outputs: Sequence[OutputPlan], feed: Feed | None) -> tuple[str, ...]:
+def _notes(outputs: Sequence[OutputPlan], tensors: Sequence[TensorPlan], feed: Feed | None) -> tuple[str, ...]:
     if feed is None and any(o.config.enable_time_aware or o.config.enable_spatial for o in outputs):
         return ("time-aware and spatial steps are left out: they need calibration data, and none was given",)
-    return ()
+    if feed is None or not any(o.config.enable_time_aware for o in outputs):
+        return ()
+    if not any(RANGE in (tensor.tells or ()) for tensor in tensors):
+        return (f"time-aware steps are left out: the calibration has no `{RANGE}` of the inputs of any layer",)
+    return tuple(
+        f"output {o.name}: time-aware steps are left out, for {o.format.id} does not keep activation scales"
+        for o in outputs
+        if o.config.enable_time_aware and not o.groups_time
+    )
 
 
 def _warnings(
@@ -382,9 +410,14 @@ def _warnings(
 ) -> Iterator[Notice]:
     """What a user hardly meant: nothing to quantize, patterns that name nothing, and calibration of no layer of it."""
     if calibration is not None and (strange := calibration.unmatched(tensor.info for tensor in tensors)):
-        names = f"{', '.join(strange[:NAMES_SHOWN])}{', …' if len(strange) > NAMES_SHOWN else ''}"
-        yield Notice("calibration_unmatched", f"the model has no tensors for layers of the calibration: {names}")
+        text = f"the model has no tensors for layers of the calibration: {_some(strange)}"
+        yield Notice("calibration_unmatched", text)
     for index, output in enumerate(outputs):
+        if output.groups_time and (ungrouped := [t.info.name for t in tensors if _is_ungrouped(t, index)]):
+            text = (
+                f"output {output.name}: no activation scales for layers whose inputs are divided, for the calibration"
+            )
+            yield Notice("time_groups_left_out", f"{text} does not tell their `absmax`: {_some(ungrouped)}")
         if all(tensor.decisions[index].scheme is None for tensor in tensors):
             yield Notice("nothing_quantized", f"output {output.name}: no tensor is quantized, all are copied")
         patterns = [override.match for override in output.config.layers or ()]
@@ -392,3 +425,13 @@ def _warnings(
         for pattern in patterns:
             if not any(matches(tensor.info.name, pattern) for tensor in tensors):
                 yield Notice("pattern_unmatched", f"output {output.name}: no tensor is named {pattern!r}")
+
+
+def _is_ungrouped(tensor: TensorPlan, output: int) -> bool:
+    """Whether a layer has no activation grids, though the range of its inputs is known."""
+    decision = tensor.decisions[output]
+    return decision.scheme is not None and RANGE in (tensor.tells or ()) and not decision.time_groups
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:NAMES_SHOWN])}{', …' if len(names) > NAMES_SHOWN else ''}"

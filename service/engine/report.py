@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, replace
 from math import prod
 from operator import attrgetter
 from pathlib import PurePosixPath
@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from service.engine.activation_groups import TimeGroupFigures
 from service.engine.formats.base import FileEntry
 from service.engine.metrics import ErrorSums, OutputQuality, Quality
 from service.engine.progress import TensorCompleted
@@ -41,6 +42,7 @@ class TensorReport:
     group_size: int | None = None
     scale_dtype: str | None = None
     sums: ErrorSums | None = None
+    time_groups: TimeGroupFigures | None = None
 
     @property
     def quality(self) -> Quality | None:
@@ -70,7 +72,8 @@ class TensorReport:
         figures = _fields(quality) if quality else dict.fromkeys(Quality.__dataclass_fields__)
         figures |= _fields(output) if output else dict.fromkeys(OutputQuality.__dataclass_fields__)
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "sums"}
-        return fields | {"shape": list(self.shape)} | figures
+        groups = asdict(self.time_groups) if self.time_groups else None
+        return fields | {"shape": list(self.shape), "time_groups": groups} | figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,26 +308,30 @@ def tensor_to_row(report: TensorReport) -> Sequence[Any]:
     """For a checkpoint: the values of all fields in their order, for a copy without those that need not be given."""
     if report.sums is None:
         return _given(report)
-    return (*_values(report), _sum_values(report.sums))
+    measured = (*_values(report), _sum_values(report.sums))
+    return measured if report.time_groups is None else (*measured, astuple(report.time_groups))
 
 
 def tensor_from_row(row: Sequence[Any]) -> TensorReport:
     """The inverse of `tensor_to_row`; raises TypeError or ValueError when it is nothing such."""
     if not isinstance(row, list):
         raise TypeError(f"{row!r:.80} is no list")
-    names = _FIELDS[:_GIVEN] if len(row) == _GIVEN else [*_FIELDS, "sums"]
+    names = _FIELDS[:_GIVEN] if len(row) == _GIVEN else [*_FIELDS, *_MEASURED][: max(len(row), _LEAST_MEASURED)]
     values = dict(zip(names, row, strict=True))
     values["shape"] = tuple(values["shape"])
     if "sums" in values:
         values["sums"] = ErrorSums(*values["sums"])
+    if "time_groups" in values:
+        values["time_groups"] = TimeGroupFigures(*values["time_groups"])
     return TensorReport(**values)
 
 
 def tensor_from_json(data: dict[str, Any]) -> TensorReport:
     """A tensor of `OutputReport.to_json`, in which are also figures that follow from the sums."""
     fields = {k: v for k, v in data.items() if k in TensorReport.__dataclass_fields__}
-    sums = fields.pop("sums", None)
+    sums, groups = fields.pop("sums", None), fields.pop("time_groups", None)
     report = TensorReport(**(fields | {"shape": tuple(fields["shape"])}))
+    report = replace(report, time_groups=TimeGroupFigures(**groups)) if groups else report
     return replace(report, sums=ErrorSums(**sums)) if sums else report
 
 
@@ -341,7 +348,10 @@ def _fields(value: TensorReport | Quality | OutputQuality | ErrorSums) -> dict[s
 
 _SUMS = tuple(f.name for f in fields(ErrorSums))
 _WEIGHT_SUMS = tuple(name for name in _SUMS if not name.startswith("out_"))
-_FIELDS = [f.name for f in fields(TensorReport) if f.name != "sums"]
+_MEASURED = ("sums", "time_groups")
+_FIELDS = [f.name for f in fields(TensorReport) if f.name not in _MEASURED]
+#: Values of what is quantized: time groups it has or not.
+_LEAST_MEASURED = len(_FIELDS) + 1
 #: How many of a report's fields have to be given.
 _GIVEN = sum(f.default is MISSING for f in fields(TensorReport))
 _given, _values, _sum_values = attrgetter(*_FIELDS[:_GIVEN]), attrgetter(*_FIELDS), attrgetter(*_SUMS)

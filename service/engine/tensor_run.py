@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from service.engine.activation_groups import ActivationGrids, Wanted, find_grids
 from service.engine.backends.base import Backend, Grid
 from service.engine.beside import Beside
 from service.engine.calibration.feed import Feed
@@ -35,7 +36,7 @@ from service.engine.sampling import spread
 from service.engine.schemes.base import BLOCK, ROW_MULTIPLE, SCALE_RANGES, Scheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.schemes.registry import build_scheme, schemes
-from service.engine.tensors import Array, QuantizedRows, TensorInfo, low_rank_bytes, non_finite
+from service.engine.tensors import Array, FloatArray, QuantizedRows, TensorInfo, low_rank_bytes, non_finite
 from service.engine.write_behind import WriteBehind
 from service.errors import AccuracyTooLow, NonFiniteWeights
 
@@ -81,12 +82,25 @@ class _Attempt:
     largest_scale: float = 0.0
     grid: Grid | None = None
     made: Stretch | LowRank | None = None  # what is done to the weights before
+    grids: dict[int, ActivationGrids] = field(default_factory=dict)  # by output
 
-    def beside(self) -> Beside | None:
-        """What is stored beside the codes."""
-        if isinstance(self.made, LowRank):
-            return Beside(low_rank_down=self.made.down)
-        return None if self.made is None else Beside(input_scale=self.made.scale)
+    @property
+    def input_scale(self) -> FloatArray | None:
+        """What the layer's inputs are divided by, if they are."""
+        return self.made.scale if isinstance(self.made, Stretch) else None
+
+    def beside(self, output: int) -> Beside | None:
+        """What an output stores beside the codes."""
+        grids = self.grids.get(output)
+        if grids is None and self.made is None:
+            return None
+        return Beside(
+            input_scale=self.input_scale,
+            time_group_bounds=grids.bounds if grids else None,
+            activation_scale=grids.scale if grids else None,
+            activation_zero_point=grids.zero_point if grids else None,
+            low_rank_down=self.made.down if isinstance(self.made, LowRank) else None,
+        )
 
     def stored_bytes(self, info: TensorInfo, scheme: Scheme) -> int:
         """What the tensor takes in this scheme with all that is beside its codes."""
@@ -126,10 +140,10 @@ class TensorRun:
             self._stretch(attempts)
             self._factor(attempts)
             self._find_grids(attempts)
+            self._group_timesteps(attempts)
             for attempt in attempts:
-                beside = attempt.beside()
                 for output in attempt.outputs:
-                    writer = self._stations.writers[output]
+                    writer, beside = self._stations.writers[output], attempt.beside(output)
                     self._behind.put(partial(writer.begin, self._info, attempt.decision.scheme, beside))
             self._write(attempts)
             for text in self._tools.backend.take_notices():
@@ -177,6 +191,21 @@ class TensorRun:
             down = find_down(self._all_rows, info.rows, info.cols, rank, self._inputs)
             self._low_ranks[rank] = None if down is None else LowRank.of(down, self._inputs)
         return self._low_ranks[rank]
+
+    def _group_timesteps(self, attempts: list[_Attempt]) -> None:
+        """Find the grids for the layer's inputs, in the outputs that are to have some."""
+        feed = self._stations.feed
+        for attempt in attempts:
+            asking = {o: w for o in attempt.outputs if self._decisions[o].time_groups and (w := self._wanted(o))}
+            if feed is None or attempt.decision.scheme is None or not asking:
+                continue
+            with self._tools.clock.during("read"):
+                ranges, weights = feed.ranges(self._info, attempt.input_scale)
+            found = {wanted: find_grids(ranges, weights, wanted) for wanted in set(asking.values())}
+            attempt.grids = {o: grids for o, wanted in asking.items() if (grids := found[wanted]) is not None}
+
+    def _wanted(self, output: int) -> Wanted | None:
+        return self._config(output).time_groups
 
     def _all_rows(self) -> Iterator[Array]:
         return (self._rows(start, stop) for start, stop in self._blocks())
@@ -324,11 +353,14 @@ class TensorRun:
     def _commit(self, attempt: _Attempt, output: int) -> None:
         decision, info = attempt.decision, self._info
         scheme = decision.scheme
-        quality = Quality.of(attempt.sums, attempt.stored_bytes(info, scheme)) if scheme else None
+        grids = attempt.grids.get(output)
+        beside = grids.nbytes if grids else 0
+        quality = Quality.of(attempt.sums, attempt.stored_bytes(info, scheme) + beside) if scheme else None
         stored = self._stations.writers[output].commit(quality)
         self._tools.clock.count("write", stored)
         seconds = time.monotonic() - self._started
-        self._reports[output] = report_of(info, decision, stored, seconds, attempt.sums)
+        report = report_of(info, decision, stored, seconds, attempt.sums)
+        self._reports[output] = replace(report, time_groups=grids.figures) if grids else report
 
     def _config(self, output: int) -> ResolvedConfig:
         return self._outputs[output].config

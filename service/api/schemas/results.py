@@ -42,6 +42,23 @@ class ErrorSums(Wire):
     out_dd: float | None = None
 
 
+class TimeGroups(Wire):
+    """The activation grids that are stored of a layer, of 8 bits, one for each group of timesteps of its calibration.
+
+    Errors are the expected squared error of an input, a mean over timesteps.
+    """
+
+    groups: int
+    expected_error: float = Field(description="With the grids that are stored.")
+    optimal_error: float = Field(description="With the best cuts between groups, and no smoothing.")
+    uniform_error: float = Field(description="With groups of one length.")
+    static_error: float = Field(description="With one grid for all timesteps.")
+    smoothness_before: float = Field(
+        description="By what share the larger of two neighbouring scales exceeds the other, at most; without smoothing."
+    )
+    smoothness_after: float = Field(description="The same of the grids that are stored.")
+
+
 class TensorFigures(Wire):
     """One tensor in one output. A copied tensor has the scheme `none` and no figures."""
 
@@ -68,6 +85,7 @@ class TensorFigures(Wire):
     output_relative_error: float | None = None
     bits_per_weight: float | None = None
     sums: ErrorSums | None = None
+    time_groups: TimeGroups | None = Field(default=None, description="Where activation grids are stored.")
 
 
 class ReportedFile(Wire):
@@ -141,6 +159,9 @@ class PlannedTensor(Wire):
     group_size: int | None = None
     symmetric: bool | None = None
     scale_dtype: str | None = None
+    time_groups: int | None = Field(
+        default=None, description="For how many groups of timesteps activation grids are stored, at most."
+    )
 
 
 class PlannedOutput(Wire):

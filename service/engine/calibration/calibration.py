@@ -19,6 +19,9 @@ from service.errors import InvalidCalibration
 TIMESTEPS = "timesteps"
 #: What may be known of a layer. Of `count` nothing but zeros is heeded: steps at which the layer was not fed.
 FIELDS = ("gram", "mean_square", "absmax", "range", "count", "samples", "sample_timestep")
+#: What is told of a layer beside fields of `LayerInputs`: the range of its inputs at each timestep, and what becomes of
+#: it when each column is divided by a scale.
+RANGE, DIVIDED_RANGE = "range", "divided_range"
 #: Steps of a schedule; each layer may have a line for each.
 MAX_TIMESTEPS = 1 << 16
 #: Inputs of a layer whose Gram matrix is made of samples: that of more has over a gigabyte.
@@ -34,8 +37,10 @@ class Layer:
 
     @property
     def tells(self) -> frozenset[str]:
-        """The fields of `LayerInputs` that it leads to."""
+        """The fields of `LayerInputs` that it leads to, RANGE, and DIVIDED_RANGE."""
         found = {field for field in ("gram", "mean_square", "absmax") if field in self.fields}
+        if RANGE in self.fields:
+            found |= {RANGE, DIVIDED_RANGE} if "absmax" in self.fields else {RANGE}
         if "samples" in self.fields:
             found |= {"mean_square", "absmax"}
             found |= {"gram"} if self.fields["samples"].shape[-1] <= MOST_GRAM_COLUMNS else set()

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.calibration.calibration import Calibration, Layer
+from service.engine.activation_groups import MOST_CUTS
+from service.engine.calibration.calibration import RANGE, Calibration, Layer
 from service.engine.calibration.entries import Entry
 from service.engine.calibration.samples import READ_BYTES, choose, read_chosen
 from service.engine.inputs import LayerInputs
@@ -21,6 +22,8 @@ TILE_ELEMENTS = 1 << 21
 SYMMETRY = 1e-3
 #: Squares up to here are multiplied with weights in float32 without an overflow.
 LARGEST = 1e24
+#: For each two timesteps between which optimal groups may lie: what is computed of them.
+CUT_BYTES = 32
 #: Gram matrices that a layer holds: its own and what a method derives from it.
 GRAMS_HELD = 3
 
@@ -56,6 +59,20 @@ class Feed:
             self._last = layer, self._read(layer, info)
         return self._last[1]
 
+    def ranges(self, info: TensorInfo, scale: FloatArray | None = None) -> tuple[Floats, Floats]:
+        """The smallest and the largest input (T, 2) of a layer that tells its range, and how much steps count (T,).
+
+        Of inputs that are divided by `scale` (cols,), where that is given. A step at which the layer was not fed has
+        0 for both. Raises what `inputs` raises.
+        """
+        layer = self.calibration.layer(info)
+        assert layer is not None, "asked for where there are ranges"
+        try:
+            return self._ranges(layer, scale), self._step_weights(layer)
+        except InvalidCalibration as error:
+            error.tensor = info.name
+            raise
+
     def held_bytes(self, info: TensorInfo) -> int:
         """What handing them out, and a method that uses them, may hold in memory."""
         layer = self.calibration.layer(info)
@@ -64,7 +81,8 @@ class Feed:
         grams = GRAMS_HELD * 4 * info.cols**2 if "gram" in layer.tells else 0
         reads = max((self.calibration.file.held_bytes(entry) for entry in layer.fields.values()), default=0)
         steps = 16 * len(self.calibration.timesteps) * info.cols
-        return grams + reads + steps + (2 * READ_BYTES if "samples" in layer.fields else 0) + 16 * TILE_ELEMENTS
+        cuts = CUT_BYTES * min(len(self.calibration.timesteps), MOST_CUTS) ** 2 if RANGE in layer.tells else 0
+        return grams + reads + steps + cuts + (2 * READ_BYTES if "samples" in layer.fields else 0) + 16 * TILE_ELEMENTS
 
     def _read(self, layer: Layer, info: TensorInfo) -> LayerInputs:
         try:
@@ -84,6 +102,21 @@ class Feed:
             square = sampled.mean_square if square is None else square
             largest = sampled.absmax if largest is None else largest
         return LayerInputs(cols, square, gram, largest)
+
+    def _ranges(self, layer: Layer, scale: FloatArray | None) -> Floats:
+        entry = layer.fields[RANGE]
+        found: Floats = _float32(self.calibration.file.whole(entry)).astype(np.float64)
+        if "count" in layer.fields:
+            found[self.calibration.file.whole(layer.fields["count"]).astype(np.float64) == 0] = 0.0
+        if not ((np.abs(found) <= LARGEST).all() and (found[:, 0] <= found[:, 1]).all()):
+            raise InvalidCalibration(
+                f"{entry.name} holds a NaN, a number beyond {LARGEST:g}, or a smallest input above the largest"
+            )
+        if scale is None:
+            return found
+        # Of a column only the largest size is known at each step; the signs are those of all inputs.
+        largest = (self._steps(layer.fields["absmax"]).astype(np.float64) / scale).max(axis=1)
+        return np.stack([np.where(found[:, 0] < 0, -largest, 0.0), np.where(found[:, 1] > 0, largest, 0.0)], axis=1)
 
     def _step_weights(self, layer: Layer) -> Floats:
         """Those of the timesteps at which the layer was fed."""
