@@ -44,6 +44,8 @@ SUMS = 5
 OBSERVED_ELEMENTS = 1 << 22
 #: Results from this size on are not kept in the cache, which they would only empty.
 STREAMED_BYTES = 8 << 20
+#: Columns that take every step of a walk through a Gram matrix.
+WARMED_COLUMNS = 288
 #: Elements of F64 input that are converted at once.
 CONVERTED_ELEMENTS = 1 << 20
 
@@ -128,7 +130,10 @@ class CpuBackend(ReferenceBackend):
         for method in (MinMax(), Mse()):
             self.compare(x, self.dequantize(self.quantize(x, IntegerScheme(group_size=16), method)))
             self.quantize(x, NestedScheme(), method)
-        self.quantize(x, IntegerScheme(group_size=16), Mse(), inputs=LayerInputs(32, np.ones(32, np.float32)))
+        fed = LayerInputs(WARMED_COLUMNS, gram=np.eye(WARMED_COLUMNS, dtype=np.float32))
+        long = np.linspace(-1.0, 1.0, 2 * WARMED_COLUMNS, dtype=np.float32).reshape(2, -1)
+        for calibrated in (Mse(), Gptq()):
+            self.quantize(long, IntegerScheme(group_size=16), calibrated, inputs=fed)
         self.observe(x)
 
     def slice_bytes(self, method: Method) -> int:

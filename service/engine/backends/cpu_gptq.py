@@ -38,7 +38,7 @@ class GptqRun:
         self._cholesky, self._kernels = cholesky, gptq
         self._panel, self._lanes = products.PANEL, vector.LANES
         self._form, self._method, self._inputs, self._split = form, method, inputs, split
-        self._gram = np.ascontiguousarray(inputs.gram, np.float32)
+        self._gram = np.require(inputs.gram, np.float32, ["C", "W"])
         self._clips = np.array(Mse().starts(form.scheme), np.float32)
         searched = form.group <= LONGEST_GROUP
         moves = [move for move in TRIALS if not (move[1] and form.scheme.symmetric)] if searched else TRIALS[:1]
@@ -53,7 +53,8 @@ class GptqRun:
             return float(self._solved(trial, factor, 0)[1].sum())
 
         factor = self._method.factor(self._inputs, self._form.scheme, "cpu", self._factored, loss)
-        return self._solved(x, factor, self._method.sweeps)[0]
+        # A read-only array would be another signature, and compiled for.
+        return self._solved(np.require(x, requirements="W"), factor, self._method.sweeps)[0]
 
     def _walks(self, factor: Factor, sweeps: int) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
         """See `BlockWalk`: inverses and upper factors (blocks, block, block), orders (blocks, block)."""

@@ -15,6 +15,7 @@ import ml_dtypes, numpy as np
 from numba.core import event
 from service.engine.backends.base import Grid
 from service.engine.backends.cpu import CpuBackend
+from service.engine.inputs import LayerInputs
 from service.engine.methods.registry import methods
 from service.engine.schemes.codebook import CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
@@ -44,6 +45,11 @@ with event.install_recorder("numba:compile") as compiled:
                                 frozen(part)
                         cpu.compare(x, frozen(cpu.dequantize(q)))
             cpu.quantize(x, IntegerScheme(), methods()["mse"]())
+            gram = np.cov(np.random.default_rng(2).standard_normal((shape[1], 800))).astype(np.float32)
+            fed = LayerInputs(shape[1], gram=gram)
+            for scheme in (IntegerScheme(), IntegerScheme(bits=2, is_symmetric=True), CodebookScheme()):
+                for method in ("mse", "hqq", "gptq"):
+                    cpu.quantize(x[:64], scheme, methods()[method](), inputs=fed)
             for scheme in (NestedScheme(), NestedScheme(bits=3, group_size=32, scale_dtype="BF16")):
                 for method in ("minmax", "mse"):
                     cpu.dequantize(cpu.quantize(x, scheme, methods()[method]()))
