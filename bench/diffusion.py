@@ -31,7 +31,8 @@ Figures are relative errors of the predicted noise: over all steps of a sampling
 In brackets stands the relative error of the images that each draws on its own in the end, from the same noise.
 Weights are in groups of {GROUP_SIZE} with a zero point, layers as the plan chooses them; *counted* are the bits of a
 weight with its scales. Calibration is of {IMAGES} other images. Inputs are rounded where weights are, to a grid for
-the layer at that step."""
+the layer at that step; the ranges that groups of steps have together are either all that calibration saw, or what has
+the least expected error at each step (`service/engine/activation_ranges.py`), as it is in the last table."""
 
 
 def main() -> None:
@@ -85,10 +86,13 @@ class _Model:
         """Error by grouping and width, with the weights as they were."""
         rows = []
         for bits in INPUT_BITS:
-            for way in WAYS:
-                self.alone[f"{bits} bits, {way}"] = self.original.distance(inputs=self._tap(bits, way))
-            rows.append([bits, *(_cell(self.alone[f"{bits} bits, {way}"]) for way in WAYS)])
-        return table(["bits of inputs", *WAYS], rows)
+            note(f"{self.name}: inputs at {bits} bits")
+            whole = [self.original.distance(inputs=self._tap(bits, way, is_clipped=False)) for way in WAYS]
+            rows.append([bits, "all that was seen", *map(_cell, whole)])
+            found = {f"{bits} bits, {way}": self.original.distance(inputs=self._tap(bits, way)) for way in WAYS}
+            rows.append([bits, "of least error", *map(_cell, found.values())])
+            self.alone |= found
+        return table(["bits of inputs", "ranges of steps", *WAYS], rows)
 
     def both(self) -> str:
         """Error by width of weights, width of inputs and grouping."""
@@ -111,9 +115,9 @@ class _Model:
         curves |= {f"inputs {few}{way}": each.by_step for way, each in ways.items() if "smoothed" not in way}
         draw(rows, curves, self.original.run.steps, path)
 
-    def _tap(self, bits: int, way: str) -> QuantizedInputs:
+    def _tap(self, bits: int, way: str, *, is_clipped: bool = True) -> QuantizedInputs:
         layers = self.best[BITS[0]][0].layers
-        return QuantizedInputs(self.calibration, layers, bits, way)
+        return QuantizedInputs(self.calibration, layers, bits, way, is_clipped=is_clipped)
 
 
 def _cell(distance: Distance) -> str:

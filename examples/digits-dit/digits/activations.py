@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from digits.arrays import FloatArray
+from service.engine.activation_ranges import clipped_ranges
 from service.engine.time_smoothing import grids_at_steps, smoothed
 from service.engine.timesteps import optimal_groups, uniform_groups
 
@@ -24,9 +25,23 @@ WAYS: dict[str, tuple[int | None, bool, float, int]] = {
 class QuantizedInputs:
     """A tap that rounds the inputs of some layers to a grid of 2**bits levels, which changes with the step."""
 
-    def __init__(self, calibration: Mapping[str, np.ndarray], layers: Iterable[str], bits: int, way: str) -> None:
+    def __init__(
+        self,
+        calibration: Mapping[str, np.ndarray],
+        layers: Iterable[str],
+        bits: int,
+        way: str,
+        *,
+        is_clipped: bool = True,
+    ) -> None:
+        """A grid spans all that calibration saw at a step, or what is best where `is_clipped`."""
         self.top, self.step = 2**bits - 1, 0
-        self._grids = {name: _grids(calibration[f"{name}.range"], bits, way) for name in layers}
+        self._grids = {}
+        for name in layers:
+            ranges = calibration[f"{name}.range"]
+            if is_clipped:
+                ranges = clipped_ranges(ranges, calibration[f"{name}.mean_square"], bits)
+            self._grids[name] = _grids(ranges, bits, way)
 
     def on_step(self, step: int) -> None:
         """What is seen from now on belongs to this step."""
