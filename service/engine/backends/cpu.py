@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from service.engine.backends.base import Grid
 from service.engine.backends.cpu_gptq import GptqRun
-from service.engine.backends.reference import ReferenceBackend
+from service.engine.backends.reference import ReferenceBackend, bound
 from service.engine.buffers import Buffers
+from service.engine.decode import regions, scales_of_rows
 from service.engine.histogram import BINS, Histogram
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method, Solution
@@ -24,10 +25,13 @@ from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.metrics import ErrorSums
 from service.engine.packing import row_bytes
-from service.engine.schemes.base import SCALE_DTYPES, Scheme
+from service.engine.schemes.base import BLOCK, SCALE_DTYPES, Scheme
 from service.engine.schemes.codebook import CodebookScheme
+from service.engine.schemes.float8 import Float8E4M3, Float8E5M2
 from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.microscaling import Fp4, Mx, NvFp4
 from service.engine.schemes.nested import NestedScheme
+from service.engine.schemes.table import TableScheme
 from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
 
 #: Elements of a tile: its errors are summed up on their own, so that sums do not depend on the threads.
@@ -57,6 +61,18 @@ _KINDS: dict[np.dtype[Any], int] = {
 
 Fill = Callable[[int, int], None]
 
+#: As `cpu_kernels.minifloats` numbers what codes stand for; of schemes of several widths, by these.
+TABLES: dict[tuple[type[Scheme], int | None], int] = {
+    (IntegerScheme, None): 0,
+    (CodebookScheme, None): 1,
+    (Fp4, None): 2,
+    (Mx, 4): 2,
+    (NvFp4, None): 2,
+    (Float8E4M3, None): 3,
+    (Mx, 8): 3,
+    (Float8E5M2, None): 4,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -73,8 +89,7 @@ class Form:
     @property
     def group(self) -> int:
         """Columns from one group to the next."""
-        whole_row = self.scheme.granularity != "group" or self.scheme.group_size is None
-        return self.cols if whole_row else int(self.scheme.group_size or 0)
+        return self.scheme.width or self.cols
 
     @property
     def row_groups(self) -> int:
@@ -92,19 +107,28 @@ class Form:
         return isinstance(self.scheme, CodebookScheme)
 
     @property
+    def table(self) -> int | None:
+        """The table of levels as the kernels number it; None where they have none."""
+        # A subclass may mean something else, so only these very classes count.
+        return TABLES.get((type(self.scheme), self.scheme.bits if type(self.scheme) is Mx else None))
+
+    @property
     def tile_rows(self) -> int:
         """Rows whose errors are summed up together."""
         return self.tensor_rows or max(1, TILE_ELEMENTS // self.cols)
 
-    def numbers(self) -> tuple[np.float32, np.float32, np.float32, bool, int]:
+    def numbers(self) -> tuple[np.float32, np.float32, np.float32, bool, int, np.float32]:
         """See `cpu_kernels.grids.Form`."""
         scheme = self.scheme
         kind = list(SCALE_DTYPES).index(scheme.scale_dtype)
-        divisor = 1
-        if isinstance(scheme, IntegerScheme):
+        divisor: float = 1
+        if isinstance(scheme, TableScheme):
+            divisor = float(scheme.divisor)
+        elif isinstance(scheme, IntegerScheme):
             divisor = scheme.middle - 1 if scheme.symmetric else scheme.top
         top = (1 << scheme.bits) - 1
-        return np.float32(divisor), np.float32(top), np.float32(scheme.implied_zero), scheme.symmetric, kind
+        under = np.float32(1.0) if scheme.tensor_divisor is None else scheme.tensor_divisor
+        return np.float32(divisor), np.float32(top), np.float32(scheme.implied_zero), scheme.symmetric, kind, under
 
 
 class CpuBackend(ReferenceBackend):
@@ -144,17 +168,24 @@ class CpuBackend(ReferenceBackend):
         self, x: Array, scheme: Scheme, method: Method, grid: Grid | None = None, inputs: LayerInputs | None = None
     ) -> QuantizedRows:
         """See `Backend.quantize`."""
-        form = Form(scheme, *x.shape)
+        form = Form(bound(scheme, grid), *x.shape)
         if x.size and type(scheme) is NestedScheme and is_measured_alike(method, inputs):
             return self.measure_output(x, self._nested_rows(x, form, scheme, method), inputs)
-        if not x.size or not has_kernel(form, method, grid):
-            return super().quantize(x, scheme, method, grid, inputs)
         weights = column_weights(method, inputs)
-        return self.measure_output(x, self._computed(x, form, method, grid, weights).packed_rows(), inputs)
+        in_blocks = scheme.granularity == "block"
+        if not x.size or not has_kernel(form, method, grid) or (in_blocks and weights is not None):
+            return super().quantize(x, scheme, method, grid, inputs)
+        if in_blocks:
+            found = self._in_blocks(x, form, method)
+        else:
+            one_grid = grid if scheme.granularity == "tensor" else None
+            found = replace(self._computed(x, form, method, one_grid, weights).packed_rows(), scheme=scheme)
+        return self.measure_output(x, found, inputs)
 
     def _solved(self, x: FloatArray, scheme: Scheme, method: Method, inputs: LayerInputs) -> Solution:
         form = Form(scheme, *x.shape)
-        if not x.size or type(method) is not Gptq or not has_kernel(form, MinMax(), None):
+        known = type(scheme) in (IntegerScheme, CodebookScheme) and has_kernel(form, MinMax(), None)
+        if not x.size or type(method) is not Gptq or not known:
             return super()._solved(x, scheme, method, inputs)
 
         def split(fill: Fill, rows: int, step: int) -> None:
@@ -193,7 +224,8 @@ class CpuBackend(ReferenceBackend):
         """Tensors of one shape and dtype: under each other, where the errors of each are those of one tile."""
         rows, cols = xs[0].shape
         alone = Form(scheme, rows, cols)
-        if not rows * cols or rows > alone.tile_rows or not has_kernel(alone, method, None):
+        alike = rows <= alone.tile_rows and scheme.granularity != "block"
+        if not rows * cols or not alike or not has_kernel(alone, method, None):
             return [self.quantize(x, scheme, method) for x in xs]
         form = Form(scheme, rows * len(xs), cols, rows)
         return self._computed(self._under_each_other(xs), form, method, None).packed_tensors()
@@ -225,21 +257,66 @@ class CpuBackend(ReferenceBackend):
         self._split(fill, form.rows, form.tile_rows, form.cols, source)
         return result
 
+    def _in_blocks(self, x: Array, form: Form, method: Method) -> QuantizedRows:
+        """What has a scale for a block: as groups of a row whose scales are given."""
+        source, result = Input(x), _Result(form, None, self._buffers)
+        scale = self._block_scales(x, form, method)
+        result.scale[:] = np.repeat(scale, BLOCK, axis=0)[: form.rows].reshape(-1)
+
+        def fill(first: int, last: int) -> None:
+            address = source.address(first * form.cols, last * form.cols)
+            self._quantize_rows(address, source.kind, form, False, first, last, result)
+
+        self._split(fill, form.rows, form.tile_rows, form.cols, source)
+        return replace(result.packed_rows(), scale=form.scheme.stored_grid(scale, scale, form.cols)[0])
+
+    def _block_scales(self, x: Array, form: Form, method: Method) -> FloatArray:
+        """(rows of blocks, blocks of a row), as they read back after being stored."""
+        scheme = form.scheme
+        scale = np.empty((scheme.scale_rows(form.rows), form.row_groups), np.float32)
+        if isinstance(method, MinMax):
+            ends = [np.maximum.reduceat(end, range(0, form.rows, BLOCK)) for end in self._ranges(x, form)]
+            with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite, which shows later
+                scale[:], _ = scheme.grid(np, -ends[0], ends[1])
+            return scale
+        alone = type(scheme).model_validate(scheme.model_dump() | {"granularity": "channel"})
+        for region in regions(scheme, form.rows, form.cols):
+            blocks = region.groups_of(np, x)  # each a row of its own
+            searched = self._computed(blocks.reshape(-1, blocks.shape[-1]), Form(alone, *_flat(blocks)), method, None)
+            scale[region.scale_rows, region.scale_columns] = searched.scale.reshape(blocks.shape[:2])
+        return scale
+
+    def _ranges(self, x: Array, form: Form) -> list[FloatArray]:
+        """How far each group of a row goes below and above zero, (rows, groups)."""
+        source, rows = Input(x), self._rows
+        lows, highs = (np.empty(form.grids, np.float32) for _ in range(2))
+
+        def fill(first: int, last: int) -> None:
+            rows.range_rows(
+                source.address(first * form.cols, last * form.cols), source.kind, form.cols, first, last,
+                form.group, form.row_groups, lows, highs, np.empty(rows.SPAN_BUFFER, np.float32),
+            )  # fmt: skip
+
+        self._split(fill, form.rows, form.tile_rows, form.cols, source)
+        return [end.reshape(form.rows, form.row_groups) for end in (-lows, highs)]
+
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
         form = Form(q.scheme, q.rows, q.cols)
-        if not q.rows * q.cols or type(q.scheme) not in (IntegerScheme, CodebookScheme, NestedScheme):
+        if not q.rows * q.cols or (form.table is None and type(q.scheme) is not NestedScheme):
             return super().dequantize(q)
         out = self._buffers.empty((q.rows, q.cols), np.float32)
         packed = np.ascontiguousarray(q.packed)
         # Copies: a read-only array would be another signature.
-        scale, zero = (part.reshape(-1) for part in q.scheme.float_grid(q.scale, q.zero_point, q.cols))
+        scales = scales_of_rows(q.scheme, q.scale, 0, q.rows, q.tensor_scale)
+        scale, zero = (part.reshape(-1) for part in q.scheme.float_grid(scales, q.zero_point, q.cols))
+        table = form.table or 0
 
         def fill(first: int, last: int) -> None:
             rows = self._rows
             rows.dequantize_rows(
                 packed.ctypes.data, packed.shape[1], q.cols, first, last, form.group, form.row_groups,
-                q.scheme.bits, form.codebook, scale, zero, out, out.nbytes >= STREAMED_BYTES,
+                q.scheme.bits, table, scale, zero, out, out.nbytes >= STREAMED_BYTES,
                 np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.CODE_BUFFER, np.uint8),
             )  # fmt: skip
 
@@ -321,7 +398,7 @@ class CpuBackend(ReferenceBackend):
             if last_group > first_group and weights is not None:
                 self._weighted_search.search_weighted_grids(
                     address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
-                    weights, clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
+                    weights, clips, method.max_iterations, form.table, form.numbers(), result.scale, result.zero,
                     np.empty(2 * search.LANES * size, np.float32),
                     np.empty(rows.SPAN_BUFFER, np.float32),
                     np.empty(search.LANE_STATE, np.float32),
@@ -330,7 +407,7 @@ class CpuBackend(ReferenceBackend):
                 turns = search.TURNS if size <= search.LONGEST_IN_TURNS else 1
                 search.search_grids(
                     address, kind, form.cols, first, last, form.row_groups, form.group, first_group, last_group, size,
-                    clips, method.max_iterations, form.codebook, form.numbers(), result.scale, result.zero,
+                    clips, method.max_iterations, form.table, form.numbers(), result.scale, result.zero,
                     np.empty(turns * search.LANES * rows.whole_vectors(size), np.float32),
                     np.empty(rows.SPAN_BUFFER, np.float32),
                     np.empty(turns * search.LANE_STATE, np.float32),
@@ -342,12 +419,16 @@ class CpuBackend(ReferenceBackend):
         rows = self._rows
         rows.quantize_rows(
             address, kind, form.cols, first, last, form.tile_rows, form.group, form.row_groups,
-            form.scheme.bits, form.codebook, form.numbers(), find,
+            form.scheme.bits, form.table, form.numbers(), find,
             result.scale, result.zero, result.scale_bits, result.zero_codes,
             result.packed, result.packed.shape[1], result.sums,
             np.empty(rows.SPAN_BUFFER, np.float32), np.empty(rows.RANGE_BUFFER, np.float32),
             np.empty(rows.CODE_BUFFER, np.uint8), np.empty(rows.SUM_BUFFER),
         )  # fmt: skip
+        if result.small_scales.size:
+            *_, kind_of_scale, under = form.numbers()
+            spans = first * form.row_groups, last * form.row_groups
+            rows.store_small_scales(result.scale, *spans, kind_of_scale, under, result.small_scales)
 
 
 class Input:
@@ -378,7 +459,9 @@ class _Result:
         self.packed: CodeArray = buffers.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
         self.scale = np.empty(form.grids, np.float32)
         self.zero = np.empty(form.grids, np.float32)
-        self.scale_bits = np.empty(form.grids if grid is None and scheme.scale_dtype != "F32" else 0, np.uint16)
+        item = SCALE_DTYPES[scheme.scale_dtype].itemsize
+        self.scale_bits = np.empty(form.grids if grid is None and item == 2 else 0, np.uint16)
+        self.small_scales: CodeArray = np.empty(form.grids if item == 1 else 0, np.uint8)
         self.zero_codes: CodeArray = np.empty(form.grids if grid is None and not scheme.symmetric else 0, np.uint8)
         self.sums = np.empty((-(-form.rows // form.tile_rows), SUMS))
         if grid is not None:
@@ -389,7 +472,9 @@ class _Result:
         form = self.form
         scale, zero = self._stored()
         errors = error_sums(form.rows * form.cols, self.sums)
-        return QuantizedRows(form.scheme, form.cols, self.packed, scale, zero, errors)
+        return QuantizedRows(
+            form.scheme, form.cols, self.packed, scale, zero, errors, tensor_scale=form.scheme.tensor_divisor
+        )
 
     def packed_tensors(self) -> list[QuantizedRows]:
         """Of each tensor; a tile is one."""
@@ -407,7 +492,8 @@ class _Result:
         form, scheme = self.form, self.form.scheme
         shape = (1, 1) if self.grid is not None else (form.rows, form.row_groups)
         dtype = SCALE_DTYPES[scheme.scale_dtype]
-        scale = self.scale_bits.view(dtype) if self.scale_bits.size else self.scale.astype(dtype, copy=False)
+        bits = self.small_scales if self.small_scales.size else self.scale_bits
+        scale = bits.view(dtype) if bits.size else self.scale.astype(dtype, copy=False)
         if scheme.symmetric:
             return scale.reshape(shape), None
         zero = self.zero_codes if self.zero_codes.size else self.zero.astype(np.uint8)
@@ -421,13 +507,16 @@ def column_weights(method: Method, inputs: LayerInputs | None) -> FloatArray | N
 
 def has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
     """Whether the kernels compute what the method means."""
-    # A subclass may mean something else, so only these very classes count.
-    if type(form.scheme) not in (IntegerScheme, CodebookScheme):
+    if form.table is None:
         return False
-    if grid is not None:
-        return True
+    if form.scheme.granularity == "tensor":
+        return grid is not None
     searched = type(method) is Mse and form.group <= SEARCH_ELEMENTS
-    return form.scheme.granularity != "tensor" and (searched or type(method) is MinMax)
+    return searched or type(method) is MinMax
+
+
+def _flat(blocks: FloatArray) -> tuple[int, int]:
+    return blocks.shape[0] * blocks.shape[1], blocks.shape[2]
 
 
 def is_measured_alike(method: Method, inputs: LayerInputs | None) -> bool:

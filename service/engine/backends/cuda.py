@@ -30,6 +30,8 @@ from service.engine.tensors import Array, FloatArray, QuantizedRows
 PIECE_BYTES = 8 << 20
 #: Elements. A row is one piece at least, and pieces are pinned; longer ones are left to the CPU.
 LONGEST_ROW = 1 << 26
+#: What there are kernels for; a subclass may mean something else.
+SCHEMES = (IntegerScheme, CodebookScheme)
 
 
 class CudaBackend(Backend):
@@ -88,7 +90,7 @@ class CudaBackend(Backend):
         """See `Backend.quantize`."""
         form = Form(scheme, *x.shape)
         is_weighted = grid is None and column_weights(method, inputs) is not None
-        if not _fits(x) or not has_kernel(form, method, grid) or is_weighted:
+        if not _fits(x) or not _has_kernel(form, method, grid) or is_weighted:
             return self._host.quantize(x, scheme, method, grid, inputs)
         pieces = Quantize(x, form, method, grid, self._buffers, self._on_host)
         self._run(pieces, x)
@@ -98,7 +100,7 @@ class CudaBackend(Backend):
         """See `Backend.quantize_many`."""
         by_dtype: dict[np.dtype[Any], list[int]] = {}
         for index, x in enumerate(xs):
-            if not _fits(x) or not has_kernel(Form(scheme, *x.shape), method, None):
+            if not _fits(x) or not _has_kernel(Form(scheme, *x.shape), method, None):
                 return self._host.quantize_many(xs, scheme, method)
             by_dtype.setdefault(x.dtype, []).append(index)
         results: dict[int, QuantizedRows] = {}
@@ -111,7 +113,7 @@ class CudaBackend(Backend):
 
     def dequantize(self, q: QuantizedRows) -> FloatArray:
         """See `Backend.dequantize`."""
-        if not q.rows * q.cols or q.cols > LONGEST_ROW or type(q.scheme) not in (IntegerScheme, CodebookScheme):
+        if not q.rows * q.cols or q.cols > LONGEST_ROW or type(q.scheme) not in SCHEMES:
             return self._host.dequantize(q)
         pieces = Dequantize(q, self._buffers, self._on_host)
         self._run(pieces, pieces.out)
@@ -145,6 +147,10 @@ class CudaBackend(Backend):
             if self._made_host is None:
                 self._made_host = CpuBackend(self.threads)
             return self._made_host
+
+
+def _has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
+    return type(form.scheme) in SCHEMES and has_kernel(form, method, grid)
 
 
 def _fits(x: Array) -> bool:

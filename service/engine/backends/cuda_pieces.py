@@ -259,7 +259,7 @@ def seen_shape(rows: int, form: Form) -> dict[str, int]:
 
 def scheme_numbers(form: Form) -> dict[str, float]:
     """The numbers by which the kernels know a scheme."""
-    divisor, top, implied, symmetric, kind = form.numbers()
+    divisor, top, implied, symmetric, kind, _ = form.numbers()
     floats = {"divisor": float(divisor), "top": float(top), "implied": float(implied)}
     return {**floats, "symmetric": symmetric, "scale_kind": kind}
 

@@ -64,12 +64,12 @@ class ReferenceBackend(Backend):
         """All rows at once: how many of them suit a method is what `slice_bytes` says."""
         x = _as_float32(raw)
         finite = bool(np.isfinite(x).all())
-        bound = _bound(scheme, grid)
-        found = self._solved(x if finite else np.zeros_like(x), bound, method, inputs)
-        scale, zero = bound.stored_grid(found.scale, found.zero, x.shape[1])
+        own = bound(scheme, grid)
+        found = self._solved(x if finite else np.zeros_like(x), own, method, inputs)
+        scale, zero = own.stored_grid(found.scale, found.zero, x.shape[1])
         packed = pack_rows(found.codes, scheme.bits)
         q = QuantizedRows(
-            scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False), bound.tensor_divisor
+            scheme, x.shape[1], packed, scale, zero, ErrorSums(count=x.size, finite=False), own.tensor_divisor
         )
         return replace(q, errors=self.compare(x, self.dequantize(q))) if finite else q
 
@@ -84,14 +84,14 @@ class ReferenceBackend(Backend):
         rows, cols = x.shape
         codes = np.empty((rows, cols), np.uint8)
         one_grid = grid if scheme.granularity == "tensor" else None
-        bound = _bound(scheme, grid)
+        own = bound(scheme, grid)
         scale = np.empty((rows if one_grid else scheme.scale_rows(rows), scheme.groups(cols)), np.float32)
         zero = np.empty_like(scale)
         decoded = np.empty_like(x)
         for region in regions(scheme, rows, cols):
             part = region.groups_of(np, x)  # (rows, groups, g)
             if one_grid is None:
-                s, z = method.find(np, part, bound)
+                s, z = method.find(np, part, own)
             else:
                 s, z = np.full(part.shape[:2], one_grid.scale), np.full(part.shape[:2], one_grid.zero)
             q = scheme.encode(np, part, s, z)
@@ -101,7 +101,7 @@ class ReferenceBackend(Backend):
             scale[place], zero[place] = s, z
         if one_grid is not None:
             scale, zero = scale[:1, :1], zero[:1, :1]
-        stored_scale, stored_zero = bound.stored_grid(scale, zero, cols)
+        stored_scale, stored_zero = own.stored_grid(scale, zero, cols)
         return QuantizedRows(
             scheme=scheme,
             cols=cols,
@@ -109,11 +109,11 @@ class ReferenceBackend(Backend):
             scale=stored_scale,
             zero_point=stored_zero,
             errors=_sums(x, decoded) if finite else ErrorSums(count=x.size, finite=False),
-            tensor_scale=bound.tensor_divisor,
+            tensor_scale=own.tensor_divisor,
         )
 
 
-def _bound(scheme: Scheme, grid: Grid | None) -> Scheme:
+def bound(scheme: Scheme, grid: Grid | None) -> Scheme:
     """The scheme for the tensor whose grid it is."""
     return scheme.for_tensor(float(grid.scale)) if grid is not None and scheme.has_tensor_scale else scheme
 

@@ -14,13 +14,17 @@ from hypothesis import strategies as st
 from service.engine.backends.base import Grid
 from service.engine.backends.cpu import INLINE_ELEMENTS, STREAMED_BYTES, CpuBackend
 from service.engine.backends.reference import ReferenceBackend
+from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Method
 from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.metrics import ErrorSums
 from service.engine.schemes.base import Scheme
 from service.engine.schemes.codebook import NF4_MIDPOINTS, CodebookScheme
+from service.engine.schemes.float8 import Float8E4M3, Float8E5M2
 from service.engine.schemes.integer import IntegerScheme
+from service.engine.schemes.microscaling import Fp4, Mx, NvFp4
+from service.engine.schemes.minifloat import MiniFloatScheme
 from service.engine.schemes.nested import NestedScheme
 from service.engine.tensors import QuantizedRows
 
@@ -34,12 +38,19 @@ COLUMNS = st.one_of(
     st.sampled_from([1023, 4096, 4097, 4128, 5000, 8209, 8832]),
 )
 KINDS = st.sampled_from(["normal", "sparse", "equal", "positive", "tiny", "subnormal", "huge", "outlier", "zeros"])
+FLOATS: list[MiniFloatScheme] = [
+    *(cls(granularity=granularity) for cls in (Float8E4M3, Float8E5M2) for granularity in ("channel", "block")),
+    *(Fp4(group_size=size) for size in (16, 64)), Fp4(granularity="channel", group_size=None, scale_dtype="BF16"),
+    Mx(bits=4), Mx(bits=8), NvFp4(), NvFp4(tensor_scale=300.0),
+]  # fmt: skip
 SHAPED = settings(max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
-    """Any scheme that has a kernel, per group or channel."""
+    """Any scheme that has a kernel, per group, channel or block."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.sampled_from(FLOATS))
     granularity = draw(st.sampled_from(["group", "channel"]))
     common = {
         "granularity": granularity,
@@ -276,8 +287,36 @@ def test_values_beside_the_midpoints_of_nf4_go_where_the_reference_sends_them() 
     assert_same(CPU.quantize(x, scheme, MinMax(), grid), REFERENCE.quantize(x, scheme, MinMax(), grid))
 
 
+@pytest.mark.parametrize(
+    "scheme", [cls(granularity="tensor") for cls in (Fp4, Float8E4M3, Float8E5M2)], ids=lambda s: s.id
+)
+def test_values_at_and_beside_the_midpoints_of_small_floats_go_where_the_reference_sends_them(
+    scheme: MiniFloatScheme, rng
+) -> None:
+    levels = np.unique(scheme.element.table[np.isfinite(scheme.element.table)])
+    ties = (levels[1:] + levels[:-1]) / 2
+    beside = [np.nextafter(ties, np.float32(way), dtype=np.float32) for way in (-np.inf, np.inf)]
+    anything = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([levels, ties, *beside, anything[np.abs(anything) < 1e15], [-0.0]]).astype(np.float32)
+    for part in (x[: len(x) // 32 * 32].reshape(-1, 32), x[: len(x) // 7 * 7].reshape(-1, 7)):
+        for scale in (1.0, 0.0371):
+            grid = Grid(np.float32(scale), np.float32(0.0))
+            assert_same(CPU.quantize(part, scheme, MinMax(), grid), REFERENCE.quantize(part, scheme, MinMax(), grid))
+
+
+@pytest.mark.parametrize("scheme", FLOATS, ids=repr)
+def test_the_error_of_small_floats_over_a_tensor_is_that_of_the_reference(scheme: MiniFloatScheme, rng) -> None:
+    x = values("normal", int(rng.integers(1 << 32)), 150, 500, np.dtype(np.float32))
+    counts = LayerInputs(500, mean_square=rng.lognormal(0, 1, 500).astype(np.float32))
+    for inputs in (None, counts):
+        weights = np.ones(500, np.float32) if inputs is None else inputs.weights
+        made = [one.quantize(x, scheme, Mse(), inputs=inputs) for one in (CPU, REFERENCE)]
+        mine, theirs = (float((weights * (x - REFERENCE.dequantize(q)) ** 2).sum()) for q in made)
+        assert mine == pytest.approx(theirs, rel=1e-3)
+
+
 @pytest.mark.parametrize("method", [MinMax(), Mse()], ids=lambda m: m.id)
-@pytest.mark.parametrize("scheme", [IntegerScheme(bits=3), CodebookScheme(granularity="channel")], ids=lambda s: s.id)
+@pytest.mark.parametrize("scheme", [IntegerScheme(bits=3), CodebookScheme(granularity="channel"), *FLOATS], ids=repr)
 def test_the_number_of_threads_changes_no_bit_of_the_result(scheme: Scheme, method: Method, rng) -> None:
     x = rng.standard_normal((INLINE_ELEMENTS // 500 + 37, 1001)).astype(np.float32)
     results = [CpuBackend(threads).quantize(x, scheme, method) for threads in (1, 2, 5)]
@@ -306,7 +345,8 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_is(bad: float, dtype:
     for at in (0, 4999, 5000, 20005):
         x = rng.standard_normal((3, 6669)).astype(dtype)
         x.reshape(-1)[at] = bad
-        for scheme in (IntegerScheme(), IntegerScheme(is_symmetric=True, granularity="channel"), CodebookScheme()):
+        channel = IntegerScheme(is_symmetric=True, granularity="channel")
+        for scheme in (IntegerScheme(), channel, CodebookScheme(), Float8E4M3(granularity="block"), Mx()):
             assert not CPU.quantize(x, scheme, method).errors.finite
         assert not CPU.compare(x, np.zeros_like(x)).finite
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from numba import njit
 
-from service.engine.schemes import base, codebook, nested, nested_search
+from service.engine.schemes import base, codebook, minifloat, nested, nested_search
 
 
 @cache
 def sources() -> str:
     """Digest of all files whose code or constants end up in a kernel."""
-    constants = (Path(str(module.__file__)) for module in (base, codebook, nested, nested_search))
+    constants = (Path(str(module.__file__)) for module in (base, codebook, minifloat, nested, nested_search))
     files = [*sorted(Path(__file__).parent.glob("*.py")), *constants]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

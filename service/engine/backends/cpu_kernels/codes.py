@@ -9,6 +9,7 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
 
+from service.engine.backends.cpu_kernels.minifloats import nearest, number_of, of_element
 from service.engine.backends.cpu_kernels.vector import (
     F32,
     F64,
@@ -24,6 +25,7 @@ from service.engine.backends.cpu_kernels.vector import (
     zeros,
 )
 from service.engine.schemes.codebook import NF4_MIDPOINTS, NF4_TABLE
+from service.engine.schemes.minifloat import MiniFloat
 
 #: float64 sums in a row, each of LANES parts: x², y², xy, d², largest |d|.
 SUMS = 5
@@ -189,6 +191,22 @@ def encode_nf4(builder, source, count, inverse, scale, codes, sums):
     encode(builder, source, count, codes, sums, rule)
 
 
+@emitted(types.none, _P, _P, _P, _F, _F, _P, _P)
+def encode_floats(builder, table, source, count, inverse, scale, codes, sums):
+    """Codes of `count` float32 (whole vectors) as small floating-point numbers."""
+    inverses, scales = (Vec(builder, v).splat() for v in (inverse, scale))
+
+    def with_element(element: MiniFloat) -> State:
+        def rule(x: Vec) -> tuple[Vec, Vec]:
+            code, value = nearest(x * inverses, element)
+            return code, value * scales
+
+        encode(builder, source, count, codes, sums, rule)
+        return []
+
+    of_element(builder, table, with_element)
+
+
 @emitted(types.none, _P, _P, _P, _P)
 def add_sums(builder, first, second, count, sums):
     """Add `count` pairs of float32 (whole vectors) to the sums."""
@@ -245,6 +263,18 @@ def decode_nf4(builder, codes, count, scale, target, stream):
     scales = Vec(builder, scale).splat()
     table = Vec(builder, ir.Constant(ir.VectorType(F32, LANES), NF4_TABLE.tolist()))
     _decode(builder, codes, count, target, stream, lambda code: code.look_up(table) * scales)
+
+
+@emitted(types.none, _P, _P, _P, _F, _P, types.boolean)
+def decode_floats(builder, table, codes, count, scale, target, stream):
+    """What `count` codes (whole vectors) of small floating-point numbers stand for; `stream` as above."""
+    scales = Vec(builder, scale).splat()
+
+    def decode(element: MiniFloat) -> State:
+        _decode(builder, codes, count, target, stream, lambda code: number_of(code, element) * scales)
+        return []
+
+    of_element(builder, table, decode)
 
 
 @emitted(types.none)

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba.core import types
 
 from service.engine.backends.cpu_kernels.codes import NF4_NEAR
+from service.engine.backends.cpu_kernels.minifloats import MANTISSA, nearest
 from service.engine.backends.cpu_kernels.vector import (
     F16,
     F32,
@@ -22,21 +23,25 @@ from service.engine.backends.cpu_kernels.vector import (
     Memory,
     State,
     Vec,
+    either,
     emitted,
     loop,
 )
-from service.engine.schemes.base import SCALE_LIMITS, PlainScaleDtype
+from service.engine.schemes.base import SCALE_DTYPES, SCALE_LIMITS, PlainScaleDtype
+from service.engine.schemes.minifloat import E4M3
 from service.engine.schemes.nested import SMALLEST_SUPER
 
-#: Scale dtypes that the kernels have, as they number them.
-SCALE_KINDS = {name: number for number, name in enumerate(get_args(PlainScaleDtype))}
+#: Scale dtypes as the kernels number them.
+SCALE_KINDS = {name: number for number, name in enumerate(SCALE_DTYPES)}
+#: Those of two bytes or more.
+PLAIN_KINDS = {name: SCALE_KINDS[name] for name in get_args(PlainScaleDtype)}
 
 #: Bits that a level takes, and that a scale has to leave of its mantissa where their product is to be exact.
 LEVEL_BITS = 10
 
 _P = types.intp
 #: What the kernels know of a scheme: see `Form`.
-FORM = (types.float32, types.float32, types.float32, types.boolean, _P)
+FORM = (types.float32, types.float32, types.float32, types.boolean, _P, types.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Form:
     """A scheme in the code being emitted.
 
     A scale is (the range or, if symmetric, the largest magnitude) / divisor; codes end at `top`;
-    `implied` is the zero point where none is stored.
+    `implied` is the zero point where none is stored. What is stored for a scale of 8 bits is `under` times it.
     """
 
     divisor: Vec
@@ -52,12 +57,13 @@ class Form:
     implied: Vec
     symmetric: ir.Value
     scale_kind: ir.Value
+    under: Vec
 
     @classmethod
     def of(cls, builder: ir.IRBuilder, values: tuple[ir.Value, ...]) -> Form:
         """From the arguments that FORM describes."""
         divisor, top, implied = (Vec(builder, v).splat() for v in values[:3])
-        return cls(divisor, top, implied, values[3], values[4])
+        return cls(divisor, top, implied, values[3], values[4], Vec(builder, values[5]).splat())
 
     def span(self, low: Vec, high: Vec) -> Vec:
         """What the divisor divides."""
@@ -81,8 +87,26 @@ class Form:
 
     def store_scale(self, scale: Vec) -> Vec:
         """`Scheme.store_scale`."""
+        is_plain = scale.builder.icmp_signed("<", self.scale_kind, ir.Constant(I64, len(PLAIN_KINDS)))
+        (stored,) = either(
+            scale.builder, is_plain, lambda plain: [self._plain(scale) if plain else self._small(scale)], likely=True
+        )
+        return stored
+
+    def _small(self, scale: Vec) -> Vec:
+        """Of 8 bits: an E4M3 under `under`, or the nearest power of two."""
+        one, (smallest, largest) = scale.const(1.0), SCALE_LIMITS["E8M0"]
+        bounded = scale.max(scale.const(smallest)).min(scale.const(largest)).cast(I32)
+        power = (bounded.plus(bounded.const(1 << (MANTISSA - 1))) & bounded.const(0x7F800000)).cast(F32)
+        is_zero, (smallest, largest) = scale.equals(scale.const(0.0)), SCALE_LIMITS["E4M3"]
+        scaled = is_zero.select(one, scale * self.under).max(scale.const(smallest)).min(scale.const(largest))
+        is_power = scale.builder.icmp_signed("==", self.scale_kind, ir.Constant(I64, SCALE_KINDS["E8M0"]))
+        under = nearest(scaled, E4M3)[1] / self.under
+        return Vec(scale.builder, scale.builder.select(is_power, is_zero.select(one, power).value, under.value))
+
+    def _plain(self, scale: Vec) -> Vec:
         stored = scale.const(SCALE_LIMITS["F32"][0])
-        for name, kind in SCALE_KINDS.items():
+        for name, kind in PLAIN_KINDS.items():
             smallest, largest = (scale.const(float(np.float32(v))) for v in SCALE_LIMITS[name])
             rounded = _ROUND[name](scale.max(smallest).min(largest))
             chosen = scale.builder.icmp_signed("==", self.scale_kind, ir.Constant(I64, kind))
@@ -112,7 +136,7 @@ def store_super(builder: ir.IRBuilder, scale: ir.Value, kind: ir.Value) -> Vec:
     """`NestedScheme.store_super`."""
     given = Vec(builder, scale).splat()
     stored = given
-    for name, number in SCALE_KINDS.items():
+    for name, number in PLAIN_KINDS.items():
         smallest, largest = SCALE_LIMITS[name]
         bounds = (given.const(float(np.float32(v))) for v in (max(smallest, SMALLEST_SUPER), largest))
         rounded = _ROUND[name](given.max(next(bounds)).min(next(bounds)))
@@ -125,11 +149,12 @@ def store_super(builder: ir.IRBuilder, scale: ir.Value, kind: ir.Value) -> Vec:
 def make_grids(
     builder: ir.IRBuilder, lows: ir.Value, highs: ir.Value, scales: ir.Value, zero_points: ir.Value, fits: ir.Value,
     codebook: ir.Value, divisor: ir.Value, top: ir.Value, implied: ir.Value, symmetric: ir.Value, scale_kind: ir.Value,
+    under: ir.Value,
 ) -> None:  # fmt: skip
     """LANES grids from the ranges at `lows` and `highs`; and at `fits` 1 where `_fits` says so, else 0."""
     first = ir.Constant(I64, 0)
     low, high = (Memory(builder, address, F32).load(first) for address in (lows, highs))
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     scale, zero, inverse = form.grid(low, high)
     fit = _fits(low * inverse, high * inverse, scale, zero, form, codebook)
     for address, value in ((scales, scale), (zero_points, zero), (fits, fit.select(low.const(1.0), low.const(0.0)))):
@@ -163,6 +188,21 @@ def store_scale_bits(
         return Vec(builder, builder.select(is_half, half, (scale.cast(I32) >> 16).narrow(I16).value))
 
     _map(builder, Memory(builder, scales, F32), count, Memory(builder, target, I16), convert)
+
+
+@emitted(types.none, _P, _P, _P, types.float32, _P)
+def store_scale_bytes(
+    builder: ir.IRBuilder, scales: ir.Value, count: ir.Value, kind: ir.Value, under: ir.Value, target: ir.Value
+) -> None:
+    """Write the codes of `count` scales that have been rounded to E4M3 under `under`, or to E8M0."""
+    is_power = builder.icmp_signed("==", kind, ir.Constant(I64, SCALE_KINDS["E8M0"]))
+
+    def convert(scale: Vec) -> Vec:
+        power = (scale.cast(I32) >> MANTISSA).narrow(I8)
+        code, _ = nearest(scale * Vec(builder, under).splat(scale.type.count), E4M3)
+        return Vec(builder, builder.select(is_power, power.value, code.narrow(I8).value))
+
+    _map(builder, Memory(builder, scales, F32), count, Memory(builder, target, I8), convert)
 
 
 @emitted(types.none, _P, _P, _P)

@@ -39,7 +39,7 @@ class NestedRows:
         """Grids of rows first to last from their ranges."""
         scheme, groups = self.scheme, self.scheme.groups(self.cols)
         low, high = (np.zeros((last - first) * groups, np.float32) for _ in range(2))
-        nested_rows.range_rows(
+        rows.range_rows(
             address + first * self.cols * (4 if kind == 0 else 2), kind, self.cols, 0, last - first, scheme.group_size,
             groups, low, high, np.empty(rows.SPAN_BUFFER, np.float32),
         )  # fmt: skip

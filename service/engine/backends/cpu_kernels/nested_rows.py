@@ -9,7 +9,7 @@ from numba.core import types
 from service.engine.backends.cpu_kernels.bitpack import pack_span
 from service.engine.backends.cpu_kernels.caching import kernel
 from service.engine.backends.cpu_kernels.codes import ROUNDER, SUMS, add_sums, decode_integer, encode
-from service.engine.backends.cpu_kernels.rows import finish_sums, is_paired, span_ranges
+from service.engine.backends.cpu_kernels.rows import finish_sums
 from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32, whole_vectors
 from service.engine.backends.cpu_kernels.vector import I32, LANES, Vec, emitted
 
@@ -35,19 +35,6 @@ def encode_fraction(
         return shifted.cast(I32), (shifted - rounder - zeros) * scales
 
     encode(builder, source, count, codes, sums, rule)
-
-
-@kernel
-def range_rows(x, kind, cols, first_row, last_row, group, row_groups, low, high, span_buffer):
-    """Write the ranges of all groups of rows [first_row, last_row), 0 included, to `low` and `high`."""
-    scratch, paired = address_of(span_buffer), is_paired(cols, group)
-    for row in range(first_row, last_row):
-        for start in range(0, cols, SPAN):
-            place = 4 * (row * row_groups + start // group)
-            lows, highs = address_of(low) + place, address_of(high) + place
-            span_ranges(
-                x, kind, row * cols + start, min(SPAN, cols - start), group, paired, False, scratch, lows, highs
-            )
 
 
 @njit(nogil=True)

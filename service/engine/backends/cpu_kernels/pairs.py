@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba.core import types
 
 from service.engine.backends.cpu_kernels.codes import ROUNDER, Sums, in_range, integer_steps, nf4_index
+from service.engine.backends.cpu_kernels.minifloats import nearest, of_element
 from service.engine.backends.cpu_kernels.spans import AHEAD, KIND_BF16, KIND_F16, KIND_F32, SPAN
 from service.engine.backends.cpu_kernels.vector import (
     F16,
@@ -34,6 +35,7 @@ from service.engine.backends.cpu_kernels.vector import (
     zeros,
 )
 from service.engine.schemes.codebook import NF4_TABLE
+from service.engine.schemes.minifloat import MiniFloat
 
 #: Elements that are worked on together.
 PAIR = 2 * LANES
@@ -263,10 +265,11 @@ class Grids:
 def _encode(
     builder: ir.IRBuilder, source: ir.Value, kind: int, count: ir.Value, grids: Grids, target: ir.Value,
     parts: ir.Value, bits: int, rule_of: Callable[[bool, Vec, Vec, Vec], tuple[Rule, Join]],
+    *, has_fits: bool = True,
 ) -> None:  # fmt: skip
     """Write codes of `bits` (4 or 8), and add what they lose to `parts`.
 
-    `rule_of` is told whether a grid fits, and what `Grids.at` gives.
+    `rule_of` is told whether a grid fits, and what `Grids.at` gives; without `has_fits` it is not asked for.
     """
     read, outputs, sums = _read_pair(builder, source, kind), Memory(builder, target, I8), Memory(builder, parts, F32)
 
@@ -291,10 +294,8 @@ def _encode(
 
         left = builder.sub(count, first)
         size = builder.select(builder.icmp_signed("<", left, grids.group), left, grids.group)
-        return [
-            Vec(builder, builder.add(at.value, grids.step)),
-            *either(builder, grids.fit(at.value), encode, likely=True),
-        ]
+        found = either(builder, grids.fit(at.value), encode, likely=True) if has_fits else encode(False)
+        return [Vec(builder, builder.add(at.value, grids.step)), *found]
 
     start = [Vec(builder, ir.Constant(I64, 0)), *(zeros(builder) for _ in range(2 * PARTS))]
     _, *found = loop(builder, count, grids.group, start, group)
@@ -360,6 +361,31 @@ def encode_nf4_4(builder, source, kind, count, scales, zero_points, fits, group,
         return rule, lambda even, odd: (odd << 4).plus(even)
 
     _for_each_kind(builder, kind, lambda each: _encode(builder, source, each, count, grids, target, parts, 4, rule_of))
+
+
+@emitted(types.none, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P)
+def encode_floats_packed(builder, table, source, kind, count, scales, zero_points, fits, group, step, target, parts):
+    """`count` elements (whole pairs) as small floating-point numbers, two codes to a byte if they have 4 bits."""
+    grids = Grids.of(builder, scales, zero_points, fits, group, step)
+
+    def encode(element: MiniFloat) -> State:
+        def rule_of(_: bool, scales: Vec, inverses: Vec, __: Vec) -> tuple[Rule, Join]:
+            def rule(x: Vec) -> tuple[Vec, Vec]:
+                code, value = nearest(x * inverses, element)
+                return code, value * scales
+
+            return rule, lambda even, odd: (odd << element.bits).plus(even)
+
+        _for_each_kind(
+            builder,
+            kind,
+            lambda each: _encode(
+                builder, source, each, count, grids, target, parts, element.bits, rule_of, has_fits=False
+            ),
+        )
+        return []
+
+    of_element(builder, table, encode)
 
 
 @emitted(types.none, _P)

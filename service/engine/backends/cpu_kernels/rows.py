@@ -16,21 +16,30 @@ from service.engine.backends.cpu_kernels.codes import (
     SUMS,
     add_sums,
     copy_floats,
+    decode_floats,
     decode_integer,
     decode_nf4,
+    encode_floats,
     encode_integer,
     encode_nf4,
     largest_of,
     settle_streams,
     sum_of,
 )
-from service.engine.backends.cpu_kernels.grids import make_grids, store_scale_bits, store_zero_codes
+from service.engine.backends.cpu_kernels.grids import (
+    make_grids,
+    store_scale_bits,
+    store_scale_bytes,
+    store_zero_codes,
+)
+from service.engine.backends.cpu_kernels.minifloats import NF4, NO_TABLE
 from service.engine.backends.cpu_kernels.pairs import (
     HALF_PAIR,
     PAIR,
     PARTS,
     RUN,
     clear,
+    encode_floats_packed,
     encode_integer_4,
     encode_integer_8,
     encode_nf4_4,
@@ -68,7 +77,7 @@ def span_ranges(x, kind, first, count, group, paired, symmetric, scratch, low, h
 
 
 @njit(nogil=True)
-def _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, zero, scratch, ranges):
+def _grids_of_row(x, kind, first, cols, paired, form, table, grids, scale, zero, scratch, ranges):
     """The grid of a row that is one group, longer than a span."""
     base, lowest, highest = address_of(ranges), np.float32(0.0), np.float32(0.0)
     for start in range(0, cols, SPAN):
@@ -76,46 +85,48 @@ def _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, ze
         span_ranges(x, kind, first + start, n, n, paired, form[3], scratch, base, base + 4 * LANES)
         lowest, highest = min(lowest, ranges[0]), max(highest, ranges[LANES])
     ranges[0], ranges[LANES] = lowest, highest
-    _store_grids(ranges, LANES, 1, form, codebook, grids, scale, zero)
+    _store_grids(ranges, LANES, 1, form, table, grids, scale, zero)
 
 
 @njit(nogil=True)
-def _grids_of_span(x, kind, first, count, group, paired, form, codebook, grids, scale, zero, scratch, ranges):
+def _grids_of_span(x, kind, first, count, group, paired, form, table, grids, scale, zero, scratch, ranges):
     """The grids of the groups of a span."""
     room = ranges.size // GRID_NUMBERS
     base = address_of(ranges)
     span_ranges(x, kind, first, count, group, paired, form[3], scratch, base, base + 4 * room)
     groups = (count + group - 1) // group
-    _store_grids(ranges, room, groups, form, codebook, grids, scale, zero)
+    _store_grids(ranges, room, groups, form, table, grids, scale, zero)
 
 
 @njit(nogil=True)
-def _store_grids(ranges, room, groups, form, codebook, grids, scale, zero):
+def _store_grids(ranges, room, groups, form, table, grids, scale, zero):
     base = address_of(ranges)
     for g in range(0, groups, LANES):
         low = base + 4 * g
-        make_grids(low, low + 4 * room, low + 8 * room, low + 12 * room, low + 16 * room, codebook, *form)
+        make_grids(low, low + 4 * room, low + 8 * room, low + 12 * room, low + 16 * room, table == NF4, *form)
     for g in range(groups):
         scale[grids + g] = ranges[2 * room + g]
         zero[grids + g] = ranges[3 * room + g]
 
 
 @njit(nogil=True, error_model="numpy")
-def _encode_span(span, count, group, first_grid, grid_step, codebook, top, scale, zero, codes, sums):
+def _encode_span(span, count, group, first_grid, grid_step, table, top, scale, zero, codes, sums):
     """Codes of a span of float32, a byte each."""
     g = first_grid
     for at in range(0, count, group):
         n = whole_vectors(min(group, count - at))
         s = scale[g]
-        if codebook:
+        if table == NO_TABLE:
+            encode_integer(span + 4 * at, n, _ONE / s, s, zero[g], top, codes + at, sums)
+        elif table == NF4:
             encode_nf4(span + 4 * at, n, _ONE / s, s, codes + at, sums)
         else:
-            encode_integer(span + 4 * at, n, _ONE / s, s, zero[g], top, codes + at, sums)
+            encode_floats(table, span + 4 * at, n, _ONE / s, s, codes + at, sums)
         g += grid_step
 
 
 @njit(nogil=True, error_model="numpy")
-def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, top, scale, zero, fits, target, parts):
+def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, table, top, scale, zero, fits, target, parts):
     """Codes of a span as it is stored; packed if they have 4 bits, else a byte each."""
     clear(parts)
     for at in range(0, count, RUN):
@@ -123,7 +134,11 @@ def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, 
         source, g = x + item_bytes(kind) * at, at // size * grid_step
         fit, g = fits + 4 * g, 4 * (first_grid + g)
         scales, zeros = address_of(scale) + g, address_of(zero) + g
-        if codebook:
+        if table > NF4:
+            encode_floats_packed(
+                table, source, kind, n, scales, zeros, fit, size, grid_step, target + at * bits // 8, parts
+            )
+        elif table == NF4:
             encode_nf4_4(source, kind, n, scales, zeros, fit, size, grid_step, target + at // 2, parts)
         elif bits == 4:
             encode_integer_4(source, kind, n, scales, zeros, fit, size, grid_step, top, target + at // 2, parts)
@@ -133,7 +148,7 @@ def _encode_pairs(x, kind, count, group, first_grid, grid_step, bits, codebook, 
 
 @njit(nogil=True)
 def _quantize_span(
-    x, kind, at, count, group, paired, grid, grid_step, bits, codebook, top, scale, zero, fits, target,
+    x, kind, at, count, group, paired, grid, grid_step, bits, table, top, scale, zero, fits, target,
     nbytes, scratch, codes, sums,
 ):  # fmt: skip
     """Packed codes of `count` elements from `at` on, and what they lose added to the sums."""
@@ -141,11 +156,11 @@ def _quantize_span(
     done = False
     if paired:
         source, place, parts = x + item_bytes(kind) * at, target if packs else codes, sums + 8 * SUMS * LANES
-        _encode_pairs(source, kind, count, group, grid, grid_step, bits, codebook, top, scale, zero, fits, place, parts)
+        _encode_pairs(source, kind, count, group, grid, grid_step, bits, table, top, scale, zero, fits, place, parts)
         done = settle(parts, sums)
     if not done:
         span = as_f32(x, kind, at, count, scratch)
-        _encode_span(span, count, min(group, BLOCK), grid, grid_step, codebook, top, scale, zero, codes, sums)
+        _encode_span(span, count, min(group, BLOCK), grid, grid_step, table, top, scale, zero, codes, sums)
     if not packs:
         pack_span(codes, count, bits, target, nbytes)
 
@@ -161,7 +176,7 @@ def finish_sums(buffer, sums):
 
 @kernel
 def quantize_rows(
-    x, kind, cols, first_row, last_row, tile_rows, group, row_groups, bits, codebook, form, find,
+    x, kind, cols, first_row, last_row, tile_rows, group, row_groups, bits, table, form, find,
     scale, zero, stored_scale, stored_zero, packed, row_bytes, sums,
     span_buffer, range_buffer, code_buffer, sum_buffer,
 ):  # fmt: skip
@@ -180,16 +195,16 @@ def quantize_rows(
             sum_buffer[:] = 0.0
         first, grids = row * cols, row * row_groups
         if find and wide:
-            _grids_of_row(x, kind, first, cols, paired, form, codebook, grids, scale, zero, scratch, range_buffer)
+            _grids_of_row(x, kind, first, cols, paired, form, table, grids, scale, zero, scratch, range_buffer)
         for start in range(0, cols, SPAN):
             at, count = first + start, min(SPAN, cols - start)
             g = grids if wide or row_groups == 0 else grids + start // group
             if find and not wide:
-                _grids_of_span(x, kind, at, count, group, paired, form, codebook, g, scale, zero, scratch, range_buffer)
+                _grids_of_span(x, kind, at, count, group, paired, form, table, g, scale, zero, scratch, range_buffer)
             out = start // 8 * bits
             nbytes = row_bytes - out if start + count == cols else count // 8 * bits
             _quantize_span(
-                x, kind, at, count, group, paired, g, 1 if row_groups > 1 else 0, bits, codebook, form[1],
+                x, kind, at, count, group, paired, g, 1 if row_groups > 1 else 0, bits, table, form[1],
                 scale, zero, fits, address_of(packed) + row * row_bytes + out, nbytes, scratch, codes, running,
             )  # fmt: skip
         if row + 1 == last_row or (row + 1 - first_row) % tile_rows == 0:
@@ -202,8 +217,27 @@ def quantize_rows(
 
 
 @kernel
+def store_small_scales(scale, first, last, kind, under, target):
+    """Write scales [first, last) as they are stored in 8 bits."""
+    store_scale_bytes(address_of(scale) + 4 * first, last - first, kind, under, address_of(target) + first)
+
+
+@kernel
+def range_rows(x, kind, cols, first_row, last_row, group, row_groups, low, high, span_buffer):
+    """Write the ranges of all groups of rows [first_row, last_row), 0 included, to `low` and `high`."""
+    scratch, paired = address_of(span_buffer), is_paired(cols, group)
+    for row in range(first_row, last_row):
+        for start in range(0, cols, SPAN):
+            place = 4 * (row * row_groups + start // group)
+            lows, highs = address_of(low) + place, address_of(high) + place
+            span_ranges(
+                x, kind, row * cols + start, min(SPAN, cols - start), group, paired, False, scratch, lows, highs
+            )
+
+
+@kernel
 def dequantize_rows(
-    packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, codebook, scale, zero, out, stream,
+    packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, table, scale, zero, out, stream,
     span_buffer, code_buffer,
 ):  # fmt: skip
     """Write what rows [first_row, last_row) stand for to `out`; `stream`: past the cache, as it would not fit."""
@@ -220,7 +254,9 @@ def dequantize_rows(
                 target = address_of(out) + 4 * (row * cols + start + at)
                 ragged = n % LANES != 0
                 place, vectors = (scratch, whole_vectors(n)) if ragged else (target, n)
-                if codebook:
+                if table > NF4:
+                    decode_floats(table, codes + at, vectors, scale[g], place, stream and not ragged)
+                elif table == NF4:
                     decode_nf4(codes + at, vectors, scale[g], place, stream and not ragged)
                 else:
                     decode_integer(codes + at, vectors, scale[g], zero[g], place, stream and not ragged)

@@ -7,7 +7,7 @@ take turns: from pass to pass everything waits for the fit, and the other lot's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from service.engine.backends.cpu_kernels.caching import kernel
 from service.engine.backends.cpu_kernels.codes import ROUNDER, nf4_index
 from service.engine.backends.cpu_kernels.fixed import add_to_total, fix_group, measure, widen_range
 from service.engine.backends.cpu_kernels.grids import FORM, Form
+from service.engine.backends.cpu_kernels.minifloats import NF4, NO_TABLE, nearest, of_element
 from service.engine.backends.cpu_kernels.spans import SPAN, address_of, as_f32, whole_vectors
 from service.engine.backends.cpu_kernels.vector import (
     F32,
@@ -94,7 +95,7 @@ Found = tuple[Vec, Vec, Vec, Vec]
 
 
 def in_floats(
-    state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form: Form, codebook: ir.Value,
+    state: Lanes, source: ir.Value, count: ir.Value, size: Vec, form: Form, table: ir.Value,
     weights: ir.Value | None = None,
 ) -> Found:  # fmt: skip
     """Of elements that are float32: on a table, or on an integer grid of many levels.
@@ -103,19 +104,16 @@ def in_floats(
     Levels are counted from a center, so that little cancels in the fit, and in steps of the scale like all sums.
     """
     builder, scale, zero, inverse = size.builder, state[SCALE], state[ZERO], state[INVERSE]
-    x, table = Memory(builder, source, F32), Vec(builder, ir.Constant(size.type, NF4_TABLE.tolist()))
+    x, nf4 = Memory(builder, source, F32), Vec(builder, ir.Constant(size.type, NF4_TABLE.tolist()))
     none, rounder = zero.const(0.0), zero.const(ROUNDER)
     mean = state[MEAN]
     center = form.either(none, (mean * inverse).rint().max(none - zero).min(form.top - zero))
     origin, lowest, highest = none - center, none - zero - center + rounder, form.top - zero - center + rounder
 
-    def sums(on_table: bool) -> State:
+    def sums(level_of: Callable[[Vec], Vec]) -> State:
         def step(i: ir.Value, state: State) -> State:
             value = x.load(builder.mul(i, ir.Constant(I64, LANES))).fma(inverse, origin)
-            if on_table:
-                level = nf4_index(value).look_up(table)
-            else:
-                level = (value + rounder).max(lowest).min(highest) - rounder
+            level = level_of(value)
             rest = value - level
             if weights is None:
                 counted, counted_rest, sum_of_levels = level, rest, state[1] + level
@@ -131,7 +129,17 @@ def in_floats(
 
         return loop(builder, count, 1, [zeros(builder) for _ in range(4)], step)
 
-    rest, levels, squares, products = either(builder, codebook, sums)
+    def small(is_small: bool) -> State:
+        if is_small:
+            return of_element(builder, table, lambda element: sums(lambda value: nearest(value, element)[1]))
+        return either(builder, builder.icmp_signed("==", table, ir.Constant(I64, NF4)), large)
+
+    def large(on_nf4: bool) -> State:
+        if on_nf4:
+            return sums(lambda value: nf4_index(value).look_up(nf4))
+        return sums(lambda value: (value + rounder).max(lowest).min(highest) - rounder)
+
+    rest, levels, squares, products = either(builder, builder.icmp_signed(">", table, ir.Constant(I64, NF4)), small)
     mean_level = form.either(none, levels / size)
     rests = size * (mean * inverse - center) - levels
     spread = squares - mean_level * levels
@@ -157,39 +165,39 @@ def _in_fixed_point(
 
 
 @emitted(types.none, _P, _F, *FORM)
-def begin(builder, lanes, size, divisor, top, implied, symmetric, scale_kind):
+def begin(builder, lanes, size, divisor, top, implied, symmetric, scale_kind, under):
     """The means; and the grid of the whole range is the best as long as none has an error."""
-    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     state[BEST_SCALE], state[BEST_ZERO], _ = form.grid(state[LOW], state[HIGH])
     state[MEAN] = state[TOTAL].to_single() * state[UNIT] / Vec(builder, size).splat()
     state[BEST_ERROR] = zeros(builder, F64).const(float("inf"))
 
 
 @emitted(types.none, _P, _P, *FORM)
-def take_first(builder, lanes, clips, divisor, top, implied, symmetric, scale_kind):
+def take_first(builder, lanes, clips, divisor, top, implied, symmetric, scale_kind, under):
     """Send every lane to the first of STARTS starts: their low clips at `clips`, the high ones behind."""
-    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     state[START] = state[STEP] = zeros(builder)
     low, high = _clipped(state, Memory(builder, clips, F32), state[START])
     state[SCALE], state[ZERO], state[INVERSE] = form.grid(low, high)
 
 
-@emitted(types.boolean, _P, _P, _P, _P, _F, _F, _F, types.boolean, types.boolean, *FORM)
+@emitted(types.boolean, _P, _P, _P, _P, _F, _F, _F, types.boolean, _P, *FORM)
 def advance(
-    builder, source, count, lanes, clips, starts, steps, size, fixed, codebook,
-    divisor, top, implied, symmetric, scale_kind,
+    builder, source, count, lanes, clips, starts, steps, size, fixed, table,
+    divisor, top, implied, symmetric, scale_kind, under,
 ):  # fmt: skip
     """Try every lane's grid, and find the one to try after it; whether any is left.
 
     A start is always kept. A descent ends where the error does not fall, as it does not where the fit stays where it
     is, or after `steps`; then the lane goes on with the next of `starts` starts.
     """
-    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
 
     def find(is_fixed: bool) -> State:
         if is_fixed:
             return list(_in_fixed_point(state, source, count, sizes, one / sizes, form))
-        return list(in_floats(state, source, count, sizes, form, codebook))
+        return list(in_floats(state, source, count, sizes, form, table))
 
     sizes = Vec(builder, size).splat()
     one = sizes.const(1.0)
@@ -267,14 +275,14 @@ def _load(x, kind, first, count, fixed, target, lane, state, scratch):
 
 
 @njit(nogil=True)
-def _search(source, lot_bytes, count, size, lanes, turns, clips, iterations, fixed, codebook, form):
+def _search(source, lot_bytes, count, size, lanes, turns, clips, iterations, fixed, table, form):
     """The best grids of `turns` lots of LANES groups at `source`, into BEST_SCALE and BEST_ZERO of each."""
     state_bytes = 4 * LANE_STATE
     for turn in range(turns):
         begin(lanes + turn * state_bytes, size, *form)
-    for table in range(clips.shape[0]):
-        starts, steps = clips[table, 2 * STARTS], min(clips[table, 2 * STARTS + 1], np.float32(iterations))
-        address = address_of(clips[table])
+    for lot in range(clips.shape[0]):
+        starts, steps = clips[lot, 2 * STARTS], min(clips[lot, 2 * STARTS + 1], np.float32(iterations))
+        address = address_of(clips[lot])
         for turn in range(turns):
             take_first(lanes + turn * state_bytes, address, *form)
         going = (1 << turns) - 1
@@ -282,7 +290,7 @@ def _search(source, lot_bytes, count, size, lanes, turns, clips, iterations, fix
             for turn in range(turns):
                 place, state = source + turn * lot_bytes, lanes + turn * state_bytes
                 if (going >> turn) & 1 and not advance(
-                    place, count, state, address, starts, steps, size, fixed, codebook, *form
+                    place, count, state, address, starts, steps, size, fixed, table, *form
                 ):
                     going &= ~(1 << turn)
 
@@ -290,7 +298,7 @@ def _search(source, lot_bytes, count, size, lanes, turns, clips, iterations, fix
 @kernel
 def search_grids(
     x, kind, cols, first_row, last_row, row_groups, group, first_group, last_group, size,
-    clips, iterations, codebook, form, scale, zero, transposed, span_buffer, lane_state,
+    clips, iterations, table, form, scale, zero, transposed, span_buffer, lane_state,
 ):  # fmt: skip
     """Find the grids of the groups [first_group, last_group) of rows [first_row, last_row).
 
@@ -302,7 +310,7 @@ def search_grids(
     turns = lane_state.size // LANE_STATE
     in_row = last_group - first_group
     total = (last_row - first_row) * in_row
-    fixed = not codebook and form[1] <= LARGEST_IN_FIXED_POINT
+    fixed = table == NO_TABLE and form[1] <= LARGEST_IN_FIXED_POINT
     # Zeros at the end of a group lose nothing on an integer grid.
     count = whole_vectors(size) if fixed else size
     lot_bytes = (2 if fixed else 4) * LANES * count
@@ -314,7 +322,7 @@ def search_grids(
             first = (first_row + row) * cols + (first_group + index - row * in_row) * group
             turn, lane = at // LANES, at % LANES
             _load(x, kind, first, size, fixed, source + turn * lot_bytes, lane, lanes + turn * 4 * LANE_STATE, scratch)
-        _search(source, lot_bytes, count, np.float32(size), lanes, turns, clips, iterations, fixed, codebook, form)
+        _search(source, lot_bytes, count, np.float32(size), lanes, turns, clips, iterations, fixed, table, form)
         for lane in range(min(turns * LANES, total - lot)):
             index = lot + lane
             g = (first_row + index // in_row) * row_groups + first_group + index % in_row

@@ -56,10 +56,10 @@ def _set_grid(grid: _Lot, scale: Vec, zero: Vec, top: Vec) -> None:
 
 @emitted(types.none, _P, _P, _F, _F, _P, *FORM)
 def move_grid(
-    builder, scales, zeros_, factor, shift, grid, divisor, top, implied, symmetric, scale_kind
+    builder, scales, zeros_, factor, shift, grid, divisor, top, implied, symmetric, scale_kind, under
 ):  # fmt: skip
     """The grid of these scales times `factor` and zero points plus `shift`."""
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     (scale,), (zero,) = ([lot[0]] for lot in _lots(builder, scales, zeros_))
     by, plus = (Vec(builder, value).splat() for value in (factor, shift))
     moved = form.either(zero, (zero + plus).max(zero.const(0.0)).min(form.top))
@@ -68,10 +68,10 @@ def move_grid(
 
 @emitted(types.none, _P, _P, _F, _F, _P, *FORM)
 def range_grid(
-    builder, lows, highs, low_clip, high_clip, grid, divisor, top, implied, symmetric, scale_kind
+    builder, lows, highs, low_clip, high_clip, grid, divisor, top, implied, symmetric, scale_kind, under
 ):  # fmt: skip
     """The grid that spans the clipped ranges."""
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     low, high = (lot[0] for lot in _lots(builder, lows, highs))
     low, high = low * Vec(builder, low_clip).splat(), high * Vec(builder, high_clip).splat()
     scale, zero, _ = form.grid(low, high)
@@ -148,10 +148,10 @@ def subtract_products(builder, rest, change, factors, count):
 
 @emitted(types.none, _P, _P, _P, _P, _P, *FORM)
 def fit_scale(
-    builder, levels, rest, h, count, grid, divisor, top, implied, symmetric, scale_kind
+    builder, levels, rest, h, count, grid, divisor, top, implied, symmetric, scale_kind, under
 ):  # fmt: skip
     """The scale of least error with the levels held, and what is left to make up for with it."""
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     level, rests, hs, grids = _lots(builder, levels, rest, h, grid)
 
     def add(j: ir.Value, state: State) -> State:
@@ -232,12 +232,12 @@ def weigh_nf4(builder, x, weights, count, grid, sums):
 
 
 @emitted(types.boolean, _P, _P, _P, _P, *FORM)
-def refit_grid(builder, sums, grid, error, best, divisor, top, implied, symmetric, scale_kind):
+def refit_grid(builder, sums, grid, error, best, divisor, top, implied, symmetric, scale_kind, under):
     """Keep the grid of these sums in the lanes where it is the best yet, and move it to what fits its levels.
 
     `error` are the errors of the grids before it and of the best; whether any lane's error still falls.
     """
-    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    form = Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     total, grids, errors, kept = _lots(builder, sums, grid, error, best)
     squares, levels, spread, products, rests, weights = (total[i] for i in range(SUMS))
     scale, zero = grids[SCALE], grids[ZERO]

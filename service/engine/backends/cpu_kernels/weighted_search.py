@@ -35,9 +35,9 @@ _P, _F = types.intp, types.float32
 
 
 @emitted(types.none, _P, _P, _P, _P, *FORM)
-def begin(builder, source, weights, count, lanes, divisor, top, implied, symmetric, scale_kind):
+def begin(builder, source, weights, count, lanes, divisor, top, implied, symmetric, scale_kind, under):
     """The sums of the weights, into TOTAL, and the weighted means; and the grid of the whole range is the best yet."""
-    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
     x, w = Memory(builder, source, F32), Memory(builder, weights, F32)
 
     def step(i: ir.Value, sums: State) -> State:
@@ -51,14 +51,14 @@ def begin(builder, source, weights, count, lanes, divisor, top, implied, symmetr
     state[BEST_ERROR] = zeros(builder, F64).const(float("inf"))
 
 
-@emitted(types.boolean, _P, _P, _P, _P, _P, _F, _F, types.boolean, *FORM)
+@emitted(types.boolean, _P, _P, _P, _P, _P, _F, _F, _P, *FORM)
 def advance(
-    builder, source, weights, count, lanes, clips, starts, steps, codebook,
-    divisor, top, implied, symmetric, scale_kind,
+    builder, source, weights, count, lanes, clips, starts, steps, table,
+    divisor, top, implied, symmetric, scale_kind, under,
 ):  # fmt: skip
     """As `search.advance`."""
-    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind))
-    found = in_floats(state, source, count, state[TOTAL].to_single(), form, codebook, weights)
+    state, form = Lanes(builder, lanes), Form.of(builder, (divisor, top, implied, symmetric, scale_kind, under))
+    found = in_floats(state, source, count, state[TOTAL].to_single(), form, table, weights)
     return go_on(state, found, clips, starts, steps, form)
 
 
@@ -77,7 +77,7 @@ def _load(x, kind, first, size, column, weights, source, beside, lane, lanes, sc
 @kernel
 def search_weighted_grids(
     x, kind, cols, first_row, last_row, row_groups, group, first_group, last_group, size, weights,
-    clips, iterations, codebook, form, scale, zero, transposed, span_buffer, lane_state,
+    clips, iterations, table, form, scale, zero, transposed, span_buffer, lane_state,
 ):  # fmt: skip
     """What `search.search_grids` does, with `weights` (cols,) of the columns.
 
@@ -96,11 +96,11 @@ def search_weighted_grids(
             first = (first_row + row) * cols + column
             _load(x, kind, first, size, column, of_columns, source, beside, lane, lanes, scratch)
         begin(source, beside, size, lanes, *form)
-        for table in range(clips.shape[0]):
-            starts, steps = clips[table, 2 * STARTS], min(clips[table, 2 * STARTS + 1], iterations)
-            address = address_of(clips[table])
+        for number in range(clips.shape[0]):
+            starts, steps = clips[number, 2 * STARTS], min(clips[number, 2 * STARTS + 1], iterations)
+            address = address_of(clips[number])
             take_first(lanes, address, *form)
-            while advance(source, beside, size, lanes, address, starts, steps, codebook, *form):
+            while advance(source, beside, size, lanes, address, starts, steps, table, *form):
                 pass
         for lane in range(min(LANES, total - lot)):
             index = lot + lane
