@@ -158,6 +158,8 @@ class CpuBackend(ReferenceBackend):
         long = np.linspace(-1.0, 1.0, 2 * WARMED_COLUMNS, dtype=np.float32).reshape(2, -1)
         for calibrated in (Mse(), Gptq()):
             self.quantize(long, IntegerScheme(group_size=16), calibrated, inputs=fed)
+        for small in (Mx(), Float8E4M3(granularity="block")):
+            self.dequantize(self.quantize(x, small, MinMax()))
         self.observe(x)
 
     def slice_bytes(self, method: Method) -> int:

@@ -49,7 +49,8 @@ class NestedRows:
         for columns in (slice(0, whole), slice(whole, groups)):
             if columns.stop > columns.start:
                 ranges = (each.reshape(per_row)[:, columns] for each in (low, high))
-                scale[:, columns], zero[:, columns] = scheme.grid(np, *ranges)
+                with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite, which shows later
+                    scale[:, columns], zero[:, columns] = scheme.grid(np, *ranges)
 
     def search(self, address: int, kind: int, method: Mse, first: int, last: int) -> None:
         """Grids of rows first to last that lose least."""

@@ -235,6 +235,23 @@ def range_rows(x, kind, cols, first_row, last_row, group, row_groups, low, high,
             )
 
 
+@njit(nogil=True)
+def _decode_small(table, codes, start, count, group, row_groups, row, scale, target, stream, scratch):
+    """What `dequantize_rows` does with a span, for small floating-point numbers.
+
+    Apart from the others, whose loop over short groups would be slower with these in it.
+    """
+    step = min(group, SPAN)
+    for at in range(0, count, step):
+        n = min(step, count - at)
+        s = scale[row * row_groups + ((start + at) // group if row_groups else 0)]
+        if n % LANES == 0:
+            decode_floats(table, codes + at, n, s, target + 4 * at, stream)
+        else:
+            decode_floats(table, codes + at, whole_vectors(n), s, scratch, False)
+            copy_floats(scratch, n, target + 4 * at)
+
+
 @kernel
 def dequantize_rows(
     packed, row_bytes, cols, first_row, last_row, group, row_groups, bits, table, scale, zero, out, stream,
@@ -247,6 +264,10 @@ def dequantize_rows(
             count = min(SPAN, cols - start)
             inside = start // 8 * bits
             unpack_span(packed + row * row_bytes + inside, row_bytes - inside, bits, count, codes)
+            if table > NF4:
+                place = address_of(out) + 4 * (row * cols + start)
+                _decode_small(table, codes, start, count, group, row_groups, row, scale, place, stream, scratch)
+                continue
             step = min(group, SPAN)
             for at in range(0, count, step):
                 n = min(step, count - at)
@@ -254,9 +275,7 @@ def dequantize_rows(
                 target = address_of(out) + 4 * (row * cols + start + at)
                 ragged = n % LANES != 0
                 place, vectors = (scratch, whole_vectors(n)) if ragged else (target, n)
-                if table > NF4:
-                    decode_floats(table, codes + at, vectors, scale[g], place, stream and not ragged)
-                elif table == NF4:
+                if table == NF4:
                     decode_nf4(codes + at, vectors, scale[g], place, stream and not ragged)
                 else:
                     decode_integer(codes + at, vectors, scale[g], zero[g], place, stream and not ragged)
