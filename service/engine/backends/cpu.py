@@ -209,7 +209,8 @@ class CpuBackend(ReferenceBackend):
 
         self._split(fill, form.rows, form.tile_rows, form.cols, source)
         grids = form.rows, form.row_groups
-        scale, zero = scheme.stored_grid(made.scale.reshape(grids), made.zero.reshape(grids), form.cols)
+        with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite, which its sums show
+            scale, zero = scheme.stored_grid(made.scale.reshape(grids), made.zero.reshape(grids), form.cols)
         return QuantizedRows(scheme, form.cols, packed, scale, zero, error_sums(x.size, made.sums))
 
     def quantize_many(self, xs: Sequence[Array], scheme: Scheme, method: Method) -> list[QuantizedRows]:
