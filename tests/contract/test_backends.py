@@ -22,7 +22,10 @@ from tests.golden.cases import parts
 
 BACKENDS = pytest.mark.parametrize("id_", usable_backends())
 SCHEMES = pytest.mark.parametrize("scheme", list(all_schemes()), ids=label)
-METHODS = pytest.mark.parametrize("method", [cls() for cls in methods().values()], ids=lambda m: m.id)
+#: Those that compute; others scale weights, or take a part of them, for one of these.
+METHODS = pytest.mark.parametrize(
+    "method", [m for cls in methods().values() if (m := cls()).quantizes_as == m], ids=lambda m: m.id
+)
 REFERENCE = backend("reference")
 MINMAX = methods()["minmax"]()
 
