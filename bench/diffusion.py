@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.numpy import save_file
 
 from bench.common import RESULTS, note, table, write_result
 from service.engine.methods.registry import methods
@@ -43,6 +46,17 @@ def main() -> None:
     write_result("diffusion", "Diffusion models, quantized", *parts)
 
 
+def ways() -> Iterator[tuple[str, str, bool]]:
+    """A label, a method, and whether it has calibration: each method that stores nothing but codes and scales."""
+    for name, method in sorted(methods().items()):
+        if method().low_rank:
+            continue
+        if not method.needs:
+            yield name, name, False
+        if method.is_weighted:
+            yield f"{name}, calibrated", name, True
+
+
 class _Model:
     """All that is measured of one model."""
 
@@ -67,20 +81,24 @@ class _Model:
 
     def weights(self) -> str:
         """Error by method and width."""
-        names = sorted(name for name, method in methods().items() if not method.needs)
         rows = []
-        for bits in BITS:
-            note(f"{self.name}: weights at {bits} bits")
-            cells, stored = [], 0.0
-            for name in names:
-                model = quantized(EXAMPLE / self.name, bit_width=bits, group_size=GROUP_SIZE, method=name)
-                distance = self.original.distance(model.weights)
-                stored = model.bits_per_weight
-                cells.append(_cell(distance))
-                if bits not in self.best or distance.noise < self.best[bits][1].noise:
-                    self.best[bits] = model, distance, name
-            rows.append([bits, f"{stored:.2f}", *cells])
-        return table(["bits", "counted", *names], rows)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "calibration.safetensors"
+            save_file(self.calibration, path)
+            for bits in BITS:
+                note(f"{self.name}: weights at {bits} bits")
+                models = {label: self.quantized(bits, method, path if fed else None) for label, method, fed in ways()}
+                distances = {label: self.original.distance(model.weights) for label, model in models.items()}
+                label = min(distances, key=lambda each: distances[each].noise)
+                self.best[bits] = models[label], distances[label], label
+                counted = f"{models[label].bits_per_weight:.2f}"
+                rows.append([bits, counted, *map(_cell, distances.values())])
+        return table(["bits", "counted", *distances], rows)
+
+    def quantized(self, bits: int, method: str, calibration: Path | None) -> QuantizedModel:
+        """The weights at a width, as they read back."""
+        config = {"bit_width": bits, "group_size": GROUP_SIZE, "method": method, "enable_time_aware": False}
+        return quantized(EXAMPLE / self.name, calibration, **config)
 
     def inputs(self) -> str:
         """Error by grouping and width, with the weights as they were."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypeAliasType
 
+from service.engine.activation_ranges import clipped_ranges
 from service.engine.tensors import FloatArray
 from service.engine.time_smoothing import Interpolation, grids_at_steps, largest_jump, smoothed
 from service.engine.timesteps import (
@@ -23,7 +24,7 @@ from service.engine.timesteps import (
 
 TimeGrouping = TypeAliasType("TimeGrouping", Literal["optimal", "uniform"])
 
-#: Of the grids.
+#: Of the grids unless others are wanted; these have levels enough not to cut anything off.
 ACTIVATION_BITS = 8
 #: Time and memory of finding optimal groups grow with the square of the timesteps: of more, some neighbours stay
 #: together.
@@ -34,7 +35,7 @@ MOST_CUTS = 1024
 class Wanted:
     """How timesteps are to be grouped: `count` groups at most, cut where `grouping` says, and then smoothed.
 
-    `smoothness_weight` and `boundary_window` are as `smoothed` and `grids_at_steps` take them.
+    `smoothness_weight` and `boundary_window` are as `smoothed` and `grids_at_steps` take them; `bits` are of the grids.
     """
 
     count: int
@@ -42,6 +43,12 @@ class Wanted:
     smoothness_weight: float = 0.0
     boundary_window: int = 0
     boundary_interpolation: Interpolation = "linear"
+    bits: int = ACTIVATION_BITS
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether levels are so few that it is better to leave out what is rare."""
+        return self.bits < ACTIVATION_BITS
 
     def most_groups(self, steps: int) -> int:
         """As many are stored at most: steps beside a cut may each have a grid of their own."""
@@ -51,7 +58,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class TimeGroupFigures:
-    """What is expected of the grids that are stored, and of others.
+    """What is expected of the grids that are stored, and of others, for inputs within the ranges that they are made of.
 
     groups             how many there are
     expected_error     the squared error of an input, a mean over timesteps by their weights
@@ -73,7 +80,7 @@ class TimeGroupFigures:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ActivationGrids:
-    """Grids of 2**ACTIVATION_BITS levels as they are stored.
+    """Grids as they are stored.
 
     bounds             (G + 1,): a group of timesteps begins at each but the last, which is T
     scale, zero_point  (G,): a level stands for (code - zero_point) * scale
@@ -95,17 +102,22 @@ def group_bytes(groups: int) -> int:
     return 4 * (3 * groups + 1) if groups else 0
 
 
-def find_grids(ranges: npt.ArrayLike, weights: npt.ArrayLike, wanted: Wanted) -> ActivationGrids | None:
+def find_grids(
+    ranges: npt.ArrayLike, weights: npt.ArrayLike, wanted: Wanted, mean_square: npt.ArrayLike | None = None
+) -> ActivationGrids | None:
     """The grids of a layer with inputs in `ranges` (T, 2), whose timesteps count by `weights` (T,).
 
-    A step at which all inputs are 0 goes with the one before it; None where they are so at all steps.
+    Where levels are few and `mean_square` (T, in) is given, what is rare at a step is left out of its range. A step at
+    which all inputs are 0 goes with the one before it; None where they are so at all steps.
     """
+    if mean_square is not None and wanted.is_clipped:
+        ranges = clipped_ranges(ranges, mean_square, wanted.bits)
     low, high = with_zero(ranges)
     live = high > low
     if not live.any():
         return None
     limits, counts = _filled(np.stack([low, high], axis=1), live), np.where(live, np.asarray(weights, np.float64), 0.0)
-    uniform = uniform_groups(limits, wanted.count, ACTIVATION_BITS)
+    uniform = uniform_groups(limits, wanted.count, wanted.bits)
     optimal = _optimal(limits, wanted.count, counts, uniform)
     chosen = optimal if wanted.grouping == "optimal" else uniform
     smooth = smoothed(chosen, limits, wanted.smoothness_weight, counts)
@@ -113,14 +125,14 @@ def find_grids(ranges: npt.ArrayLike, weights: npt.ArrayLike, wanted: Wanted) ->
     is_new = (np.diff(scale) != 0) | (np.diff(zero) != 0)
     starts = np.union1d(smooth.bounds[:-1], np.flatnonzero(is_new) + 1)
     # Beside a cut, where grids are those of no group, by their own ends.
-    own = expected_errors(limits, -zero * scale, (2**ACTIVATION_BITS - 1 - zero) * scale, ACTIVATION_BITS)
+    own = expected_errors(limits, -zero * scale, (2**wanted.bits - 1 - zero) * scale, wanted.bits)
     expected = float(own @ counts) if wanted.boundary_window else group_error(smooth, limits, counts)
     figures = TimeGroupFigures(
         groups=len(starts),
         expected_error=expected,
         optimal_error=group_error(optimal, limits, counts),
         uniform_error=group_error(uniform, limits, counts),
-        static_error=group_error(uniform_groups(limits, 1, ACTIVATION_BITS), limits, counts),
+        static_error=group_error(uniform_groups(limits, 1, wanted.bits), limits, counts),
         smoothness_before=largest_jump(chosen.scale),
         smoothness_after=largest_jump(scale),
     )
@@ -140,9 +152,9 @@ def _optimal(limits: Floats, count: int, weights: Floats, uniform: TimeGroups) -
     steps = len(limits)
     each = -(-steps // MOST_CUTS)
     if each == 1:
-        return optimal_groups(limits, count, ACTIVATION_BITS, weights)
+        return optimal_groups(limits, count, uniform.bits, weights)
     starts = np.arange(0, steps, each)
     low, high = np.minimum.reduceat(limits[:, 0], starts), np.maximum.reduceat(limits[:, 1], starts)
-    coarse = optimal_groups(np.stack([low, high], axis=1), count, ACTIVATION_BITS, np.add.reduceat(weights, starts))
-    found = TimeGroups(np.minimum(coarse.bounds * each, steps), coarse.low, coarse.high, ACTIVATION_BITS)
+    coarse = optimal_groups(np.stack([low, high], axis=1), count, uniform.bits, np.add.reduceat(weights, starts))
+    found = TimeGroups(np.minimum(coarse.bounds * each, steps), coarse.low, coarse.high, uniform.bits)
     return min(found, uniform, key=lambda groups: group_error(groups, limits, weights))

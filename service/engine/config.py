@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from typing_extensions import TypeAliasType
 
-from service.engine.activation_groups import TimeGrouping, Wanted
+from service.engine.activation_groups import ACTIVATION_BITS, TimeGrouping, Wanted
 from service.engine.methods.base import MAX_RANK, MIN_RANK
 from service.engine.methods.registry import methods
 from service.engine.schemes.base import Granularity, GroupSize, Scheme
@@ -26,6 +26,7 @@ BitWidth = TypeAliasType("BitWidth", Literal[2, 3, 4, 5, 6, 8])
 #: `auto` gives each tensor the scheme that serves the whole best under a target.
 AUTO: Literal["auto"] = "auto"
 BitWidthChoice = TypeAliasType("BitWidthChoice", Literal[2, 3, 4, 5, 6, 8, "auto"])
+ActivationBits = TypeAliasType("ActivationBits", Literal[4, 5, 6, 8])
 NumberFormat = TypeAliasType("NumberFormat", Literal["int", "nf", "fp"])
 ScaleDtypeChoice = TypeAliasType("ScaleDtypeChoice", Literal["auto", "F32", "F16", "BF16"])
 OnFailure = TypeAliasType("OnFailure", Literal["fallback", "fail", "warn"])
@@ -212,8 +213,13 @@ class QuantizationConfig(TensorConfig):
     )
     enable_time_aware: bool | None = Field(
         default=None,
-        description="Whether 8-bit grids for the inputs of layers are stored by groups of timesteps, where calibration "
-        "has their ranges and the format keeps them (`parquet`).",
+        description="Whether grids for the inputs of layers are stored by groups of timesteps, where calibration has "
+        "their ranges and the format keeps them (`parquet`).",
+    )
+    activation_bit_width: ActivationBits | None = Field(
+        default=None,
+        description="Bits of the grids for inputs, 8 by default; with fewer they leave out what is rare, where "
+        "calibration has the `mean_square` of a layer.",
     )
     time_grouping: TimeGrouping | None = Field(
         default=None, description="Where timesteps are cut: with the least expected error, or at like distances."
@@ -296,6 +302,7 @@ class ResolvedConfig(QuantizationConfig):
             smoothness_weight=self.smoothness_weight or 0.0,
             boundary_window=self.boundary_window or 0,
             boundary_interpolation=self.boundary_interpolation or "linear",
+            bits=self.activation_bit_width or ACTIVATION_BITS,
         )
 
     def tensor_config(self, name: str) -> tuple[TensorConfig, str | None]:

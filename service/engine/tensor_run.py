@@ -201,7 +201,9 @@ class TensorRun:
                 continue
             with self._tools.clock.during("read"):
                 ranges, weights = feed.ranges(self._info, attempt.input_scale)
-            found = {wanted: find_grids(ranges, weights, wanted) for wanted in set(asking.values())}
+                is_clipped = any(wanted.is_clipped for wanted in asking.values())
+                squares = feed.mean_squares(self._info, attempt.input_scale) if is_clipped else None
+            found = {wanted: find_grids(ranges, weights, wanted, squares) for wanted in set(asking.values())}
             attempt.grids = {o: grids for o, wanted in asking.items() if (grids := found[wanted]) is not None}
 
     def _wanted(self, output: int) -> Wanted | None:

@@ -23,7 +23,7 @@ from service.engine.report import OutputReport
 from service.engine.time_smoothing import grids_at_steps, largest_jump, smoothed
 from service.engine.timesteps import group_error, optimal_groups, uniform_groups
 from service.errors import Cancelled, InvalidCalibration
-from tests.engine.calibrations import samples, save_safetensors
+from tests.engine.calibrations import gram, samples, save_safetensors
 from tests.engine.helpers import normal, run, save, specs
 
 STEPS, COLS = 30, 128
@@ -106,6 +106,30 @@ def test_smoothing_is_stored_and_its_price_told(model: Path, tmp_path: Path) -> 
     assert figures.smoothness_after == pytest.approx(largest_jump(scale))
     assert figures.smoothness_after < figures.smoothness_before == pytest.approx(largest_jump(optimal.scale))
     assert figures.expected_error > figures.optimal_error
+
+
+@pytest.mark.parametrize("method", ["minmax", "awq"])
+def test_grids_of_four_bits_leave_out_what_is_rare_and_lose_less(method: str, model: Path, tmp_path: Path) -> None:
+    x = fed()  # (steps, samples, cols)
+    x[:, 0, 0] *= 5  # rare
+    known = over_time(x) | {"a.gram": gram(x.reshape(-1, COLS))}
+    lost = {}
+    for name, left_out in (("clipped", ()), ("whole", ("a.mean_square",))):
+        given = {key: value for key, value in known.items() if key not in left_out}
+        path = save_safetensors(tmp_path / f"{name}.safetensors", given)
+        outputs = specs("parquet", method=method, num_time_groups=6, activation_bit_width=4)
+        run(model, tmp_path / name, outputs, calibration=path)
+        found = cells(tmp_path / name / "parquet")
+        lengths = np.diff(found["time_group_bounds"])
+        scale, zero = (
+            np.repeat(found[f"activation_{part}"], lengths)[:, None, None] for part in ("scale", "zero_point")
+        )
+        divided = x / (1 if found["input_scale"] is None else np.array(found["input_scale"]))
+        assert set(zero.ravel()) <= set(range(16))
+        rounded = (np.clip(np.rint(divided / scale) + zero, 0, 15) - zero) * scale
+        lost[name] = np.square(rounded - divided).mean() / np.square(divided).mean()
+    print(lost)
+    assert lost["clipped"] < 0.8 * lost["whole"]
 
 
 def test_what_is_stored_is_counted_as_planned(model: Path, tmp_path: Path) -> None:
@@ -244,6 +268,7 @@ def test_grids_are_whole_and_optimal_ones_never_worse(
         {"smoothness_weight": -1},
         {"smoothness_weight": float("nan")},
         {"boundary_window": -1},
+        {"activation_bit_width": 7},
     ],
 )
 def test_settings_out_of_bounds_are_refused(config: dict[str, Any]) -> None:

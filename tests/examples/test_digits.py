@@ -102,6 +102,22 @@ def test_fewer_bits_cost_more_of_the_predicted_noise(folder: Path) -> None:
     assert 3 * errors[4] < errors[2] < 0.5
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+def test_calibration_leaves_less_error_in_the_predicted_noise(folder: Path, bits: int, tmp_path: Path) -> None:
+    from digits.calibration import write_calibration
+    from digits.measuring import Original
+    from digits.quantized import quantized
+
+    path = tmp_path / "calibration.safetensors"
+    write_calibration(folder, path, images=20, steps=10, seed=1)
+    original, errors = Original(folder, images=10, steps=10), {}
+    for method, given in (("minmax", None), ("gptq", path)):
+        model = quantized(folder, given, bit_width=bits, group_size=32, method=method)
+        errors[method] = original.distance(model.weights).noise
+    print(errors)
+    assert errors["gptq"] < 0.7 * errors["minmax"]
+
+
 def _weights(quantized: Any, folder: Path, bits: int) -> dict[str, np.ndarray]:
     model = quantized(folder, bit_width=bits, group_size=32, method="minmax")
     assert len(model.layers) >= 14

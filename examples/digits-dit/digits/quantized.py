@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +10,7 @@ from typing import Any
 
 from digits.arrays import FloatArray
 from service.engine.backends.registry import backends
+from service.engine.calibration.opening import open_calibration
 from service.engine.config import Profile, QuantizationConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
@@ -28,11 +29,14 @@ class QuantizedModel:
     bits_per_weight: float
 
 
-def quantized(folder: Path, **config: Any) -> QuantizedModel:
-    """The model in `folder`, through the output format `parquet`; `config` as in a request."""
+def quantized(folder: Path, calibration: Path | None = None, **config: Any) -> QuantizedModel:
+    """The model in `folder`, through the output format `parquet`; `config` and `calibration` as in a request."""
     resolved = resolve(Profile.LOCAL, [QuantizationConfig(min_accuracy=0.0, on_failure="warn", **config)])
-    with TemporaryDirectory() as work, closing(open_model(folder)) as reader:
-        plan = make_plan(reader, [OutputSpec("parquet", "parquet", resolved)])
+    with ExitStack() as stack:
+        work = stack.enter_context(TemporaryDirectory())
+        reader = stack.enter_context(closing(open_model(folder)))
+        known = None if calibration is None else stack.enter_context(closing(open_calibration(calibration)))
+        plan = make_plan(reader, [OutputSpec("parquet", "parquet", resolved)], known)
         report = quantize(
             plan,
             reader,

@@ -73,6 +73,18 @@ class Feed:
             error.tensor = info.name
             raise
 
+    def mean_squares(self, info: TensorInfo, scale: FloatArray | None = None) -> Floats | None:
+        """The mean square of a layer's inputs at each step, (T, in), if it is told; as `ranges` of divided ones."""
+        layer = self.calibration.layer(info)
+        if layer is None or "mean_square" not in layer.fields:
+            return None
+        try:
+            squares: Floats = self._steps(layer.fields["mean_square"]).astype(np.float64)
+        except InvalidCalibration as error:
+            error.tensor = info.name
+            raise
+        return squares if scale is None else squares / np.square(scale.astype(np.float64))
+
     def held_bytes(self, info: TensorInfo) -> int:
         """What handing them out, and a method that uses them, may hold in memory."""
         layer = self.calibration.layer(info)
@@ -80,7 +92,7 @@ class Feed:
             return 0
         grams = GRAMS_HELD * 4 * info.cols**2 if "gram" in layer.tells else 0
         reads = max((self.calibration.file.held_bytes(entry) for entry in layer.fields.values()), default=0)
-        steps = 16 * len(self.calibration.timesteps) * info.cols
+        steps = 32 * len(self.calibration.timesteps) * info.cols
         cuts = CUT_BYTES * min(len(self.calibration.timesteps), MOST_CUTS) ** 2 if RANGE in layer.tells else 0
         return grams + reads + steps + cuts + (2 * READ_BYTES if "samples" in layer.fields else 0) + 16 * TILE_ELEMENTS
 
