@@ -94,7 +94,7 @@ def texts() -> list[str]:
 
 
 def embedder() -> list[Layer]:
-    """All linear layers of some blocks of all-MiniLM-L6-v2, fed with the repository's texts."""
+    """The linear layers of some blocks of all-MiniLM-L6-v2, every other row, fed with the repository's texts."""
     spec = find_spec(EMBEDDER)
     if spec is None or spec.origin is None:
         raise ImportError(f"{EMBEDDER} is absent")
@@ -120,7 +120,7 @@ def embedder() -> list[Layer]:
         for index, text in enumerate(texts()):
             into = seen[index % 2]
             model(**tokenizer(text, return_tensors="pt", truncation=True))
-    weights = {name: np.ascontiguousarray(module.weight.detach().numpy()) for name, module in linear.items()}
+    weights = {name: np.ascontiguousarray(module.weight.detach().numpy()[::2]) for name, module in linear.items()}
     return [Layer(name, x, seen[0][name].inputs, seen[1][name].gram) for name, x in weights.items()]
 
 
@@ -160,7 +160,8 @@ def _heavy(rng: np.random.Generator, freedom: int, rows: int = 384, cols: int = 
 SUBJECTS = (
     Subject(
         "Sentence embedder",
-        f"All-MiniLM-L6-v2, linear layers of block {', '.join(map(str, BLOCKS))}, fed with this repository's texts.",
+        f"All-MiniLM-L6-v2, every other row of the linear layers of block {', '.join(map(str, BLOCKS))}, fed with this "
+        "repository's texts.",
         embedder,
     ),
     Subject("Diffusion transformer", "That of `examples/digits-dit`, its blocks.", lambda: diffusion("dit")),
