@@ -21,6 +21,10 @@ from tests.engine.calibrations import save_safetensors
 from tests.engine.helpers import normal, save, specs
 
 METHODS = pytest.mark.parametrize("method", [cls() for cls in methods().values()], ids=lambda m: m.id)
+#: Those that find grids by themselves; others leave it to one of these.
+FINDERS = pytest.mark.parametrize(
+    "method", [m for cls in methods().values() if (m := cls()).quantizes_as == m], ids=lambda m: m.id
+)
 GROUP_SCHEMES = pytest.mark.parametrize("scheme", list(group_schemes()), ids=full_label)
 
 
@@ -48,7 +52,7 @@ def test_a_method_is_a_value(method: Method) -> None:
         type(method)(sparse=True)
 
 
-@METHODS
+@FINDERS
 @GROUP_SCHEMES
 def test_what_is_found_can_be_stored(method: Method, scheme: Scheme, rng: np.random.Generator) -> None:
     x = hard_groups(rng).reshape(25, 10, 64)
@@ -61,7 +65,7 @@ def test_what_is_found_can_be_stored(method: Method, scheme: Scheme, rng: np.ran
         assert np.array_equal(found, back)
 
 
-@METHODS
+@FINDERS
 @GROUP_SCHEMES
 def test_no_method_is_worse_than_minmax(method: Method, scheme: Scheme, rng: np.random.Generator) -> None:
     x = hard_groups(rng)[:, None]
@@ -69,7 +73,7 @@ def test_no_method_is_worse_than_minmax(method: Method, scheme: Scheme, rng: np.
     assert (error(x, scheme, method) <= minmax * 1.00001 + 1e-12).all()
 
 
-@METHODS
+@FINDERS
 @GROUP_SCHEMES
 def test_a_group_is_quantized_alike_in_any_company(method: Method, scheme: Scheme, rng: np.random.Generator) -> None:
     x = hard_groups(rng)[:, None]
@@ -79,7 +83,7 @@ def test_a_group_is_quantized_alike_in_any_company(method: Method, scheme: Schem
             assert np.array_equal(together, alone)
 
 
-@METHODS
+@FINDERS
 @GROUP_SCHEMES
 def test_an_element_of_no_weight_does_not_count(method: Method, scheme: Scheme, rng: np.random.Generator) -> None:
     x = hard_groups(rng)
