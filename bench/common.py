@@ -88,19 +88,20 @@ def write_result(
     *parts: str,
     packages: Sequence[str] = ("numpy", "numba", "pyarrow"),
     charts: Sequence[Chart] = (),
+    folder: Path = RESULTS,
 ) -> Path:
-    """Print a benchmark's page and write it to `results/<name>.md`, machine and versions below its title.
+    """Print a benchmark's page and write it to `<name>.md` in a folder, machine and versions below its title.
 
-    The charts become `results/<name>.png`, which the page shows; where matplotlib is absent it goes without.
+    The charts become `<name>.png` beside it, which the page shows; where matplotlib is absent it goes without.
     """
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     picture = []
     if charts and find_spec("matplotlib"):
-        draw(charts, RESULTS / f"{name}.png")
+        draw(charts, folder / f"{name}.png")
         picture = [f"![{'; '.join(chart.title for chart in charts)}]({name}.png)"]
     page = "\n\n".join([f"# {title}", machine(packages), *(part.strip() for part in parts), *picture]) + "\n"
     print(page, flush=True)
-    path = RESULTS / f"{name}.md"
+    path = folder / f"{name}.md"
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -6,16 +6,16 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from bench import gpu_peers
 from bench.charts import Bar, Chart
-from bench.common import GB, MIB, Samples, cores, measure, note, table, write_result
+from bench.common import GB, MIB, RESULTS, Samples, cores, measure, note, table, write_result
 from bench.gpu_card import Card, Rates
-from bench.gpu_peers import measured
+from bench.gpu_peers import GPU_PEERS, measured
 from bench.peers import Peer
 from service.engine.backends.cpu import CpuBackend, Form
 from service.engine.backends.cuda import CudaBackend
@@ -30,7 +30,6 @@ from service.engine.schemes.base import Scheme
 from service.engine.schemes.codebook import CodebookScheme
 from service.engine.schemes.integer import IntegerScheme
 
-COLUMNS = 4096
 SCHEMES: dict[str, Scheme] = {"int4": IntegerScheme(), "int8": IntegerScheme(bits=8), "nf4": CodebookScheme()}
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 #: Shares of a copy on the card, and of the pinned upload. Kernels measure errors on the way.
@@ -51,21 +50,25 @@ rate beside that of the same bytes as one tensor. Of the others GB/s count the s
 class Sizes:
     """Bytes of the weights, of those that others get, and of a small tensor with how many there are of them.
 
-    And how often launches and whole calls are repeated.
+    And in how many columns weights lie, and how often launches and whole calls are repeated.
     """
 
     weights: int = 256 * MIB
     others: int = 64 * MIB
     small: int = 4096
     many: int = 16384
+    columns: int = 4096
     launches: int = 20
     calls: int = 5
 
 
-def weights(dtype: np.dtype[Any], nbytes: int) -> np.ndarray:
+WHOLE = Sizes()
+
+
+def weights(dtype: np.dtype[Any], nbytes: int, columns: int) -> np.ndarray:
     """Random weights of so many bytes; some of them, repeated."""
-    rows = nbytes // (COLUMNS * dtype.itemsize)
-    some = np.random.default_rng(0).standard_normal((min(rows, 512), COLUMNS)).astype(dtype)
+    rows = nbytes // (columns * dtype.itemsize)
+    some = np.random.default_rng(0).standard_normal((min(rows, 512), columns)).astype(dtype)
     return np.tile(some, (-(-rows // len(some)), 1))[:rows]
 
 
@@ -98,7 +101,7 @@ class Line:
 
 def works(dtype: np.dtype[Any], sizes: Sizes) -> Iterator[tuple[str, Work, float | None]]:
     """Every kind of kernel, with the mark that it has."""
-    x, buffers, host = weights(dtype, sizes.weights), Buffers(), CpuBackend
+    x, buffers, host = weights(dtype, sizes.weights, sizes.columns), Buffers(), CpuBackend
     methods: tuple[tuple[Method, float | None], ...] = ((MinMax(), KERNEL_MARK), (Mse(), None))
     for name, scheme in SCHEMES.items():
         for method, mark in methods:
@@ -116,7 +119,7 @@ def works(dtype: np.dtype[Any], sizes: Sizes) -> Iterator[tuple[str, Work, float
 
 def small(dtype: np.dtype[Any], sizes: Sizes) -> list[np.ndarray]:
     """Many tensors."""
-    x = weights(dtype, sizes.small * sizes.many).reshape(sizes.many, 16, -1)
+    x = weights(dtype, sizes.small * sizes.many, sizes.columns).reshape(sizes.many, 16, -1)
     return list(x)
 
 
@@ -135,7 +138,7 @@ def pipeline(card: Card, upload_rate: float, sizes: Sizes) -> Iterator[Line]:
     cuda = CudaBackend(cores())
     methods: tuple[tuple[Method, float | None], ...] = ((MinMax(), None), (Mse(), PIPELINE_MARK))
     for dtype in DTYPES:
-        x = weights(dtype, sizes.weights)
+        x = weights(dtype, sizes.weights, sizes.columns)
         for name, scheme in SCHEMES.items():
             for method, mark in methods:
                 note(f"pipeline: {name} {method.id} from {dtype}")
@@ -167,7 +170,7 @@ def many(sizes: Sizes) -> Iterator[list[str]]:
 def others(sizes: Sizes, peers: Sequence[Peer], device: str = "cuda") -> Iterator[list[str]]:
     """Rows of the table of what others do."""
     for dtype in DTYPES:
-        for peer, size, samples in measured(peers, weights(dtype, sizes.others), device, sizes.calls):
+        for peer, size, samples in measured(peers, weights(dtype, sizes.others, sizes.columns), device, sizes.calls):
             note(f"{peer.name} from {dtype}")
             yield [peer.name, str(dtype), *_rate(size, samples)]
 
@@ -180,7 +183,7 @@ def _energy(line: Line) -> str:
     return "not told" if line.joules_per_gb is None else f"{line.joules_per_gb:.2f}"
 
 
-def _tables(card: Card, rates: Rates, sizes: Sizes) -> tuple[list[str], list[Chart]]:
+def _tables(card: Card, rates: Rates, sizes: Sizes, peers: Sequence[Peer]) -> tuple[list[str], list[Chart]]:
     moved = [["copy on the card", rates.copy], ["pinned upload", rates.upload], ["pinned download", rates.download]]
     on_card = list(kernels(card, rates.copy, sizes))
     calls = list(pipeline(card, rates.upload, sizes))
@@ -193,7 +196,7 @@ def _tables(card: Card, rates: Rates, sizes: Sizes) -> tuple[list[str], list[Cha
             [[*line.cells(), _energy(line)] for line in calls],
         ),
         table(["small tensors", "input", "GB/s", "of one", "spread"], many(sizes)),
-        table(["others", "input", "GB/s", "spread"], others(sizes, gpu_peers.GPU_PEERS)),
+        table(["others", "input", "GB/s", "spread"], others(sizes, peers)),
     ]
     charts = [
         Chart("Kernels", "share of a copy on the card", [line.bar() for line in on_card]),
@@ -202,25 +205,24 @@ def _tables(card: Card, rates: Rates, sizes: Sizes) -> tuple[list[str], list[Cha
     return tables, charts
 
 
-def main(sizes: Sizes | None = None) -> int:
-    """Measure all and write `results/gpu-<card>.md`."""
+def main(sizes: Sizes = WHOLE, peers: Sequence[Peer] = GPU_PEERS, folder: Path = RESULTS) -> int:
+    """Measure all and write `gpu-<card>.md` in a folder."""
     if reason := CudaBackend.unavailable():
         print(f"no GPU to measure: {reason}", file=sys.stderr)
         return 1
-    sizes = sizes or Sizes()
     card = Card(cores())
     note("transfers")
-    tables, charts = _tables(card, card.rates(sizes.weights, sizes.launches), sizes)
+    tables, charts = _tables(card, card.rates(sizes.weights, sizes.launches), sizes, peers)
     about = ABOUT.format(
         size=sizes.weights // MIB,
-        columns=COLUMNS,
+        columns=sizes.columns,
         kernel_mark=KERNEL_MARK,
         pipeline_mark=PIPELINE_MARK,
         small=sizes.small // 1024,
     )
     name = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
-    packages = ["numpy", "cupy-cuda12x", *sorted({peer.package for peer in gpu_peers.GPU_PEERS})]
-    write_result(f"gpu-{name}", card.name, about, *tables, packages=packages, charts=charts)
+    packages = ["numpy", "cupy-cuda12x", *sorted({peer.package for peer in peers})]
+    write_result(f"gpu-{name}", card.name, about, *tables, packages=packages, charts=charts, folder=folder)
     return 0
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 import tests.gpu.__main__ as on_gpu
-from bench import common, gpu, gpu_card, gpu_peers
+from bench import gpu, gpu_card, gpu_peers
 from bench.gpu import Sizes
 from bench.peers import Peer
 from service.engine.backends.cuda import CudaBackend
 from service.engine.tensors import Array
+from tests.gpu.__main__ import Extent
 
-TINY = Sizes(weights=8 << 10, others=64 << 10, small=1024, many=4, launches=1, calls=1)
+TINY = Sizes(weights=8 << 10, others=64 << 10, small=1024, many=4, columns=512, launches=1, calls=1)
 
 
 def sections(page: str) -> dict[str, list[list[str]]]:
@@ -26,15 +27,9 @@ def sections(page: str) -> dict[str, list[list[str]]]:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_the_benchmark_writes_a_page_with_every_rate_share_and_mark(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "COLUMNS", 512)
-    monkeypatch.setattr(
-        gpu_peers, "GPU_PEERS", [peer for peer in gpu_peers.GPU_PEERS if peer.package == "bitsandbytes"]
-    )
-    assert gpu.main(TINY) == 0
+def test_the_benchmark_writes_a_page_with_every_rate_share_and_mark(tmp_path: Path) -> None:
+    absent = [peer for peer in gpu_peers.GPU_PEERS if peer.package == "bitsandbytes"]
+    assert gpu.main(TINY, absent, tmp_path) == 0
     page = (tmp_path / "gpu-fibers-0.md").read_text()
     found = sections(page)
     assert list(found) == ["transfer", "kernel", "pipeline", "small tensors", "others"]
@@ -100,24 +95,16 @@ def test_both_refuse_without_a_card_and_say_why(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("cuda")
-def test_every_check_passes_on_a_device_that_computes_well(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    some = list(on_gpu.all_schemes())[::11]
-    monkeypatch.setattr(on_gpu, "all_schemes", lambda: iter(some))
-    monkeypatch.setattr(on_gpu, "SHAPES", ((1, 1), (9, 203)))
-    monkeypatch.setattr(on_gpu, "SEARCHED", (4, 256))
-    monkeypatch.setattr(on_gpu, "LARGE", (2048, 1024))
-    assert on_gpu.main() == 0
+def test_every_check_passes_on_a_device_that_computes_well(capsys: pytest.CaptureFixture[str]) -> None:
+    some = Extent(((1, 1), (9, 203)), on_gpu.WHOLE.schemes[::11], searched=(4, 256), large=(2048, 1024))
+    assert on_gpu.main(some) == 0
     said = capsys.readouterr().out
     assert said.count("passed: ") == len(on_gpu.CHECKS)
     assert "FAILED" not in said
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_device_that_computes_badly_fails_the_checks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_that_computes_badly_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     class Wrong(CudaBackend):
         """Takes the first weight for another."""
 
@@ -127,8 +114,5 @@ def test_a_device_that_computes_badly_fails_the_checks(
             changed[0, 0] = 7
             return super().quantize(changed, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(on_gpu, "SHAPES", ((9, 203),))
-    monkeypatch.setattr(on_gpu, "CudaBackend", Wrong)
-    monkeypatch.setattr(on_gpu, "CHECKS", (on_gpu.check_bytes,))
-    assert on_gpu.main() == 1
+    assert on_gpu.main(Extent(((9, 203),)), checks=(on_gpu.check_bytes,), device=Wrong) == 1
     assert "FAILED: " in capsys.readouterr().out
