@@ -17,7 +17,8 @@ from bench.common import GB, MIB, RESULTS, Samples, cores, measure, note, table,
 from bench.gpu_card import Card, Rates
 from bench.gpu_peers import GPU_PEERS, measured
 from bench.peers import Peer
-from service.engine.backends.cpu import CpuBackend, Form
+from service.engine.backends.cpu import CpuBackend
+from service.engine.backends.cpu_form import Form
 from service.engine.backends.cuda import CudaBackend
 from service.engine.backends.cuda_many import QuantizeMany
 from service.engine.backends.cuda_pieces import Compare, Dequantize, Observe, Quantize

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.engine.backends.reference import TILE_ELEMENTS
+from service.engine.blocks import row_blocks
 from service.engine.calibration.feed import Feed
 from service.engine.equalise import TRIAL_ROWS
 from service.engine.formats.base import Format, ModelReader
@@ -19,7 +20,6 @@ from service.engine.histogram import BINS
 from service.engine.low_rank import SPARE
 from service.engine.plan import OutputPlan, Plan, TensorPlan
 from service.engine.schemes.base import ROW_MULTIPLE, Scheme
-from service.engine.tensor_run import row_blocks
 from service.engine.tensors import FLOAT_DTYPES, TensorInfo
 from service.engine.write_behind import WAITING_BYTES
 from service.errors import ExceedsMemory

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from service.engine.blocks import row_blocks
 from service.engine.formats.base import ModelReader
 from service.engine.plan import Plan, TensorPlan
-from service.engine.tensor_run import row_blocks
 from service.engine.tensors import Array, TensorInfo
 
 #: Smaller blocks are read faster than another thread is told to.

@@ -21,12 +21,11 @@ from service.engine.tensor_run import (
     TensorRun,
     Tools,
     Way,
-    fits_scale,
-    missed_accuracy,
     report_of,
     warn_of_notable,
 )
 from service.engine.tensors import FLOAT_DTYPES, Array, QuantizedRows, TensorInfo
+from service.engine.verdict import fits_scale, missed_accuracy
 
 #: A tensor from this size on goes alone.
 SMALL_BYTES = 256 << 10

@@ -11,6 +11,7 @@ from typing import Any
 import service
 from service.engine.backends.base import Backend
 from service.engine.backends.output_error import with_output
+from service.engine.blocks import row_blocks
 from service.engine.calibration.feed import Feed
 from service.engine.checkpoint import JOURNAL, Entry, Journal
 from service.engine.clock import Clock, Times
@@ -20,7 +21,7 @@ from service.engine.metrics import ErrorSums
 from service.engine.progress import Cancelled, Notice, Report
 from service.engine.publish import stop_when
 from service.engine.report import OutputReport, RunReport, TensorReport
-from service.engine.tensor_run import Tools, row_blocks
+from service.engine.tensor_run import Tools
 from service.engine.tensors import FloatArray, TensorInfo, non_finite
 from service.errors import ModelsDiffer, NonFiniteWeights
 from service.storage.faults import storage_faults

@@ -9,11 +9,11 @@ from queue import Queue
 import numpy as np
 import pytest
 
+from service.engine.blocks import row_blocks
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.plan import make_plan
 from service.engine.read_ahead import ReadAhead
-from service.engine.tensor_run import row_blocks
 from service.engine.tensors import Array, TensorInfo
 from service.errors import SourceChanged
 from tests.engine.helpers import normal, save, specs

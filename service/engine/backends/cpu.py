@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from service.engine.backends.base import Grid
+from service.engine.backends.cpu_arrays import CONVERTED_ELEMENTS, SUMS, Input, Result, error_sums
+from service.engine.backends.cpu_form import TILE_ELEMENTS, Form, column_weights, has_kernel, is_measured_alike
 from service.engine.backends.cpu_gptq import GptqRun
 from service.engine.backends.reference import ReferenceBackend, bound
 from service.engine.buffers import Buffers
@@ -25,110 +24,26 @@ from service.engine.methods.minmax import MinMax
 from service.engine.methods.mse import Mse
 from service.engine.metrics import ErrorSums
 from service.engine.packing import row_bytes
-from service.engine.schemes.base import BLOCK, SCALE_DTYPES, Scheme
+from service.engine.schemes.base import BLOCK, Scheme
 from service.engine.schemes.codebook import CodebookScheme
-from service.engine.schemes.float8 import Float8E4M3, Float8E5M2
+from service.engine.schemes.float8 import Float8E4M3
 from service.engine.schemes.integer import IntegerScheme
-from service.engine.schemes.microscaling import Fp4, Mx, NvFp4
+from service.engine.schemes.microscaling import Mx
 from service.engine.schemes.nested import NestedScheme
-from service.engine.schemes.table import TableScheme
-from service.engine.tensors import Array, CodeArray, FloatArray, QuantizedRows
+from service.engine.tensors import Array, FloatArray, QuantizedRows
 
-#: Elements of a tile: its errors are summed up on their own, so that sums do not depend on the threads.
-TILE_ELEMENTS = 1 << 16
 #: Below this many elements a second thread costs more than it brings.
 INLINE_ELEMENTS = 1 << 17
 #: Pieces that each thread gets of a large input, so that none waits long for the last.
 PIECES_PER_THREAD = 4
-#: Longest group that `Mse` has a kernel for: sixteen of them are held at once.
-SEARCH_ELEMENTS = 1 << 18
-#: Sums that a kernel keeps of a tile: x², y², xy, d², largest |d|.
-SUMS = 5
 #: Elements of a histogram that is added up on its own.
 OBSERVED_ELEMENTS = 1 << 22
 #: Results from this size on are not kept in the cache, which they would only empty.
 STREAMED_BYTES = 8 << 20
 #: Columns that take every step of a walk through a Gram matrix.
 WARMED_COLUMNS = 288
-#: Elements of F64 input that are converted at once.
-CONVERTED_ELEMENTS = 1 << 20
-
-_KINDS: dict[np.dtype[Any], int] = {
-    np.dtype(np.float32): 0,
-    np.dtype(np.float16): 1,
-    np.dtype(ml_dtypes.bfloat16): 2,
-}
 
 Fill = Callable[[int, int], None]
-
-#: As `cpu_kernels.minifloats` numbers what codes stand for; of schemes of several widths, by these.
-TABLES: dict[tuple[type[Scheme], int | None], int] = {
-    (IntegerScheme, None): 0,
-    (CodebookScheme, None): 1,
-    (Fp4, None): 2,
-    (Mx, 4): 2,
-    (NvFp4, None): 2,
-    (Float8E4M3, None): 3,
-    (Mx, 8): 3,
-    (Float8E5M2, None): 4,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How groups lie in a row, and the numbers by which the kernels know a scheme.
-
-    `tensor_rows` is there when the rows are those of several tensors, as many of each.
-    """
-
-    scheme: Scheme
-    rows: int
-    cols: int
-    tensor_rows: int | None = None
-
-    @property
-    def group(self) -> int:
-        """Columns from one group to the next."""
-        return self.scheme.width or self.cols
-
-    @property
-    def row_groups(self) -> int:
-        """Groups of a row; 0 where one grid serves all rows."""
-        return 0 if self.scheme.granularity == "tensor" else self.scheme.groups(self.cols)
-
-    @property
-    def grids(self) -> int:
-        """Number of scales."""
-        return self.rows * self.row_groups or 1
-
-    @property
-    def codebook(self) -> bool:
-        """Whether codes index a table."""
-        return isinstance(self.scheme, CodebookScheme)
-
-    @property
-    def table(self) -> int | None:
-        """The table of levels as the kernels number it; None where they have none."""
-        # A subclass may mean something else, so only these very classes count.
-        return TABLES.get((type(self.scheme), self.scheme.bits if type(self.scheme) is Mx else None))
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows whose errors are summed up together."""
-        return self.tensor_rows or max(1, TILE_ELEMENTS // self.cols)
-
-    def numbers(self) -> tuple[np.float32, np.float32, np.float32, bool, int, np.float32]:
-        """See `cpu_kernels.grids.Form`."""
-        scheme = self.scheme
-        kind = list(SCALE_DTYPES).index(scheme.scale_dtype)
-        divisor: float = 1
-        if isinstance(scheme, TableScheme):
-            divisor = float(scheme.divisor)
-        elif isinstance(scheme, IntegerScheme):
-            divisor = scheme.middle - 1 if scheme.symmetric else scheme.top
-        top = (1 << scheme.bits) - 1
-        under = np.float32(1.0) if scheme.tensor_divisor is None else scheme.tensor_divisor
-        return np.float32(divisor), np.float32(top), np.float32(scheme.implied_zero), scheme.symmetric, kind, under
 
 
 class CpuBackend(ReferenceBackend):
@@ -246,8 +161,8 @@ class CpuBackend(ReferenceBackend):
 
     def _computed(
         self, x: Array, form: Form, method: Method, grid: Grid | None, weights: FloatArray | None = None
-    ) -> _Result:
-        source, result = Input(x), _Result(form, grid, self._buffers)
+    ) -> Result:
+        source, result = Input(x), Result(form, grid, self._buffers)
 
         def fill(first: int, last: int) -> None:
             address = source.address(first * form.cols, last * form.cols)
@@ -262,7 +177,7 @@ class CpuBackend(ReferenceBackend):
 
     def _in_blocks(self, x: Array, form: Form, method: Method) -> QuantizedRows:
         """What has a scale for a block: as groups of a row whose scales are given."""
-        source, result = Input(x), _Result(form, None, self._buffers)
+        source, result = Input(x), Result(form, None, self._buffers)
         scale = self._block_scales(x, form, method)
         result.scale[:] = np.repeat(scale, BLOCK, axis=0)[: form.rows].reshape(-1)
 
@@ -392,7 +307,7 @@ class CpuBackend(ReferenceBackend):
 
     def _search_grids(
         self, address: int, kind: int, form: Form, method: Mse, weights: FloatArray | None,
-        first: int, last: int, result: _Result,
+        first: int, last: int, result: Result,
     ) -> None:  # fmt: skip
         search, rows = self._search, self._rows
         clips = search.lots_of_starts(method.starts(form.scheme))
@@ -417,7 +332,7 @@ class CpuBackend(ReferenceBackend):
                 )  # fmt: skip
 
     def _quantize_rows(
-        self, address: int, kind: int, form: Form, find: bool, first: int, last: int, result: _Result
+        self, address: int, kind: int, form: Form, find: bool, first: int, last: int, result: Result
     ) -> None:
         rows = self._rows
         rows.quantize_rows(
@@ -434,107 +349,5 @@ class CpuBackend(ReferenceBackend):
             rows.store_small_scales(result.scale, *spans, kind_of_scale, under, result.small_scales)
 
 
-class Input:
-    """An array as kernels read it: by address and kind. F64 is converted piece by piece."""
-
-    def __init__(self, x: Array) -> None:
-        self.array = np.ascontiguousarray(x).reshape(-1)
-        self.converts = self.array.dtype not in _KINDS
-        self.kind = 0 if self.converts else _KINDS[self.array.dtype]
-        self._pieces: dict[int, FloatArray] = {}
-
-    def address(self, first: int, last: int) -> int:
-        """Where element 0 is, or would be if elements [first, last) were converted in place."""
-        if not self.converts:
-            return self.array.ctypes.data
-        # A float64 too large for float32 becomes an infinity, which the finite check then reports.
-        with np.errstate(over="ignore"):
-            piece = self._pieces[first] = self.array[first:last].astype(np.float32)
-        return piece.ctypes.data - 4 * first
-
-
-class _Result:
-    """What the kernels write."""
-
-    def __init__(self, form: Form, grid: Grid | None, buffers: Buffers) -> None:
-        scheme = form.scheme
-        self.form, self.grid = form, grid
-        self.packed: CodeArray = buffers.empty((form.rows, row_bytes(form.cols, scheme.bits)), np.uint8)
-        self.scale = np.empty(form.grids, np.float32)
-        self.zero = np.empty(form.grids, np.float32)
-        item = SCALE_DTYPES[scheme.scale_dtype].itemsize
-        self.scale_bits = np.empty(form.grids if grid is None and item == 2 else 0, np.uint16)
-        self.small_scales: CodeArray = np.empty(form.grids if item == 1 else 0, np.uint8)
-        self.zero_codes: CodeArray = np.empty(form.grids if grid is None and not scheme.symmetric else 0, np.uint8)
-        self.sums = np.empty((-(-form.rows // form.tile_rows), SUMS))
-        if grid is not None:
-            self.scale[0], self.zero[0] = grid.scale, grid.zero
-
-    def packed_rows(self) -> QuantizedRows:
-        """All of it."""
-        form = self.form
-        scale, zero = self._stored()
-        errors = error_sums(form.rows * form.cols, self.sums)
-        return QuantizedRows(
-            form.scheme, form.cols, self.packed, scale, zero, errors, tensor_scale=form.scheme.tensor_divisor
-        )
-
-    def packed_tensors(self) -> list[QuantizedRows]:
-        """Of each tensor; a tile is one."""
-        form, count = self.form, len(self.sums)
-        scale, zero = self._stored()
-        scales = scale.reshape(count, -1, form.row_groups)
-        zeros = [None] * count if zero is None else zero.reshape(scales.shape)
-        packed = self.packed.reshape(count, -1, self.packed.shape[1])
-        sums = [_tile_sums(form.rows * form.cols // count, *tile) for tile in self.sums.tolist()]
-        each = zip(packed, scales, zeros, sums, strict=True)
-        return [QuantizedRows(form.scheme, form.cols, *parts) for parts in each]
-
-    def _stored(self) -> tuple[Array, CodeArray | None]:
-        """Scales and zero points."""
-        form, scheme = self.form, self.form.scheme
-        shape = (1, 1) if self.grid is not None else (form.rows, form.row_groups)
-        dtype = SCALE_DTYPES[scheme.scale_dtype]
-        bits = self.small_scales if self.small_scales.size else self.scale_bits
-        scale = bits.view(dtype) if bits.size else self.scale.astype(dtype, copy=False)
-        if scheme.symmetric:
-            return scale.reshape(shape), None
-        zero = self.zero_codes if self.zero_codes.size else self.zero.astype(np.uint8)
-        return scale.reshape(shape), zero.reshape(shape)
-
-
-def column_weights(method: Method, inputs: LayerInputs | None) -> FloatArray | None:
-    """What the errors of columns count, if that is to make a difference."""
-    return inputs.weights if inputs is not None and method.is_weighted else None
-
-
-def has_kernel(form: Form, method: Method, grid: Grid | None) -> bool:
-    """Whether the kernels compute what the method means."""
-    if form.table is None:
-        return False
-    if form.scheme.granularity == "tensor":
-        return grid is not None
-    searched = type(method) is Mse and form.group <= SEARCH_ELEMENTS
-    return searched or type(method) is MinMax
-
-
 def _flat(blocks: FloatArray) -> tuple[int, int]:
     return blocks.shape[0] * blocks.shape[1], blocks.shape[2]
-
-
-def is_measured_alike(method: Method, inputs: LayerInputs | None) -> bool:
-    """Whether the method is one that has kernels, in which every element counts alike."""
-    return type(method) is MinMax or (type(method) is Mse and column_weights(method, inputs) is None)
-
-
-def error_sums(count: int, sums: npt.NDArray[np.float64]) -> ErrorSums:
-    """Of the sums of tiles, (tiles, SUMS)."""
-    xx, yy, xy, dd = sums[:, :-1].sum(axis=0).tolist()
-    return _tile_sums(count, xx, yy, xy, dd, float(sums[:, -1].max()))
-
-
-def _tile_sums(count: int, xx: float, yy: float, xy: float, dd: float, largest: float) -> ErrorSums:
-    # A NaN or an infinity anywhere is one in a sum: no square of a finite float32 overflows a float64.
-    if not (math.isfinite(xx) and math.isfinite(yy)):
-        return ErrorSums(count=count, finite=False)
-    return ErrorSums(count, xx, yy, xy, dd, largest)

@@ -6,11 +6,11 @@ Beside the Gram matrix two factors of its size are held while dampings are tried
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from service.engine.backends.cpu_form import Form
 from service.engine.inputs import LayerInputs
 from service.engine.methods.base import Solution
 from service.engine.methods.coded import LONGEST_GROUP
@@ -19,9 +19,6 @@ from service.engine.methods.gptq import Gptq, trial_rows
 from service.engine.methods.mse import Mse
 from service.engine.methods.walk import Factor, damped
 from service.engine.tensors import FloatArray
-
-if TYPE_CHECKING:
-    from service.engine.backends.cpu import Form
 
 #: Calls a function on pieces (first, last) of so many rows or columns, all but the last a multiple of some.
 Split = Callable[[Callable[[int, int], None], int, int], None]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from service.engine.backends.base import Backend, Grid
-from service.engine.backends.cpu import CpuBackend, Form, column_weights, has_kernel
+from service.engine.backends.cpu import CpuBackend
+from service.engine.backends.cpu_form import Form, column_weights, has_kernel
 from service.engine.backends.cuda_many import QuantizeMany
 from service.engine.backends.cuda_pieces import Compare, Dequantize, Observe, Quantize
 from service.engine.backends.cupy_device import CupyDevice, device_count, why_not

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from service.engine.backends.cpu import Form, error_sums
+from service.engine.backends.cpu_arrays import error_sums
+from service.engine.backends.cpu_form import Form
 from service.engine.backends.cuda_pieces import (
     BLOCK_TILES,
     HELD,

@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from service.engine.backends.base import Grid
-from service.engine.backends.cpu import CpuBackend, Form, error_sums
+from service.engine.backends.cpu import CpuBackend
+from service.engine.backends.cpu_arrays import error_sums
+from service.engine.backends.cpu_form import Form
 from service.engine.backends.work import THREADS, Launch, Work
 from service.engine.buffers import Buffers
 from service.engine.histogram import BINS, Histogram

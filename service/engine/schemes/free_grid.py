@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self
 
 from service.engine.schemes.base import AnyArray, Scheme
+from service.engine.schemes.regression import regression
 
 
 class FreeGrid(Scheme):
@@ -69,14 +70,7 @@ class FreeGrid(Scheme):
         self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
     ) -> tuple[AnyArray, AnyArray]:
         """Regression of x on the codes: slope s, intercept -z*s."""
-        w = 1.0 if weights is None else weights
-        q = xp.astype(codes, xp.float32)
-        total = xp.sum(w + xp.zeros_like(q), axis=-1)
-        total = xp.where(total > 0, total, 1.0)
-        q_mean = xp.sum(w * q, axis=-1) / total
-        x_mean = xp.sum(w * x, axis=-1) / total
-        dq = q - q_mean[..., None]
-        numerator, denominator = xp.sum(w * dq * (x - x_mean[..., None]), axis=-1), xp.sum(w * dq * dq, axis=-1)
+        q_mean, x_mean, numerator, denominator = regression(xp, x, codes, weights)
         usable = (denominator > 0) & (numerator > 0)
         slope = xp.where(usable, numerator, scale) / xp.where(usable, denominator, 1.0)
         usable = usable & (slope > 0)

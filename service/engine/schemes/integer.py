@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from service.engine.schemes.base import AnyArray, PlainScaleDtype, Scheme
+from service.engine.schemes.regression import regression
 
 
 class IntegerScheme(Scheme):
@@ -75,17 +76,12 @@ class IntegerScheme(Scheme):
         self, xp: Any, x: AnyArray, codes: AnyArray, scale: AnyArray, zero: AnyArray, weights: AnyArray | None
     ) -> tuple[AnyArray, AnyArray]:
         """Regression of x on the codes: slope s, intercept -z*s; through the origin when symmetric."""
-        w = 1.0 if weights is None else weights
-        q = xp.astype(codes, xp.float32)
         if self.is_symmetric:
-            level = q - self.middle
+            w = 1.0 if weights is None else weights
+            level = xp.astype(codes, xp.float32) - self.middle
             numerator, denominator = xp.sum(w * x * level, axis=-1), xp.sum(w * level * level, axis=-1)
             return self._slope(xp, numerator, denominator, scale), zero
-        total = xp.sum(w + xp.zeros_like(q), axis=-1)
-        q_mean = xp.sum(w * q, axis=-1) / total
-        x_mean = xp.sum(w * x, axis=-1) / total
-        dq = q - q_mean[..., None]
-        numerator, denominator = xp.sum(w * dq * (x - x_mean[..., None]), axis=-1), xp.sum(w * dq * dq, axis=-1)
+        q_mean, x_mean, numerator, denominator = regression(xp, x, codes, weights)
         slope = self._slope(xp, numerator, denominator, scale)
         return slope, self._zero_point(xp, q_mean * slope - x_mean, slope)
 
