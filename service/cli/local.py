@@ -18,7 +18,7 @@ from service.cli.display import open_display
 from service.cli.target import new_folder, refuse_inside, write_report
 from service.engine.backends.base import Backend
 from service.engine.backends.registry import backends, choose_backend
-from service.engine.budget import plan_within_budgets
+from service.engine.budget import within_budgets
 from service.engine.calibration.calibration import Calibration
 from service.engine.calibration.opening import open_calibration
 from service.engine.checkpoint import JOURNAL
@@ -26,7 +26,7 @@ from service.engine.config import QuantizationConfig, ResolvedConfig, resolve
 from service.engine.formats.base import ModelReader
 from service.engine.formats.registry import open_model
 from service.engine.pipeline import quantize
-from service.engine.plan import check_outputs, make_feed
+from service.engine.plan import check_outputs, make_feed, make_plan
 from service.engine.report import RunReport
 from service.engine.report_page import report_page
 from service.engine.sensitivity import behind_measuring
@@ -81,9 +81,8 @@ def quantize_here(
         _opened_calibration(calibration) as fed,
     ):
         backend = means.backend(config)
-        plan = plan_within_budgets(
-            reader, specs, backend=backend, memo=None, report=display, cancelled=cancelled, calibration=fed
-        )
+        plan = make_plan(reader, specs, fed)
+        plan = within_budgets(plan, reader, backend=backend, memo=None, report=display, cancelled=cancelled)
         report = quantize(
             plan,
             reader,

@@ -14,18 +14,15 @@ from pathlib import Path
 
 from service.engine.allocation import Option, allocate, frontier, smallest_size
 from service.engine.backends.base import Backend
-from service.engine.calibration.calibration import Calibration
 from service.engine.formats.base import ModelReader
 from service.engine.fused import fused_layer
 from service.engine.metrics import ErrorSums
 from service.engine.plan import (
     Decision,
     OutputPlan,
-    OutputSpec,
     Plan,
     TensorPlan,
     choices,
-    make_plan,
     stored_bytes,
 )
 from service.engine.progress import Cancelled, Report
@@ -37,22 +34,14 @@ from service.errors import InvalidConfig
 CURVE_POINTS = 33
 
 
-def plan_within_budgets(
-    reader: ModelReader,
-    outputs: Sequence[OutputSpec],
-    *,
-    backend: Backend,
-    memo: Path | None,
-    report: Report,
-    cancelled: Cancelled,
-    calibration: Calibration | None = None,
+def within_budgets(
+    plan: Plan, reader: ModelReader, *, backend: Backend, memo: Path | None, report: Report, cancelled: Cancelled
 ) -> Plan:
-    """`make_plan`, and where a width is `auto` the choice of least error under the target; that reads weights.
+    """The plan with the choice of least error under its target where a width is `auto`; that reads weights.
 
-    `memo` is where what was measured is kept for another try. Raises what `make_plan` and `measure` raise, and
-    InvalidConfig when a target is out of reach.
+    `memo` is where what was measured is kept for another try. Raises what `measure` raises, and InvalidConfig when a
+    target is out of reach.
     """
-    plan = make_plan(reader, outputs, calibration)
     if not any(output.config.is_auto for output in plan.outputs):
         return plan
     seen = measure(plan, reader, backend=backend, memo=memo, report=report, cancelled=cancelled)

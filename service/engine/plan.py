@@ -164,7 +164,7 @@ def check_outputs(outputs: Sequence[OutputSpec], *, is_calibrated: bool = False)
 def make_plan(reader: ModelReader, outputs: Sequence[OutputSpec], calibration: Calibration | None = None) -> Plan:
     """Decide for every tensor of the model what each output does with it.
 
-    Tensors whose width is `auto` have the largest of their candidates: `budget.plan_within_budgets` knows more.
+    Tensors whose width is `auto` have the largest of their candidates: `budget.within_budgets` knows more.
     Raises what `check_outputs` raises, AlreadyQuantized when the model's weights are codes, and InvalidCalibration
     when the calibration is not the model's.
     """

@@ -18,10 +18,10 @@ from service.jobs.database import Database
 from service.jobs.events import EVENT_OF_STATUS, READER_LIMIT, Event, LiveLog
 from service.jobs.execution import Execution
 from service.jobs.job import Job, Status
+from service.jobs.limited_threads import LimitedThreads
 from service.jobs.live import LiveJob
 from service.jobs.quotas import NO_LIMITS, Limits, check_room
 from service.jobs.sources import pointing
-from service.jobs.store_threads import StoreThreads
 from service.jobs.submission import Submission
 from service.jobs.webhooks.webhooks import Webhooks
 
@@ -39,7 +39,7 @@ class Intake:
         webhooks: Webhooks,
         execution: Execution,
         batches: Batches,
-        store_threads: StoreThreads,
+        store_threads: LimitedThreads,
         live: Mapping[str, LiveJob],
         adopt: Adopt,
         forget: Callable[[Job], None],

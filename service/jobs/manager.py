@@ -14,14 +14,11 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from service.engine.backends.registry import choose_backend
-from service.engine.budget import plan_within_budgets
 from service.engine.config import QuantizationConfig
-from service.engine.estimate import describe
 from service.engine.formats.registry import formats
-from service.engine.plan import Plan
 from service.errors import ArrowQuantError, Draining, NotReady, NotTerminal, StorageFailure
 from service.jobs import key_table
-from service.jobs.admission import Admission, device_of, job_config, output_specs
+from service.jobs.admission import Admission, device_of, job_config
 from service.jobs.backend_pool import BackendPool, lanes_of
 from service.jobs.batch import Batch
 from service.jobs.batches import Batches
@@ -54,24 +51,24 @@ from service.jobs.memory import set_aside
 from service.jobs.memory_ledger import MemoryLedger
 from service.jobs.orphans import tidy
 from service.jobs.overview import look_over
+from service.jobs.planner import Planner
 from service.jobs.publisher import Publisher
 from service.jobs.quotas import NO_LIMITS, Limits
 from service.jobs.recovery import Leftover, OpenBatch, open_batches, recover
 from service.jobs.removal import Removals
-from service.jobs.request import BatchRequest, JobRequest, QuantizeRequest
+from service.jobs.request import BatchRequest, JobRequest
 from service.jobs.retention import KEEP_ALL, Rules
 from service.jobs.runner import Runner
 from service.jobs.source_jobs import SourceJobs
 from service.jobs.sources import Sources, blobs_used, jobs_used
 from service.jobs.standing import StandingTask
 from service.jobs.store import Store
-from service.jobs.store_threads import StoreThreads
+from service.jobs.store_threads import store_threads
 from service.jobs.submission import Submission
 from service.jobs.tenant import DEFAULT_TENANT
 from service.jobs.threads import run_in_thread
 from service.jobs.watch import Watch
 from service.jobs.webhooks.webhooks import GRACE_S, WebhookOptions, Webhooks
-from service.storage.faults import storage_faults
 from service.storage.store_options import StoreOptions
 from service.storage.stores import Stores
 
@@ -141,7 +138,6 @@ class JobManager:
         self.contents = Contents(stores)
         self._backends = BackendPool(threads, device_memory_bytes)
         self._default_backend = (config_defaults and config_defaults.backend) or "auto"
-        self._block_bytes = block_bytes
         self._runner = Runner(self._folders, self._sources, self._publisher, self._backends, block_bytes, memory)
         self._store: Store | None = None
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -175,14 +171,25 @@ class JobManager:
         )
         #: Whom jobs' users have told.
         self.webhooks = Webhooks(database, webhooks or WebhookOptions(), self.watch.metrics.registry)
-        self._store_threads = StoreThreads(STORE_CALLS)
+        waiting = store_threads(STORE_CALLS)
+        #: What clients may know beforehand.
+        self.plans = Planner(
+            self._admission,
+            self._sources,
+            self._folders,
+            self._backends,
+            self.leases,
+            waiting,
+            block_bytes,
+            lambda: self._draining,
+        )
         self._intake = Intake(
             database,
             self._admission,
             self.webhooks,
             self._execution,
             self.batches,
-            self._store_threads,
+            waiting,
             self._live,
             self._adopt,
             self._forget,
@@ -284,35 +291,6 @@ class JobManager:
             raise NotTerminal(f"job {job_id} has not ended: cancel it first")
         await self.jobs.get(job_id, tenant)
         await self._erase([job_id])
-
-    async def plan(self, request: QuantizeRequest, tenant: str = DEFAULT_TENANT) -> Plan:
-        """What a tenant's job of this request would do to each tensor; raises what `submit` and reading headers do."""
-
-        def make() -> Plan:
-            config = self._admission.resolve(request)
-            with (
-                storage_faults("reading the model"),
-                self._folders.scratch() as inputs,
-                self._sources.opened(request, tenant, inputs) as opened,
-            ):
-                return plan_within_budgets(
-                    opened.models[0],
-                    output_specs(request, config),
-                    backend=self.backends.get(config.backend or "auto"),
-                    memo=None,
-                    report=lambda happening: None,  # noqa: ARG005 - nobody follows it
-                    cancelled=lambda: False,
-                    calibration=opened.calibration,
-                )
-
-        with self.leases.held(*jobs_used(request)):
-            is_remote = await asyncio.to_thread(self._admission.is_remote, request, tenant)
-            return await (self._store_threads.run(make) if is_remote else asyncio.to_thread(make))
-
-    def describe(self, plan: Plan) -> dict[str, Any]:
-        """A plan with what it will cost here, as JSON; blocks, and the first time computes for a moment."""
-        backend = self.backends.get(plan.outputs[0].config.backend or "auto")
-        return describe(plan, backend, self._block_bytes, self._folders.room)
 
     # --- how the service is ---
 

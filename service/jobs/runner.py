@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from service.engine.budget import plan_within_budgets
+from service.engine.budget import within_budgets
 from service.engine.clock import Clock, Part, Times
 from service.engine.memory_need import Need, check_need, need_to_quantize, need_to_validate
 from service.engine.pipeline import quantize
@@ -167,17 +167,15 @@ class Runner:
         # Readers ask from threads of their own, which must not take up the wish to park.
         with self._sources.opened(job.request, job.tenant, inputs, lambda: stop.reason is not None) as opened:
             if isinstance(job.request, QuantizeRequest):
-                specs = output_specs(job.request, config)
-                plan = make_plan(opened.models[0], specs, opened.calibration)
+                plan = make_plan(opened.models[0], output_specs(job.request, config), opened.calibration)
                 self._claim(job, need_to_quantize(plan, self._block_bytes))
-                plan = plan_within_budgets(
+                plan = within_budgets(
+                    plan,
                     opened.models[0],
-                    specs,
                     backend=backend,
                     memo=work / MEASURED,
                     report=tools["report"],
                     cancelled=stop.is_set,
-                    calibration=opened.calibration,
                 )
                 if plan.budgets:
                     tools["report"] = behind_measuring(tools["report"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from service.api.schemas.results import Plan
+from tests.engine.helpers import normal, save
 from tests.server import Server, body
 
 
@@ -56,3 +58,15 @@ def test_a_target_that_cannot_be_reached_fails_the_plan_with_what_can(server: Se
     response = server.client.post("/v1/plans", json=asked)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_config")
     assert "bits per weight is the least" in response.json()["detail"]
+
+
+def test_one_plan_measures_weights_at_a_time_and_others_go_on(server: Server, model_root: Path, model: Path) -> None:
+    slow = save(model_root / "slow" / "model.safetensors", {"a.weight": normal(384, 1024)})
+    asked = body(slow, "parquet", bit_width="auto", target_bits_per_weight=4.0, backend="reference")
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(server.client.post, "/v1/plans", json=asked) for _ in range(2)]
+        assert server.client.post("/v1/plans", json=body(model, "parquet")).status_code == 200
+        answers = sorted((future.result() for future in both), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert answers[1].json()["code"] == "queue_full"
+    assert int(answers[1].headers["retry-after"]) > 0

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from service.engine.backends.cpu import CpuBackend
-from service.engine.budget import plan_within_budgets
+from service.engine.budget import within_budgets
 from service.engine.formats.registry import open_model
 from service.engine.metrics import ErrorSums
 from service.engine.pipeline import quantize
-from service.engine.plan import Plan, choices, stored_bytes
+from service.engine.plan import Plan, choices, make_plan, stored_bytes
 from service.engine.progress import Happening, Progress
 from service.engine.report import RunReport
 from service.engine.sensitivity import MEASURED, SAMPLE_ELEMENTS, way_key
@@ -59,9 +59,8 @@ def planned(
     happenings = seen if seen is not None else []
     reader = open_model(source)
     try:
-        return plan_within_budgets(
-            reader, outputs, backend=BACKEND, memo=memo, report=happenings.append, cancelled=cancelled
-        )
+        plan = make_plan(reader, outputs)
+        return within_budgets(plan, reader, backend=BACKEND, memo=memo, report=happenings.append, cancelled=cancelled)
     finally:
         reader.close()
 

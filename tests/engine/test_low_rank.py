@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from service.engine.backends.cpu import CpuBackend
-from service.engine.budget import plan_within_budgets
+from service.engine.budget import within_budgets
 from service.engine.config import Profile, QuantizationConfig, resolve
 from service.engine.formats import parquet_writer
 from service.engine.formats.registry import open_model
@@ -175,8 +175,8 @@ def test_widths_are_chosen_with_it_counted(tmp_path: Path) -> None:
     outputs = specs("parquet", **SVD | {"bit_width": "auto", "target_bits_per_weight": 7.0})
     with closing(open_model(source)) as reader:
         memo, told = tmp_path / "memo", list[Happening]()
-        plan = plan_within_budgets(
-            reader, outputs, backend=BACKEND, memo=memo, report=told.append, cancelled=lambda: False
+        plan = within_budgets(
+            make_plan(reader, outputs), reader, backend=BACKEND, memo=memo, report=told.append, cancelled=lambda: False
         )
     [decision] = plan.tensors[0].decisions
     # The low-rank part takes 2.3 of the bits, and the grids of groups of 64 take 0.4.

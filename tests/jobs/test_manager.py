@@ -563,7 +563,7 @@ async def test_draining_ends_streams_refuses_jobs_and_keeps_what_was_done(
 
 
 async def test_a_plan_is_made_without_a_job(manager: JobManager, root: Path, tmp_path: Path) -> None:
-    plan = await manager.plan(quantize_request(make_model(root / "m.safetensors")))
+    plan = await manager.plans.make(quantize_request(make_model(root / "m.safetensors")))
     assert len(plan.tensors) == 4
     assert (await manager.jobs.find())[0] == []
     assert left_over(tmp_path) == []

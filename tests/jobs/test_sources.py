@@ -46,7 +46,7 @@ async def test_an_index_whose_file_is_a_link_out_of_the_roots_is_forbidden_there
     else:
         (index.parent / shard).symlink_to(secret.parent / target)
     request = quantize_request(index)
-    for attempt in (manager.submit(request), manager.plan(request)):
+    for attempt in (manager.submit(request), manager.plans.make(request)):
         with pytest.raises(ForbiddenPath, match=Path(shard).name) as caught:
             await attempt
         assert caught.value.pointer == "/source/uri"
@@ -81,7 +81,7 @@ async def test_a_file_swapped_for_a_link_before_the_job_opens_it_is_forbidden(
 
     monkeypatch.setattr(Sources, "_places", swapping)
     with pytest.raises(ForbiddenPath):
-        await manager.plan(quantize_request(model.parent))
+        await manager.plans.make(quantize_request(model.parent))
 
 
 async def test_a_companion_swapped_for_a_link_while_the_job_runs_is_not_copied(
@@ -173,7 +173,7 @@ async def test_the_links_to_blobs_are_followed_whatever_kind_the_file_system_has
         monkeypatch.setattr(os, "link", refuse)
     output = {"format": "compressed-tensors", "uri": (root / "out").as_uri()}
     request = quantize_request({"type": "blobs", "files": files}, outputs=[output])
-    assert len((await manager.plan(request)).outputs) == 1
+    assert len((await manager.plans.make(request)).outputs) == 1
     job = await manager.submit(request)
     done = await manager.jobs.wait(job.id, 30)
     assert (done.status, done.error) == (Status.SUCCEEDED, None)
@@ -185,7 +185,7 @@ async def test_an_index_among_blobs_names_none_but_blobs(manager: JobManager, se
     index = make_index(tmp_path / "mine", f"../../../../{secret.parent.name}/{secret.name}")
     request = quantize_request({"type": "blobs", "files": {index.name: send(manager, index)}})
     with pytest.raises(ForbiddenPath):
-        await manager.plan(request)
+        await manager.plans.make(request)
 
 
 async def test_a_pickle_among_blobs_is_refused_at_once(manager: JobManager, tmp_path: Path) -> None:
