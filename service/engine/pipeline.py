@@ -168,12 +168,19 @@ class _Run:
         self._warnings.append(notice.sentence)
         self._behind.put(partial(self._completion.warned, notice))
 
+    def _remark(self, notice: Notice) -> None:
+        """A warning about a whole output: behind the journal, so a run that goes on there comes by it again."""
+        self._warnings.append(notice.sentence)
+        self._tools.report(notice)
+
     def _finish(self, index: int, output: OutputPlan) -> OutputReport:
         cancelled = self._tools.cancelled
         folder, layout = self._work / output.name, self._plan.layout
         with self._clock.during("write"):
             self._writers[index].close(cancelled)
             stop_when(cancelled)
+            for text in self._writers[index].remarks():
+                self._remark(Notice("format", text, output=output.name))
             companions = sum(layout.source.size(name) for name in layout.companions)
             copy_companions(layout, folder, self._advancing("writing", companions))
         total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -187,6 +187,10 @@ class ModelWriter(ABC):
         after a `restore`, when an earlier call was cut short.
         """
 
+    def remarks(self) -> list[str]:
+        """What users of the closed output should know that hardly follows from what they asked for; sentences."""
+        return []
+
     @abstractmethod
     def discard(self) -> None:
         """Close the files without finishing them."""

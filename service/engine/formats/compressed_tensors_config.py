@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -27,6 +27,8 @@ FLOAT_PACKINGS: dict[str, Packing] = {
     "mxfp8": "mxfp8-quantized",
     "nvfp4": "nvfp4-pack-quantized",
 }
+#: What the library makes bfloat16 of, whatever the rest of the model is loaded in.
+IN_BFLOAT16 = frozenset({FLOAT_PACKINGS["mxfp4"], FLOAT_PACKINGS["mxfp8"], FLOAT_PACKINGS["nvfp4"]})
 #: Scales of 8 bits: as safetensors names them, and as the library does.
 SMALL_SCALES = {"E4M3": ("F8_E4M3", "torch.float8_e4m3fn"), "E8M0": ("U8", "torch.uint8")}
 
@@ -141,11 +143,20 @@ def quantization_config(modules: Mapping[str, Group], untouched: Iterable[str]) 
         "ignore": ignore,
         "config_groups": groups,
     }
-    # transformers expects packed zero points unpacked unless it is told to dequantize at once, which
-    # in turn it does for a single group only. vLLM ignores the key.
-    if len(found) == 1 and _packs_zeros(found[0][0]):
+    # transformers expects packed zero points unpacked, and weights that the library makes bfloat16 in a model of
+    # bfloat16, unless it is told to dequantize at once: to the dtype of the model. It does so for a single group
+    # only. vLLM ignores the key.
+    if len(found) == 1 and (_packs_zeros(found[0][0]) or found[0][0].packing in IN_BFLOAT16):
         described["dequantize"] = True
     return described
+
+
+def runs_in_bfloat16_only(groups: Collection[Group]) -> bool:
+    """Whether layers of these groups run in transformers only in a model that is loaded in bfloat16.
+
+    A single group is dequantized to any dtype; of several, those that the library makes bfloat16 stay so.
+    """
+    return len(groups) > 1 and any(group.packing in IN_BFLOAT16 for group in groups)
 
 
 def _packs_zeros(group: Group) -> bool:

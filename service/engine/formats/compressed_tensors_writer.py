@@ -12,7 +12,14 @@ import numpy as np
 
 from service.engine.beside import Beside
 from service.engine.formats.base import Cancelled, ModelWriter, WriterContext
-from service.engine.formats.compressed_tensors_config import GLOBAL, Group, Packing, parts_of, quantization_config
+from service.engine.formats.compressed_tensors_config import (
+    GLOBAL,
+    Group,
+    Packing,
+    parts_of,
+    quantization_config,
+    runs_in_bfloat16_only,
+)
 from service.engine.formats.compressed_tensors_parts import signed, stored_codes, stored_parts
 from service.engine.formats.shard_layout import Parts, Region, header_reserve
 from service.engine.formats.shards import ShardWriter
@@ -26,6 +33,10 @@ from service.storage.faults import storage_faults
 WEIGHT = ".weight"
 MAX_PARTS = 4
 METADATA = {"format": "pt"}
+BFLOAT16_REMARK = (
+    "config.json now has `dtype` bfloat16: transformers runs mixed schemes with mxfp4, mxfp8 or nvfp4 among them in"
+    " bfloat16 only; with one scheme for all layers it runs them in any dtype"
+)
 #: Of tensors smaller than this on the average, headers take longer to foresee than files to hash.
 FORESEEN_BYTES = 256 << 10
 
@@ -157,7 +168,11 @@ class CompressedTensorsWriter(ModelWriter):
             if self._modules:
                 untouched = self._untouched + self._new_untouched
                 described = {"quantization_config": quantization_config(self._modules, untouched)}
-                self._write_json("config.json", self.context.layout.config | described)
+                self._write_json("config.json", self.context.layout.config | described | self._dtype())
+
+    def remarks(self) -> list[str]:
+        """See `ModelWriter.remarks`."""
+        return [BFLOAT16_REMARK] if self._dtype() else []
 
     def digest(self, path: Path, advance: Callable[[int], None]) -> str | None:
         """See `ModelWriter.digest`."""
@@ -173,6 +188,16 @@ class CompressedTensorsWriter(ModelWriter):
             return [(info.name, info.dtype, info.shape, info.nbytes)]
         packing = self._packing_of(scheme)
         return parts_of(info.name.removesuffix(WEIGHT), scheme, packing, info.rows, info.cols)
+
+    def _dtype(self) -> dict[str, str]:
+        """What the model's configuration has to say in another way of the dtype that it is loaded in."""
+        config = self.context.layout.config
+        # Older configurations have the second name for it, which some loaders still look for.
+        names = ["dtype", "torch_dtype"] if "torch_dtype" in config else ["dtype"]
+        if not runs_in_bfloat16_only(set(self._modules.values())):
+            return {}
+        stated = config.get("dtype", config.get("torch_dtype"))
+        return {} if stated == "bfloat16" else dict.fromkeys(names, "bfloat16")
 
     def _index(self, files: dict[str, list[str]]) -> dict[str, Any]:
         total = sum(shard.nbytes for shard in self._shards.shards)
