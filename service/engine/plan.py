@@ -34,6 +34,7 @@ from service.engine.report import Budget
 from service.engine.schemes.base import ROW_MULTIPLE, ScaleDtype, Scheme
 from service.engine.schemes.integer import IntegerScheme
 from service.engine.schemes.registry import schemes
+from service.engine.schemes.table import TableScheme
 from service.engine.tensors import DTYPE_BITS, TensorInfo, low_rank_bytes
 from service.engine.timesteps import timestep_weights
 from service.errors import AlreadyQuantized, InvalidConfig, UnsupportedByFormat
@@ -344,8 +345,10 @@ def low_rank_methods() -> frozenset[str]:
 
 def _with_symmetry(config: ResolvedConfig, format_: type[Format]) -> ResolvedConfig:
     """Nothing said about zero points means what the format's loaders read best, where the scheme leaves a choice."""
-    has_no_choice = not issubclass(schemes()[config.named or "int8"], IntegerScheme)
-    if config.symmetric is not None or has_no_choice:
+    scheme = schemes()[config.named or "int8"]
+    # A table of values has no zero points; integers that stand in for it in some layers could.
+    without = issubclass(scheme, TableScheme) and format_.prefers_symmetric
+    if config.symmetric is not None or not (without or issubclass(scheme, IntegerScheme)):
         return config
     return ResolvedConfig.model_validate(dict(config) | {"symmetric": format_.prefers_symmetric})
 

@@ -88,6 +88,14 @@ def test_zero_points_are_left_out_where_the_formats_loaders_like_that_best() -> 
         assert [s.symmetric for s in schemes if s] == expected
 
 
+def test_zero_points_are_left_out_as_well_where_integers_stand_in_for_small_floats() -> None:
+    for asked, expected in (({}, [True, False]), ({"symmetric": False}, [False, False])):
+        override = {"match": "a.*", "scheme": "int8", **asked}
+        outputs = check_outputs(specs("compressed-tensors", "parquet", scheme="mxfp4", layers=[override]))
+        schemes = [decide(_info("a.weight", 64, 128), output).scheme for output in outputs]
+        assert [(s.id, s.symmetric) for s in schemes if s] == [("int8", symmetric) for symmetric in expected]
+
+
 def test_a_format_copies_what_it_cannot_hold_and_says_so() -> None:
     [output] = check_outputs(specs("compressed-tensors"))
     decision = decide(_info("conv.weight", 32, 16, 3, 3), output)
