@@ -21,6 +21,7 @@ from tests.engine.formats.outputs import label
 from tests.golden.cases import parts
 
 BACKENDS = pytest.mark.parametrize("id_", usable_backends())
+OTHERS = pytest.mark.parametrize("id_", [id_ for id_ in usable_backends() if id_ != "reference"])
 SCHEMES = pytest.mark.parametrize("scheme", list(all_schemes()), ids=label)
 #: Those that compute; others scale weights, or take a part of them, for one of these.
 METHODS = pytest.mark.parametrize(
@@ -80,34 +81,39 @@ def test_minmax_gives_the_bytes_of_the_reference(
     assert_close(mine.errors, theirs.errors)
 
 
-@BACKENDS
+@OTHERS
 @SCHEMES
-@METHODS
+@pytest.mark.parametrize(
+    "method", [m for cls in methods().values() if (m := cls()).quantizes_as == m and not m.needs], ids=lambda m: m.id
+)
 def test_a_method_comes_as_close_as_in_the_reference(
     id_: str, scheme: Scheme, method: Method, rng: np.random.Generator
 ) -> None:
-    x = matrix(rng, 40, 160)
+    # Single descents part at a rounding and end apart, above as often as below: of so many groups it does not show.
+    x = matrix(rng, 640, 160)
     grid = grid_of(REFERENCE, x, scheme, method)
     mine, theirs = (one.quantize(x, scheme, method, grid).errors for one in (backend(id_), REFERENCE))
-    # Within a thousandth where there are many groups; of forty, one whose descent parts at a rounding shows.
-    assert mine.sum_dd <= theirs.sum_dd * 1.005
+    assert mine.sum_dd <= theirs.sum_dd * 1.001
 
 
-@BACKENDS
+@OTHERS
 @SCHEMES
-@pytest.mark.parametrize(("cols", "dtype"), [(160, np.float32), (150, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype", "limit"), [(320, 160, np.float32, 1.001), (640, 150, ml_dtypes.bfloat16, 1.003)]
+)
 def test_a_weighted_search_comes_as_close_as_in_the_reference(
-    id_: str, scheme: Scheme, dtype: np.dtype, cols: int, rng: np.random.Generator
+    id_: str, scheme: Scheme, rows: int, cols: int, dtype: np.dtype, limit: float, rng: np.random.Generator
 ) -> None:
     if scheme.granularity == "tensor":
         pytest.skip("a histogram knows no columns")
-    x, mse = matrix(rng, 80, cols).astype(dtype), methods()["mse"]()
+    # Numbers of few bits often lie midway between two codes, where rounding parts more descents than of float32.
+    x, mse = matrix(rng, rows, cols).astype(dtype), methods()["mse"]()
     inputs = LayerInputs(cols, mean_square=rng.lognormal(0, 1, cols).astype(np.float32))
     errors = []
     for one in (backend(id_), REFERENCE):
         lost = x.astype(np.float64) - one.dequantize(one.quantize(x, scheme, mse, inputs=inputs))
         errors.append((lost**2 * inputs.weights).sum())
-    assert errors[0] <= errors[1] * 1.005
+    assert errors[0] <= errors[1] * limit
 
 
 @BACKENDS

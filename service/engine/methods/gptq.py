@@ -47,20 +47,23 @@ class Gptq(Method):
         """Of each row the best by its output error: that of `mse`, or the walk's and the descent's from there."""
         gram = xp.asarray(inputs.gram)
         trial = xp.asarray(trial_rows(inputs.cols))
-        begun = Coded.of(xp, scheme, super().solve(xp, trial, scheme, LayerInputs(inputs.cols)))
 
         def loss(factor: Factor) -> float:
-            return float(xp.sum(nearest_plane(xp, trial, begun, factor).output_errors(xp, trial, gram)))
+            return float(xp.sum(self._walked(xp, trial, scheme, inputs, factor, 0).output_errors(xp, trial, gram)))
 
         factor = self.factor(
             inputs, scheme, xp.__name__, lambda damping: factored(xp, gram, damped(xp, gram, damping)), loss
         )
+        return self._walked(xp, x, scheme, inputs, factor, self.sweeps).solution
+
+    def _walked(self, xp: Any, x: AnyArray, scheme: Scheme, inputs: LayerInputs, factor: Factor, sweeps: int) -> Coded:
+        gram = xp.asarray(inputs.gram)
         plain = start = Coded.of(xp, scheme, super().solve(xp, x, scheme, inputs))
         if scheme.granularity != "block":  # rows of a block have to stay on one grid
             seen = LayerInputs(inputs.cols, mean_square=np.asarray(factor.seen))
             start = Coded.of(xp, scheme, super().solve(xp, x, scheme, seen))
-        better = descend(xp, x, gram, nearest_plane(xp, x, start, factor), self.sweeps, factor.added)
-        return plain.unless_better(xp, x, gram, better).solution
+        better = descend(xp, x, gram, nearest_plane(xp, x, start, factor), sweeps, factor.added)
+        return plain.unless_better(xp, x, gram, better)
 
     def held_bytes(self, cols: int) -> int:
         """Two factors, while one is tried and the best is kept; later one."""

@@ -190,13 +190,15 @@ def test_mse_finds_grids_as_good_as_the_reference(scheme, dtype, kind, rows, col
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "positive", "outlier"])
 def test_the_error_of_mse_over_a_tensor_is_that_of_the_reference(bits: int, symmetric: bool, kind: str, rng) -> None:
-    # Up to four bits the kernel searches in fixed point, where one descent in some tens ends a little elsewhere.
-    rows = 256 if bits == 4 else 64
-    x = values(kind, int(rng.integers(1 << 32)), rows, 1000, np.dtype(np.float32))
+    # Where a weight lies next to the middle of two codes, fixed point may send it to the other, and the descent ends
+    # elsewhere, above as often as below: of so many groups it does not show.
+    x = values(kind, int(rng.integers(1 << 32)), 256 if bits in (3, 4) else 64, 992, np.dtype(np.float32))
     scheme = IntegerScheme(bits=bits, is_symmetric=symmetric, group_size=32)
-    mine, theirs = CPU.quantize(x, scheme, Mse()).errors, REFERENCE.quantize(x, scheme, Mse()).errors
-    # Of outliers the few groups that have three or more are nearly all of the error, and one that ends elsewhere shows.
-    assert mine.sum_dd == pytest.approx(theirs.sum_dd, rel=3e-2 if kind == "outlier" else 1e-3)
+    results = [one.quantize(x, scheme, Mse()) for one in (CPU, REFERENCE)]
+    lost = [((x - REFERENCE.dequantize(q)).reshape(-1, 32).astype(np.float64) ** 2).sum(1) for q in results]
+    assert np.log(lost[0] / lost[1]).mean() == pytest.approx(0, abs=1e-3)
+    if kind != "outlier":  # a few groups of several outliers are nearly all of that sum
+        assert results[0].errors.sum_dd == pytest.approx(results[1].errors.sum_dd, rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
